@@ -1,0 +1,1 @@
+"""Trainers, data sets and tables: the `qmf-fusion` command."""

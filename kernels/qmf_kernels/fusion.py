@@ -1,0 +1,260 @@
+"""Energies, weights and fused logits (Eq. 13, 9, 11), forward and backward, in plain PyTorch.
+
+Shape contract: ``logits`` holds M tensors ``[*, K]`` of one shape, any strides, any floating dtypes; ``alpha``,
+``beta`` and ``temperature`` are ``[M]``; per-row scalars are modality-first and keep the class dimension, ``[M, *, 1]``.
+Arithmetic is in float32, or in float64 if any head's logits are.
+
+A row (one modality of one sample) counts when it is present and its log-sum-exp is finite, that is, when it holds no
+NaN, no +inf and at least one value above -inf. A row that does not count has weight exactly 0, energy +inf and no
+gradient. A -inf in a row that counts rules that class out: its fused logit is -inf, whatever the weight's sign.
+
+A mask of rows is None where every row is known to count. That is worth a glance at the host's memory, never a wait
+for a device: on one, masks are always there.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements per head up to which calls cost more than copying the heads' logits into one tensor.
+_STACK_BELOW = 16_384
+
+
+class WeightRule(NamedTuple):
+    """How weights come from energies (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` instead of ``alpha * E + beta``."""
+
+    weights: Tensor | None
+    alpha: Tensor
+    beta: Tensor
+    temperature: Tensor | None  # None: 1
+    nonnegative: bool
+    normalize: bool
+
+
+class Rows(NamedTuple):
+    """The logits and what one pass over them leaves. Rows that do not count are zero throughout.
+
+    The modalities come in groups, ``[G, *, K]``: all in one where the batch is small, one each, uncopied, elsewhere.
+    """
+
+    logits: list[Tensor]  # groups of [G, *, K]; no NaN and no +inf
+    probs: list[Tensor]  # groups of [G, *, K], softmax of the logits
+    lse: Tensor  # [M, *, 1], log-sum-exp of the logits
+    counted: Tensor | None  # [M, *, 1], bool
+
+
+class Fused(NamedTuple):
+    """Eq. 13, 9 and 11."""
+
+    rows: Rows
+    finite: list[Tensor]  # groups of [G, *, K], the rows' logits with 0 for -inf
+    tempered: list[Tensor]  # groups of [G, *, K], softmax(x / T), the slope of -E; the rows' own probs where T is 1
+    energy: Tensor  # [M, *, 1]; +inf in rows that do not count
+    weights: Tensor  # [M, *, 1], clamped and normalised as asked
+    logits: Tensor  # [*, K]
+
+
+class MakerGrads(NamedTuple):
+    """Gradients of what makes the weights: those given, ``[M, *]``, and ``[M]`` each."""
+
+    weights: Tensor
+    alpha: Tensor
+    beta: Tensor
+    temperature: Tensor
+
+
+def accumulate_dtype(logits: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether every value is known to be finite; False on a device, whose answer would have to be waited for."""
+    return x.is_cpu and math.isfinite(x.sum().item())
+
+
+def softmax_lse(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax ``[*, K]`` and log-sum-exp ``[*, 1]`` for one exponential."""
+    top = x.amax(-1, keepdim=True)
+    if x.shape[-1] >= 16:
+        probs = torch.softmax(x, -1)  # whose largest value is exp(top - lse)
+        return probs, top - probs.amax(-1, keepdim=True).log_()
+    # torch.softmax does not vectorise rows shorter than a CPU's vector; this is up to five times as fast.
+    exps = (x - top).exp_()
+    total = exps.sum(-1, keepdim=True)
+    return exps.div_(total), total.log_().add_(top)
+
+
+def per_modality(value: Tensor, like: Tensor) -> Tensor:
+    """``[M]`` shaped to multiply ``like``, ``[M, ...]``."""
+    return value.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
+
+
+def split_like(values: Tensor, groups: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``[M, ...]`` in the groups' sizes."""
+    return [values] if len(groups) == 1 else values.split([len(group) for group in groups])
+
+
+def join(groups: Sequence[Tensor]) -> Tensor:
+    return groups[0] if len(groups) == 1 else torch.cat(list(groups))
+
+
+def keep_counted(value: Tensor, counted: Tensor | None) -> Tensor:
+    return value if counted is None else torch.where(counted, value, 0)
+
+
+def add(x: Tensor, y: Tensor | None) -> Tensor:
+    return x if y is None else x + y
+
+
+def fuse_rows(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> Fused:
+    rows = _read_rows(logits)
+    if present is None:
+        energy, tempered, weights = _weigh(rows, rule)
+        fused = _weighted_sum(rows.logits, weights)
+        if all_finite(fused):  # which a row that does not count makes impossible
+            return Fused(rows, rows.logits, tempered, energy, weights, fused)
+    rows = _mask_rows(rows, present)
+    energy, tempered, weights = _weigh(rows, rule)
+    ruled_out = [x == -torch.inf for x in rows.logits]
+    finite = [x.masked_fill(out, 0) for x, out in zip(rows.logits, ruled_out, strict=True)]
+    fused = _weighted_sum(finite, weights).masked_fill(join(ruled_out).any(0), -torch.inf)
+    return Fused(rows, finite, tempered, energy, weights, fused)
+
+
+def _read_rows(logits: Sequence[Tensor]) -> Rows:
+    """As if every row counted; ``_mask_rows`` sorts out those that do not."""
+    dtype = accumulate_dtype(logits)
+    logits = [x.to(dtype) for x in logits]
+    groups = [torch.stack(logits)] if logits[0].numel() <= _STACK_BELOW else [x.unsqueeze(0) for x in logits]
+    probs, lse = zip(*(softmax_lse(x) for x in groups), strict=True)
+    return Rows(groups, list(probs), join(lse), None)
+
+
+def _mask_rows(rows: Rows, present: Tensor | None) -> Rows:
+    counted = torch.isfinite(rows.lse)
+    if present is not None:
+        counted = counted & present.unsqueeze(-1)
+    keep = split_like(counted, rows.logits)
+    return Rows(
+        [torch.where(k, x, 0) for k, x in zip(keep, rows.logits, strict=True)],
+        [torch.where(k, p, 0) for k, p in zip(keep, rows.probs, strict=True)],
+        torch.where(counted, rows.lse, 0),
+        counted,
+    )
+
+
+def _weigh(rows: Rows, rule: WeightRule) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Energies (Eq. 13), softmaxes of x / T, and weights (Eq. 9)."""
+    if rule.temperature is None:
+        energy, tempered = -rows.lse, rows.probs
+    else:
+        t = per_modality(rule.temperature, rows.lse)
+        scaled = (x / t_m for x, t_m in zip(rows.logits, split_like(t, rows.logits), strict=True))
+        probs, lse = zip(*(softmax_lse(x) for x in scaled), strict=True)
+        energy, tempered = -t * join(lse), list(probs)
+    weights = _raw_weights(energy, rule)
+    if rule.nonnegative or rule.normalize:
+        weights = weights.clamp(min=0)
+    if rows.counted is not None:
+        weights = torch.where(rows.counted, weights, 0)
+        energy = torch.where(rows.counted, energy, torch.inf)
+    if rule.normalize:
+        total = weights.sum(0)
+        # Where every weight is 0, the modalities that count share equally.
+        equal = torch.ones_like(weights) if rows.counted is None else rows.counted.to(weights.dtype)
+        weights = torch.where(total > 0, weights, equal)
+        weights = weights / torch.where(total > 0, total, equal.sum(0).clamp(min=1))
+    return energy, tempered, weights
+
+
+def _raw_weights(energy: Tensor, rule: WeightRule) -> Tensor:
+    """``alpha * E + beta`` (Eq. 9), or the weights that stand in for it."""
+    if rule.weights is not None:
+        return rule.weights.unsqueeze(-1).to(energy.dtype)
+    return torch.addcmul(per_modality(rule.beta, energy), per_modality(rule.alpha, energy), energy)
+
+
+def _weighted_sum(groups: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Eq. 11: ``f = sum_m w[m] * x[m]``, ``[*, K]``."""
+    if len(groups) == 1:
+        return (weights * groups[0]).sum(0)
+    total = weights[0] * groups[0][0]
+    for w, group in zip(weights[1:], groups[1:], strict=True):
+        total.addcmul_(w, group[0])
+    return total
+
+
+def weigh_backward(
+    grad_fused: Tensor | None, grad_weights: Tensor | None, grad_energy: Tensor | None, fused: Fused, rule: WeightRule
+) -> tuple[Tensor, Tensor]:
+    """Backward of Eq. 11 and 9: gradients of the weights as they were before clamping, and of the energies."""
+    counted = fused.rows.counted
+    grad = grad_weights
+    if grad_fused is not None:
+        grad = add(join([(grad_fused * x).sum(-1, keepdim=True) for x in fused.finite]), grad)
+    if grad is None:
+        grad = torch.zeros_like(fused.weights)
+    grad = keep_counted(grad, counted)
+    if rule.nonnegative or rule.normalize:
+        raw = keep_counted(_raw_weights(keep_counted(fused.energy, counted), rule).clamp(min=0), counted)
+        if rule.normalize:
+            total = raw.sum(0)
+            grad = (grad - (grad * fused.weights).sum(0)) / torch.where(total > 0, total, torch.inf)
+        grad = torch.where(raw > 0, grad, 0)
+    energy_part = grad * per_modality(rule.alpha, grad) if rule.weights is None else torch.zeros_like(grad)
+    return grad, add(energy_part, None if grad_energy is None else keep_counted(grad_energy, counted))
+
+
+def maker_grads(grad_weights: Tensor, grad_energy: Tensor, fused: Fused, rule: WeightRule) -> MakerGrads:
+    """From the results of ``weigh_backward`` to the gradients of alpha, beta and the temperature (Eq. 9, 13)."""
+    energy = keep_counted(fused.energy, fused.rows.counted)
+    rest = tuple(range(1, energy.dim()))
+    zeros = energy.new_zeros(len(energy))
+    out = MakerGrads(grad_weights.squeeze(-1).clone(), zeros, zeros.clone(), zeros.clone())
+    if rule.weights is None:
+        out = out._replace(alpha=(grad_weights * energy).sum(rest), beta=grad_weights.sum(rest))
+    if rule.temperature is not None:
+        # With E = -T lse(x / T), dE/dT = (E + <softmax(x / T), x>) / T.
+        both = zip(fused.tempered, fused.finite, strict=True)
+        mean = join([(p * x).sum(-1, keepdim=True) for p, x in both])
+        slope = (energy + mean) / per_modality(rule.temperature, energy)
+        out = out._replace(temperature=(grad_energy * slope).sum(rest))
+    return out
+
+
+def separate(groups: Sequence[Tensor]) -> list[Tensor]:
+    """The groups' modalities, M of ``[*, K]``, no two in one storage."""
+    if len(groups[0]) == 1:
+        return [group[0] for group in groups]
+    return [x.clone() for x in groups[0].unbind(0)]
+
+
+def fuse(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused logits ``[*, K]``, weights and energies ``[M, *]``."""
+    fused = fuse_rows(logits, present, rule)
+    return fused.logits, fused.weights.squeeze(-1), fused.energy.squeeze(-1)
+
+
+def fuse_backward(
+    grads: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    present: Tensor | None,
+    rule: WeightRule,
+    detach_weights: bool,
+) -> tuple[list[Tensor], MakerGrads]:
+    """From the gradients of fused logits, weights and energies to those of the logits and of what made the weights."""
+    grad_fused, grad_weights, grad_energy = grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)
+    fused = fuse_rows(logits, present, rule)
+    d_weights, d_energy = weigh_backward(
+        None if detach_weights else grad_fused, grad_weights, grad_energy, fused, rule
+    )
+    sizes = fused.finite
+    d_groups = [
+        torch.addcmul(w * grad_fused, slope, d, value=-1)
+        for w, d, slope in zip(split_like(fused.weights, sizes), split_like(d_energy, sizes), fused.tempered, strict=True)
+    ]
+    d_logits = [grad.to(x.dtype) for grad, x in zip(separate(d_groups), logits, strict=True)]
+    return d_logits, maker_grads(d_weights, d_energy, fused, rule)

@@ -1,0 +1,291 @@
+"""The objective (Eq. 18), forward and backward, in plain PyTorch.
+
+Shape contract: M heads' ``logits`` ``[B, *, K]`` (see ``fusion``), ``target`` ``[B, *]`` int64, ``kappa`` ``[M, B]`` or
+None for no ranking, ``class_weight`` ``[K]`` or None. ``*`` is empty for classification and the positions of a sample
+in dense prediction, where the ranking compares each sample's mean weight.
+
+``objective`` returns the losses and, where asked, the gradients of ``loss``, in the same pass: nothing of size
+``[B, K]`` outlives it but those gradients. ``objective_backward`` serves whoever differentiates another output, and
+passes over the logits once more.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fusion import (
+    Fused,
+    MakerGrads,
+    WeightRule,
+    add,
+    fuse_rows,
+    join,
+    maker_grads,
+    per_modality,
+    separate,
+    softmax_lse,
+    split_like,
+    weigh_backward,
+)
+from .ranking import ranking
+
+
+class LossRule(NamedTuple):
+    """The cross-entropies' options, as in ``torch.nn.CrossEntropyLoss``, and the ranking's."""
+
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+    ranking_weight: float
+    form: str
+    pairs: str
+
+
+class Losses(NamedTuple):
+    """What the objective returns."""
+
+    loss: Tensor  # scalar
+    losses: Tensor  # [M + 1], the modalities' mean cross-entropies, then the fused one
+    ranking: Tensor  # scalar, before its coefficient
+    fused: Tensor  # [B, *, K]
+    weights: Tensor  # [M, B, *]
+    energy: Tensor  # [M, B, *]
+    sample_losses: Tensor  # [M, B], what the trajectory records; NaN where a modality does not count
+
+
+class _Kept(NamedTuple):
+    """What the forward leaves for the backward; ``S`` is ``[M + 1, B, *, 1]``, the modalities and then the fused row."""
+
+    fused: Fused
+    fused_probs: Tensor  # [B, *, K]
+    label: Tensor  # [1, B, *, 1]
+    hard: Tensor  # S, each row's coefficient on its label's cross-entropy
+    soft: Tensor | None  # S, the same on the smoothed labels' share
+    ranking_grad: Tensor | None  # [M, B]
+
+
+def objective(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    kappa: Tensor | None,
+    present: Tensor | None,
+    weight_rule: WeightRule,
+    loss_rule: LossRule,
+    detach_weights: bool,
+    gradients: bool,
+    maker_gradients: bool,
+) -> tuple[Losses, list[Tensor], list[Tensor]]:
+    """The losses, and the gradients of ``loss`` with respect to the logits (in the accumulating dtype) and to what made
+    the weights (``MakerGrads``); either list is empty unless asked for."""
+    out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
+    if not gradients:
+        return out, [], []
+    unit = (1.0, None, None, None, None, None)
+    d_logits, d_makers = _backward(unit, kept, weight_rule, loss_rule, detach_weights, maker_gradients)
+    return out, d_logits, [] if d_makers is None else list(d_makers)
+
+
+def objective_backward(
+    grads: Sequence[Tensor | None],
+    logits: Sequence[Tensor],
+    target: Tensor,
+    kappa: Tensor | None,
+    present: Tensor | None,
+    weight_rule: WeightRule,
+    loss_rule: LossRule,
+    detach_weights: bool,
+) -> tuple[list[Tensor], MakerGrads]:
+    """From gradients of the first six of ``Losses`` (None is zero) to those of the logits and of the weights' makers."""
+    out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
+    d_logits, d_makers = _backward(grads, kept, weight_rule, loss_rule, detach_weights, True)
+    assert d_makers is not None
+    return d_logits, d_makers
+
+
+def _forward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    kappa: Tensor | None,
+    present: Tensor | None,
+    weight_rule: WeightRule,
+    loss_rule: LossRule,
+) -> tuple[Losses, _Kept]:
+    fused = fuse_rows(logits, present, weight_rule)
+    rows = fused.rows
+    fused_probs, fused_lse = softmax_lse(fused.logits)
+    num_classes = fused.logits.shape[-1]
+
+    valid = valid_targets(target, num_classes, loss_rule.ignore_index)
+    label = (target if valid is None else torch.where(valid, target, 0)).view(1, *target.shape, 1)
+    lse = torch.cat([rows.lse, fused_lse.unsqueeze(0)])
+    groups = [*rows.logits, fused.logits.unsqueeze(0)]
+    entropies = lse - torch.cat([x.gather(-1, label.expand(len(x), *label.shape[1:])) for x in groups])
+
+    counted = None
+    if rows.counted is not None or valid is not None:
+        # A sample with no modality, or whose modalities rule every class out between them, has no fused loss.
+        row_counted = torch.isfinite(rows.lse) if rows.counted is None else rows.counted
+        counted = torch.cat([row_counted, (torch.isfinite(fused_lse) & row_counted.any(0)).unsqueeze(0)])
+        counted = counted if valid is None else counted & valid.unsqueeze(-1)
+        fused_probs = torch.where(counted[-1], fused_probs, 0)
+        entropies = torch.where(counted, entropies, 0)
+    hard, soft = _coefficients(lse, counted, label, loss_rule, num_classes)
+    dims = tuple(range(1, lse.dim()))
+    if counted is None and loss_rule.class_weight is None and soft is None:
+        losses = entropies.mean(dims)
+    else:
+        losses = torch.where(hard > 0, hard * entropies, 0).sum(dims)
+    if soft is not None:
+        mass, sums = _class_sums(groups, loss_rule.class_weight)
+        smoothed = soft * (mass * lse - sums)
+        losses = losses + (smoothed if counted is None else torch.where(counted, smoothed, 0)).sum(dims)
+
+    sample_losses = _sample_means(entropies[:-1], None if counted is None else counted[:-1])
+    loss = losses.sum()
+    ranking_grad = None
+    if kappa is None:
+        ranking_loss = losses.new_zeros(())
+    else:
+        sample_weights, kappa = _sample_means(fused.weights, rows.counted), kappa.to(loss.dtype)
+        if counted is not None:
+            left_out = torch.isnan(sample_losses)
+            sample_weights = torch.where(left_out, 0, sample_weights)
+            kappa = torch.where(left_out, torch.nan, kappa)
+        ranking_loss, ranking_grad = ranking(sample_weights, kappa, loss_rule.form, loss_rule.pairs)
+        loss = torch.add(loss, ranking_loss, alpha=loss_rule.ranking_weight)
+    weights, energy = fused.weights.squeeze(-1), fused.energy.squeeze(-1)
+    out = Losses(loss, losses, ranking_loss, fused.logits, weights, energy, sample_losses)
+    return out, _Kept(fused, fused_probs, label, hard, soft, ranking_grad)
+
+
+def _backward(
+    grads: Sequence[Tensor | float | None],
+    kept: _Kept,
+    weight_rule: WeightRule,
+    loss_rule: LossRule,
+    detach_weights: bool,
+    maker_gradients: bool,
+) -> tuple[list[Tensor], MakerGrads | None]:
+    """May use up ``kept``'s softmaxes."""
+    grad_loss, grad_losses, grad_ranking, grad_fused, grad_weights, grad_energy = grads
+    fused, sizes = kept.fused, kept.fused.finite
+    share = hard = _times(kept.hard, grad_loss, grad_losses)
+    soft = None
+    if kept.soft is not None:
+        soft = _times(kept.soft, grad_loss, grad_losses)
+        share = hard + soft * _class_mass(loss_rule.class_weight, fused.logits)
+
+    d_fused = kept.fused_probs.mul_(share[-1])
+    _subtract_labels(d_fused.unsqueeze(0), kept.label, hard[-1:], None if soft is None else soft[-1:], loss_rule)
+    d_fused = add(d_fused, grad_fused)
+
+    d_weights = None if grad_weights is None else grad_weights.unsqueeze(-1)
+    if kept.ranking_grad is not None:
+        scale = 0.0 if grad_loss is None else grad_loss * loss_rule.ranking_weight
+        scale = scale if grad_ranking is None else grad_ranking + scale
+        d_weights = add(_spread(kept.ranking_grad * scale, fused.rows.counted, fused.weights), d_weights)
+    d_weights, d_energy = weigh_backward(
+        None if detach_weights else d_fused,
+        d_weights,
+        None if grad_energy is None else grad_energy.unsqueeze(-1),
+        fused,
+        weight_rule,
+    )
+    d_makers = maker_grads(d_weights, d_energy, fused, weight_rule) if maker_gradients else None
+
+    share = share[:-1]
+    if weight_rule.temperature is None:
+        share = share - d_energy
+    columns = [split_like(x, sizes) for x in (share, fused.weights, d_energy, hard[:-1])]
+    softs = [None] * len(sizes) if soft is None else split_like(soft[:-1], sizes)
+    d_groups = []
+    for probs, tempered, c, w, d, h, s in zip(fused.rows.probs, fused.tempered, *columns, softs, strict=True):
+        grad = probs.mul_(c).addcmul_(w, d_fused)
+        if weight_rule.temperature is not None:
+            grad.addcmul_(tempered, d, value=-1)
+        _subtract_labels(grad, kept.label, h, s, loss_rule)
+        d_groups.append(grad)
+    return separate(d_groups), d_makers
+
+
+def valid_targets(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
+    """The rows whose target is not ``ignore_index``, or None for all of them; raises where a target is no class."""
+    if target.is_cpu:
+        low, high = (x.item() for x in torch.aminmax(target))
+        if low >= 0 and high < num_classes and not low <= ignore_index <= high:
+            return None
+    valid = target != ignore_index
+    inside = (~valid | ((target >= 0) & (target < num_classes))).all()
+    message = f"target must hold classes 0 to {num_classes - 1} (or ignore_index={ignore_index})"
+    if not target.is_cpu:
+        torch._assert_async(inside, message)
+    elif not inside.item():
+        raise IndexError(f"{message}, got values from {low} to {high}")
+    return valid
+
+
+def _coefficients(
+    lse: Tensor, counted: Tensor | None, label: Tensor, rule: LossRule, num_classes: int
+) -> tuple[Tensor, Tensor | None]:
+    """Each row's coefficient in its mean: on its label, and on every class's smoothed share."""
+    if counted is None and rule.class_weight is None:
+        hard = soft = lse.new_full(lse.shape, 1 / label.numel())
+    else:
+        ones = torch.ones_like(lse) if counted is None else counted.to(lse.dtype)
+        hard = ones if rule.class_weight is None else ones * rule.class_weight.to(lse.dtype)[label]
+        total = hard.sum(tuple(range(1, hard.dim())), keepdim=True)
+        total = torch.where(total > 0, total, 1)
+        hard, soft = hard / total, ones / total
+    if not rule.label_smoothing:
+        return hard, None
+    return hard * (1 - rule.label_smoothing), soft * (rule.label_smoothing / num_classes)
+
+
+def _class_sums(groups: Sequence[Tensor], class_weight: Tensor | None) -> tuple[Tensor | float, Tensor]:
+    """The classes' total weight, and the sums of the logits so weighted, ``[M + 1, B, *, 1]``."""
+    mass = _class_mass(class_weight, groups[0])
+    if class_weight is not None:
+        groups = [x * class_weight.to(x.dtype) for x in groups]
+    return mass, torch.cat([x.sum(-1, keepdim=True) for x in groups])
+
+
+def _class_mass(class_weight: Tensor | None, like: Tensor) -> Tensor | float:
+    return like.shape[-1] if class_weight is None else class_weight.to(like.dtype).sum()
+
+
+def _subtract_labels(grad: Tensor, label: Tensor, hard: Tensor, soft: Tensor | None, rule: LossRule) -> None:
+    """Take the (smoothed) label's share off ``grad``, ``[G, B, *, K]``, in place."""
+    grad.scatter_add_(-1, label.expand(len(grad), *label.shape[1:]), -hard)
+    if soft is not None:
+        grad -= soft if rule.class_weight is None else soft * rule.class_weight.to(grad.dtype)
+
+
+def _times(share: Tensor, grad_loss: Tensor | float | None, grad_losses: Tensor | None) -> Tensor:
+    """``share`` times the incoming gradient of each of the M + 1 cross-entropies."""
+    if grad_losses is not None:
+        return share * per_modality(add(grad_losses, grad_loss), share)
+    if isinstance(grad_loss, float):
+        return share
+    return torch.zeros_like(share) if grad_loss is None else share * grad_loss
+
+
+def _sample_means(values: Tensor, counted: Tensor | None) -> Tensor:
+    """``[M, B, *, 1]`` to ``[M, B]``, the mean over the positions that count; NaN where none does."""
+    if values.dim() == 3:
+        values = values.squeeze(-1)
+        return values if counted is None else torch.where(counted.squeeze(-1), values, torch.nan)
+    if counted is None:
+        return values.flatten(2).mean(2)
+    return torch.where(counted, values, 0).flatten(2).sum(2) / counted.flatten(2).sum(2)
+
+
+def _spread(grad: Tensor, counted: Tensor | None, weights: Tensor) -> Tensor:
+    """Backward of ``_sample_means``: ``[M, B]`` to ``[M, B, *, 1]``."""
+    if weights.dim() == 3:
+        return grad.unsqueeze(-1)
+    if counted is None:
+        counted = torch.ones_like(weights, dtype=torch.bool)
+    grad = grad / counted.flatten(2).sum(2).clamp(min=1)
+    return torch.where(counted, grad.view(*grad.shape, *(1,) * (weights.dim() - 2)), 0)

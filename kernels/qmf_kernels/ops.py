@@ -1,0 +1,228 @@
+"""The operators in the namespace ``qmf``: schemas, implementations, fakes, and the autograd functions over them.
+
+PyTorch's dispatcher picks an operator's implementation from the tensors' device; the one registered here, for every
+device, is plain PyTorch. The operators themselves are not differentiable: ``Fuse``, ``Objective`` and ``Ranking`` pair
+a forward with its backward, at half the cost per step of ``torch.library.register_autograd``.
+
+Loaded twice in one process (from two paths), the second copy registers under a name of its own.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fusion, objective
+from .fusion import WeightRule, accumulate_dtype
+from .objective import Losses, LossRule
+from .ranking import ranking
+
+_OPERATORS = ("fuse", "fuse_backward", "objective", "objective_backward", "ranking")
+
+
+def _free_namespace() -> str:
+    if not any(hasattr(torch.ops.qmf, operator) for operator in _OPERATORS):
+        return "qmf"
+    return "qmf_" + hashlib.sha256(__file__.encode()).hexdigest()[:12]
+
+
+NAMESPACE = _free_namespace()
+ops: Any = getattr(torch.ops, NAMESPACE)
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+_RULE = "Tensor? weights, Tensor alpha, Tensor beta, Tensor? temperature, bool nonnegative, bool normalize"
+_LOSS_RULE = (
+    "Tensor? class_weight, float label_smoothing, int ignore_index, float ranking_weight, str form, str pairs"
+)
+_INPUTS = f"Tensor[] logits, Tensor target, Tensor? kappa, Tensor? present, {_RULE}, {_LOSS_RULE}"
+def _define(schema: str, implementation: Any, fake: Any) -> None:
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def _fake_makers(per_row: Tensor) -> list[Tensor]:
+    return [per_row.new_empty(per_row.shape), *(per_row.new_empty((len(per_row),)) for _ in range(3))]
+
+
+def _where_given(grads: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else grad for grad, tensor in zip(grads, given, strict=True)]
+
+
+# Ranking (Eq. 15 to 17)
+
+
+def _ranking_fake(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tensor, Tensor]:
+    return weights.new_empty(()), weights.new_empty(weights.shape)
+
+
+_define("ranking(Tensor weights, Tensor kappa, str form, str pairs) -> (Tensor, Tensor)", ranking, _ranking_fake)
+
+
+class Ranking(torch.autograd.Function):
+    """``apply(weights, kappa, form, pairs)``: the ranking loss, differentiable in the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, kappa: Tensor, form: str, pairs: str) -> Tensor:
+        loss, grad = ops.ranking.default(weights, kappa, form, pairs)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad_loss * grad, None, None, None
+
+
+# Fusion alone (Eq. 13, 9, 11)
+
+
+def _fuse(logits: Sequence[Tensor], present: Tensor | None, *rule: Any) -> tuple[Tensor, ...]:
+    return fusion.fuse(logits, present, WeightRule(*rule))
+
+
+def _fuse_fake(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    new = logits[0].new_empty((), dtype=accumulate_dtype(logits)).new_empty
+    per_row = (len(logits), *logits[0].shape[:-1])
+    return new(logits[0].shape), new(per_row), new(per_row)
+
+
+def _fuse_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    grads, (logits, present), rule, detach_weights = inputs[:3], inputs[3:5], inputs[5:-1], inputs[-1]
+    d_logits, d_makers = fusion.fuse_backward(grads, logits, present, WeightRule(*rule), detach_weights)
+    return d_logits, list(d_makers)
+
+
+def _fuse_backward_fake(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    grad_weights, logits = inputs[1], inputs[3]
+    return [x.new_empty(x.shape) for x in logits], _fake_makers(grad_weights)
+
+
+_define(f"fuse(Tensor[] logits, Tensor? present, {_RULE}) -> (Tensor, Tensor, Tensor)", _fuse, _fuse_fake)
+_define(
+    "fuse_backward(Tensor grad_fused, Tensor grad_weights, Tensor grad_energy, Tensor[] logits, Tensor? present, "
+    f"{_RULE}, bool detach_weights) -> (Tensor[], Tensor[])",
+    _fuse_backward,
+    _fuse_backward_fake,
+)
+
+
+class Fuse(torch.autograd.Function):
+    """``apply(present, weights, alpha, beta, temperature, nonnegative, normalize, detach_weights, *logits)``.
+
+    Returns fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        others, logits = inputs[:8], inputs[8:]
+        ctx.flags = others[5:]
+        ctx.save_for_backward(*others[:5], *logits)
+        return ops.fuse.default(logits, *others[:7])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        tensors, logits = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        d_logits, d_makers = ops.fuse_backward.default(*grads, logits, *tensors, *ctx.flags)
+        return None, *_where_given(d_makers, tensors[1:]), None, None, None, *d_logits
+
+
+# The objective (Eq. 18)
+
+
+def _objective(
+    logits: Sequence[Tensor], target: Tensor, kappa: Tensor | None, present: Tensor | None, *rest: Any
+) -> tuple[Any, ...]:
+    rules, flags = (WeightRule(*rest[:6]), LossRule(*rest[6:12])), rest[12:]
+    out, d_logits, d_makers = objective.objective(logits, target, kappa, present, *rules, *flags)
+    return *out, d_logits, d_makers
+
+
+def _objective_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
+    gradients, maker_gradients = rest[-2:]
+    num, shape = len(logits), logits[0].shape
+    new = logits[0].new_empty((), dtype=accumulate_dtype(logits)).new_empty
+    per_row = (num, *shape[:-1])
+    out = Losses(
+        loss=new(()),
+        losses=new((num + 1,)),
+        ranking=new(()),
+        fused=new(shape),
+        weights=new(per_row),
+        energy=new(per_row),
+        sample_losses=new((num, shape[0])),
+    )
+    d_logits = [new(shape) for _ in logits if gradients]
+    return *out, d_logits, _fake_makers(out.weights) if gradients and maker_gradients else []
+
+
+def _objective_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    grads, (logits, *others), rest = inputs[:6], inputs[6:10], inputs[10:]
+    rules, detach_weights = (WeightRule(*rest[:6]), LossRule(*rest[6:12])), rest[12]
+    d_logits, d_makers = objective.objective_backward(grads, logits, *others, *rules, detach_weights)
+    return [grad.to(x.dtype) for grad, x in zip(d_logits, logits, strict=True)], list(d_makers)
+
+
+def _objective_backward_fake(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    logits = inputs[6]
+    per_row = logits[0].new_empty((len(logits), *logits[0].shape[:-1]), dtype=accumulate_dtype(logits))
+    return [x.new_empty(x.shape) for x in logits], _fake_makers(per_row)
+
+
+_define(
+    f"objective({_INPUTS}, bool detach_weights, bool gradients, bool maker_gradients) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])",
+    _objective,
+    _objective_fake,
+)
+_define(
+    "objective_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_ranking, Tensor? grad_fused, "
+    f"Tensor? grad_weights, Tensor? grad_energy, {_INPUTS}, bool detach_weights) -> (Tensor[], Tensor[])",
+    _objective_backward,
+    _objective_backward_fake,
+)
+
+
+class Objective(torch.autograd.Function):
+    """``apply(target, kappa, present, weights, alpha, beta, temperature, nonnegative, normalize, class_weight,
+    label_smoothing, ignore_index, ranking_weight, form, pairs, detach_weights, *logits)``.
+
+    Returns ``Losses``, the per-sample losses without a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        others, logits, needed = inputs[:16], inputs[16:], ctx.needs_input_grad
+        *losses, d_logits, d_makers = ops.objective.default(logits, *others, any(needed), any(needed[3:7]))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(losses[6])
+        ctx.flags = others[7:9] + others[10:]
+        ctx.save_for_backward(*others[:7], others[9], *logits)
+        ctx.d_logits, ctx.d_makers = d_logits, d_makers
+        return tuple(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        given, class_weight, logits = tensors[:7], tensors[7], tensors[8:]
+        # The gradients of the loss are handed over once, which frees them; whoever comes again recomputes them.
+        d_logits, d_makers, ctx.d_logits, ctx.d_makers = ctx.d_logits, ctx.d_makers, None, None
+        scale = grads[0]
+        if d_logits and scale is not None and grads[1:6] == (None,) * 5:
+            # Scaled in the accumulating dtype, so that a loss scale reaches gradients too small for the logits' own.
+            if not (scale.is_cpu and scale.item() == 1):
+                d_logits, d_makers = [d * scale for d in d_logits], [d * scale for d in d_makers]
+            d_logits = [d.to(x.dtype) for d, x in zip(d_logits, logits, strict=True)]
+            d_makers = d_makers or [None] * 4
+        else:
+            flags = ctx.flags
+            d_logits, d_makers = ops.objective_backward.default(
+                *grads[:6], logits, *given, *flags[:2], class_weight, *flags[2:]
+            )
+        return None, None, None, *_where_given(d_makers, given[3:]), *(None,) * 9, *d_logits

@@ -1,0 +1,159 @@
+"""What every public call checks of its arguments before it computes: errors that name the argument.
+
+Nothing here waits for a device: values are looked at only where they lie in the host's memory, outside of
+``torch.compile``. On a device an out-of-range target or index ends in a device-side assertion.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Logits = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
+
+
+def modality_names(modalities: int | Iterable[str]) -> tuple[str, ...]:
+    """Names from a count (``"0"``, ``"1"``, ...) or from names."""
+    if isinstance(modalities, bool) or not isinstance(modalities, int | Iterable) or isinstance(modalities, str):
+        raise TypeError(f"modalities must be a count or a list of names, got {modalities!r}")
+    if isinstance(modalities, int):
+        if modalities < 1:
+            raise ValueError(f"modalities must be at least 1, got {modalities}")
+        return tuple(str(m) for m in range(modalities))
+    names = tuple(modalities)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"modalities must be non-empty names, at least one, got {list(names)!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"modalities must be distinct names, got {list(names)!r}")
+    return names
+
+
+def unpack_logits(logits: Logits, names: Sequence[str] | None = None) -> list[Tensor | None]:
+    """One entry per modality, in the order of ``names``, from a sequence, a mapping by name or a stacked tensor."""
+    if isinstance(logits, Mapping):
+        if names is None:
+            return list(logits.values())
+        if set(logits) != set(names):
+            raise ValueError(
+                f"logits must hold the modalities {list(names)} by name (None for an absent one), got {list(logits)}"
+            )
+        return [logits[name] for name in names]
+    if isinstance(logits, Tensor):
+        if logits.dim() < 2:
+            raise ValueError(f"logits must be stacked [M, *, K] when given as one tensor, got {_shape(logits)}")
+        given: list[Tensor | None] = list(logits.unbind(0))
+    elif isinstance(logits, Sequence) and not isinstance(logits, str):
+        given = list(logits)
+    else:
+        raise TypeError(
+            f"logits must be a sequence, a mapping by name or a stacked tensor, got {type(logits).__name__}"
+        )
+    if names is not None and len(given) != len(names):
+        raise ValueError(f"logits must hold {len(names)} modalities {list(names)}, got {len(given)}")
+    if not given:
+        raise ValueError("logits must hold at least one modality, got none")
+    return given
+
+
+def check_logits(
+    logits: Logits, names: Sequence[str] | None = None, class_dim: int = -1
+) -> tuple[list[Tensor], Tensor | None]:
+    """M tensors ``[*, K]`` of one shape on one device, and which are there (``[M]`` bool), None for all.
+
+    An absent modality, None among the inputs, becomes zeros.
+    """
+    given = unpack_logits(logits, names)
+    labels = [repr(name) for name in names] if isinstance(logits, Mapping) and names is not None else range(len(given))
+    first, first_label = None, None
+    for label, x in zip(labels, given, strict=True):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"logits[{label}] must be a tensor, got {type(x).__name__}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"logits[{label}] must be floating point, got {x.dtype}")
+        if not -x.dim() <= class_dim < x.dim():
+            raise ValueError(f"logits[{label}] has no class dimension {class_dim}: its shape is {_shape(x)}")
+        if first is None:
+            first, first_label = x, label
+            continue
+        if x.shape[class_dim] != first.shape[class_dim]:
+            raise ValueError(
+                f"logits must agree in their number of classes: logits[{first_label}] has "
+                f"{first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
+            )
+        if x.shape != first.shape:
+            raise ValueError(
+                f"logits must agree in shape: logits[{first_label}] is {_shape(first)}, logits[{label}] is {_shape(x)}"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"logits must be on one device: logits[{first_label}] is on {first.device}, "
+                f"logits[{label}] on {x.device}"
+            )
+    if first is None:
+        raise ValueError("logits must hold at least one modality that is not None")
+    if first.numel() == 0:
+        raise ValueError(f"logits must not be empty: the shape is {_shape(first)}")
+    rows = [torch.zeros_like(first) if x is None else x for x in given]
+    if class_dim not in (-1, first.dim() - 1):
+        rows = [x.movedim(class_dim, -1) for x in rows]
+    if all(x is not None for x in given):
+        return rows, None
+    return rows, torch.tensor([x is not None for x in given], device=first.device)
+
+
+def check_present(
+    present: Tensor | None, there: Tensor | None, shape: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """``present`` (bool ``[M]``, ``[M, B]`` or ``[M, *]``) as ``[M, *]``, and only where the modality is ``there``."""
+    if present is not None:
+        if not isinstance(present, Tensor) or present.dtype != torch.bool:
+            got = present.dtype if isinstance(present, Tensor) else type(present).__name__
+            raise TypeError(f"present must be a bool tensor, got {got}")
+        if present.dim() == 0 or tuple(present.shape) != tuple(shape[: present.dim()]):
+            raise ValueError(f"present must be {tuple(shape)} or its first dimensions, got {_shape(present)}")
+        if present.device != device:
+            raise ValueError(f"present must be on the logits' device {device}, got {present.device}")
+    masks = [mask for mask in (present, there) if mask is not None]
+    if not masks:
+        return None
+    full = [mask.reshape(*mask.shape, *(1,) * (len(shape) - mask.dim())).expand(*shape) for mask in masks]
+    return full[0] if len(full) == 1 else full[0] & full[1]
+
+
+def check_target(target: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """``target`` as int64, of the logits' shape without their classes."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
+        raise TypeError(f"target must hold class indices (an integer dtype), got {target.dtype}")
+    if tuple(target.shape) != tuple(shape):
+        raise ValueError(f"target must have the logits' shape without classes, {tuple(shape)}, got {_shape(target)}")
+    if target.device != device:
+        raise ValueError(f"target must be on the logits' device {device}, got {target.device}")
+    return target.long()
+
+
+def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
+    """``index`` as int64 ``[B]``, within the trajectory."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index must be a tensor, got {type(index).__name__}")
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+        raise TypeError(f"index must hold dataset indices (an integer dtype), got {index.dtype}")
+    if tuple(index.shape) != (batch,):
+        raise ValueError(f"index must be [{batch}], one dataset index per sample, got {_shape(index)}")
+    if index.is_cpu and not torch.compiler.is_compiling():
+        low, high = (x.item() for x in torch.aminmax(index))
+        if low < 0 or high >= num_samples:
+            raise IndexError(f"index must be within the trajectory's {num_samples} samples, got {low} to {high}")
+    return index.long()
+
+
+def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))

@@ -1,0 +1,291 @@
+"""The stateless forms: each equation as a function of tensors. The modules hold state and call these."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import qmf_kernels
+import torch
+from qmf_kernels import FORMS, PAIRS
+from torch import Tensor
+
+from .checks import Logits, check_choice, check_logits, check_present, check_target
+from .uncertainty import energy_score
+
+__all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_loss"]
+
+BACKENDS = (None, "torch", "triton")
+
+
+class WeightOptions(NamedTuple):
+    """How weights come from logits: Eq. 9's constants ``[M]``, or ``weights`` ``[M, *]`` that are ready."""
+
+    weights: Tensor | None
+    alpha: Tensor
+    beta: Tensor
+    temperature: Tensor | None  # None: 1
+    nonnegative: bool = False
+    normalize: bool = False
+    detach_weights: bool = False
+
+
+class LossOptions(NamedTuple):
+    """The options of Eq. 18: the cross-entropies', as in ``torch.nn.CrossEntropyLoss``, and the ranking's."""
+
+    class_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    ranking_weight: float = 0.1
+    form: str = "paper"
+    pairs: str = "adjacent"
+
+
+class ObjectiveOutput(NamedTuple):
+    """What Eq. 18 is made of; every field but ``sample_losses`` can be differentiated."""
+
+    loss: Tensor
+    """Scalar: ``fused_loss + unimodal_losses.sum() + ranking_weight * ranking_loss``."""
+    fused_loss: Tensor
+    """Scalar: the cross-entropy of the fused logits."""
+    unimodal_losses: Tensor
+    """``[M]``: each modality's own cross-entropy; 0 for one that is absent throughout."""
+    ranking_loss: Tensor
+    """Scalar: mean over pairs, summed over modalities (Eq. 17)."""
+    logits: Tensor
+    """Fused logits ``[B, *, K]``."""
+    weights: Tensor
+    """``[M, B, *]``."""
+    energy: Tensor
+    """``[M, B, *]``."""
+    sample_losses: Tensor
+    """``[M, B]``: each sample's plain cross-entropy per modality, NaN where absent; what a trajectory records."""
+
+
+def fusion_weights(
+    uncertainty: Tensor, alpha: float | Sequence[float] | Tensor = -0.1, beta: float | Sequence[float] | Tensor = 0.0
+) -> Tensor:
+    """Weights ``w[m] = alpha[m] * u[m] + beta[m]`` (Eq. 9).
+
+    Args:
+        uncertainty: ``[M, *]``, floating point.
+        alpha: negative; a number or ``[M]``.
+        beta: not negative; a number or ``[M]``.
+
+    Returns:
+        ``[M, *]``, in the uncertainty's dtype.
+
+    Raises:
+        ValueError: a coefficient of the wrong sign or size.
+
+    Example:
+        >>> fusion_weights(torch.tensor([[-2.0], [-1.0]]))
+        tensor([[0.2000],
+                [0.1000]])
+    """
+    shape = (-1, *(1,) * (uncertainty.dim() - 1))
+    a = _coefficient("alpha", alpha, len(uncertainty), uncertainty).to(uncertainty.dtype).view(shape)
+    return a * uncertainty + _coefficient("beta", beta, len(uncertainty), uncertainty).to(uncertainty.dtype).view(shape)
+
+
+def fuse(logits: Logits, weights: Tensor, present: Tensor | None = None) -> Tensor:
+    """Fused logits ``f = sum_m w[m] * x[m]`` (Eq. 11).
+
+    Args:
+        logits: M tensors ``[*, K]``: a sequence, a mapping or stacked ``[M, *, K]``; None for an absent modality.
+        weights: ``[M, *]``.
+        present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; None for all.
+
+    Returns:
+        ``[*, K]``, float32, or float64 if any logits are.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong kind, shape, dtype or device.
+
+    Example:
+        >>> fuse([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], torch.tensor([0.2, 0.1]))
+        tensor([0.2000, 0.1000])
+    """
+    rows, there = check_logits(logits)
+    shape = (len(rows), *rows[0].shape[:-1])
+    if tuple(weights.shape) != shape:
+        raise ValueError(f"weights must be {shape} for these logits, got {tuple(weights.shape)}")
+    mask = check_present(present, there, shape, rows[0].device)
+    unused = weights.new_zeros(len(rows))
+    return fuse_with(rows, mask, WeightOptions(weights, unused, unused, None))[0]
+
+
+def fuse_with(rows: Sequence[Tensor], present: Tensor | None, options: WeightOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused logits, weights and energies of checked inputs: M of ``[*, K]``, ``[M, *]`` or None."""
+    return qmf_kernels.Fuse.apply(present, *options, *rows)
+
+
+def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: str = "adjacent") -> Tensor:
+    """The trajectory ranking loss (Eq. 15 to 17): a sample with the smaller loss history should weigh more.
+
+    Every form is ``sum over pairs with o_i > o_j of relu(s_i - s_j)``; ties contribute 0.
+
+    ========== ===== ========= ===================================================== ==========================
+    form       o     s         zero exactly when                                     source
+    ========== ===== ========= ===================================================== ==========================
+    "paper"    w     w + kappa the order is right, the weight gap at most the loss's Eq. 16 as printed
+    "margin"   kappa w + kappa the order is right, the weight gap at least that      Moon et al., ICML 2020
+    "released" kappa w - kappa the weight gap against the order is at most the loss's the paper's released code
+    ========== ===== ========= ===================================================== ==========================
+
+    Args:
+        weights: ``[M, B]`` (or ``[B]`` for one modality), floating point.
+        kappa: the same shape, already scaled; NaN where a sample has no history, whose pairs contribute 0.
+        form: ``"paper"``, ``"margin"`` or ``"released"``.
+        pairs: ``"adjacent"``: the B pairs (i, i + 1) around the batch; ``"all"``: the B (B - 1) / 2 unordered pairs,
+            exactly, in O(B log B).
+
+    Returns:
+        Scalar: the mean over pairs, summed over modalities. Differentiable in the weights, once.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong kind, shape or dtype.
+
+    Example:
+        >>> ranking_loss(torch.tensor([[0.5, 0.1]]), torch.tensor([[0.9, 0.3]]))
+        tensor(1.)
+    """
+    check_choice("form", form, FORMS)
+    check_choice("pairs", pairs, PAIRS)
+    for name, x in (("weights", weights), ("kappa", kappa)):
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating point tensor, got {got}")
+    if weights.dim() not in (1, 2) or weights.shape != kappa.shape:
+        raise ValueError(
+            f"weights and kappa must both be [M, B], got {tuple(weights.shape)} and {tuple(kappa.shape)}"
+        )
+    if weights.numel() == 0:
+        raise ValueError(f"weights must not be empty: the shape is {tuple(weights.shape)}")
+    if weights.device != kappa.device:
+        raise ValueError(f"kappa must be on the weights' device {weights.device}, got {kappa.device}")
+    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    return qmf_kernels.Ranking.apply(
+        torch.atleast_2d(weights).to(dtype), torch.atleast_2d(kappa).detach().to(dtype), form, pairs
+    )
+
+
+def qmf_objective(
+    logits: Logits,
+    target: Tensor,
+    kappa: Tensor | None,
+    *,
+    ranking_weight: float = 0.1,
+    form: str = "paper",
+    pairs: str = "adjacent",
+    alpha: float | Sequence[float] | Tensor = -0.1,
+    beta: float | Sequence[float] | Tensor = 0.0,
+    temperature: float | Sequence[float] | Tensor = 1.0,
+    present: Tensor | None = None,
+    normalize: bool = False,
+    nonnegative: bool = False,
+    detach_weights: bool = False,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> ObjectiveOutput:
+    """The whole objective, ``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18), in one operator.
+
+    Args:
+        logits: M tensors ``[B, *, K]``: a sequence, a mapping or stacked; None for an absent modality.
+        target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``.
+        kappa: ``[M, B]``, already scaled, NaN where a sample has no history; None for no ranking.
+        ranking_weight: lambda.
+        form, pairs: see ``ranking_loss``.
+        alpha, beta, temperature: Eq. 9 and 13; numbers or ``[M]``.
+        present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; an absent modality counts in no loss.
+        normalize, nonnegative, detach_weights: see ``QualityAwareFusion``.
+        class_weight, label_smoothing, ignore_index: as in ``torch.nn.CrossEntropyLoss``, for every cross-entropy; but
+            where nothing is left to average, the loss is 0 rather than NaN.
+        backend: None lets the operator choose by device; ``"torch"`` or ``"triton"`` forces one.
+
+    Returns:
+        ObjectiveOutput.
+
+    Raises:
+        TypeError, ValueError, IndexError: arguments of the wrong kind, shape, dtype, device or range.
+        RuntimeError: a backend that is not there.
+
+    Example:
+        >>> heads = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+        >>> out = qmf_objective(heads, torch.tensor([0]), None)
+        >>> out.loss
+        tensor(1.9971)
+    """
+    rows, there = check_logits(logits)
+    if rows[0].dim() < 2:
+        raise ValueError(f"logits must be [B, *, K], got {tuple(rows[0].shape)}")
+    shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
+    unit = isinstance(temperature, int | float) and temperature == 1
+    weight_options = WeightOptions(
+        None,
+        _coefficient("alpha", alpha, len(rows), rows[0]),
+        _coefficient("beta", beta, len(rows), rows[0]),
+        None if unit else _coefficient("temperature", temperature, len(rows), rows[0]),
+        nonnegative,
+        normalize,
+        detach_weights,
+    )
+    options = LossOptions(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
+    check_loss_options(options, rows[0].shape[-1])
+    if kappa is not None and tuple(kappa.shape) != shape[:2]:
+        raise ValueError(f"kappa must be {shape[:2]}, one per modality and sample, got {tuple(kappa.shape)}")
+    mask = check_present(present, there, shape, device)
+    return objective_with(rows, check_target(target, shape[1:], device), kappa, mask, weight_options, options, backend)
+
+
+def objective_with(
+    rows: Sequence[Tensor],
+    target: Tensor,
+    kappa: Tensor | None,
+    present: Tensor | None,
+    weight_options: WeightOptions,
+    options: LossOptions,
+    backend: str | None = None,
+) -> ObjectiveOutput:
+    """Eq. 18 of checked inputs: M of ``[B, *, K]``, ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None."""
+    check_backend(backend)
+    *rule, detach_weights = weight_options
+    loss, losses, *rest = qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, detach_weights, *rows)
+    return ObjectiveOutput(loss, losses[-1], losses[:-1], *rest)
+
+
+def check_backend(backend: str | None) -> None:
+    check_choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        raise RuntimeError("backend='triton' is not there: this release has the PyTorch operators alone")
+
+
+def check_loss_options(options: LossOptions, num_classes: int | None = None) -> None:
+    check_choice("form", options.form, FORMS)
+    check_choice("pairs", options.pairs, PAIRS)
+    if not options.ranking_weight >= 0:
+        raise ValueError(f"ranking_weight must be at least 0, got {options.ranking_weight}")
+    if not 0 <= options.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {options.label_smoothing}")
+    weight = options.class_weight
+    if weight is not None and (weight.dim() != 1 or num_classes not in (None, len(weight))):
+        raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
+
+
+_SIGNS = {"alpha": ("negative", lambda x: x < 0), "beta": ("at least 0", lambda x: x >= 0)}
+_SIGNS["temperature"] = ("positive", lambda x: x > 0)
+
+
+def _coefficient(name: str, value: float | Sequence[float] | Tensor, num: int, like: Tensor) -> Tensor:
+    """``value`` as ``[num]`` on ``like``'s device: float64 from numbers, a tensor as it is, gradient and all."""
+    demand, holds = _SIGNS[name]
+    if isinstance(value, int | float):
+        if not holds(value):
+            raise ValueError(f"{name} must be {demand}, got {value}")
+        return torch.full((num,), value, dtype=torch.float64, device=like.device)
+    given = value if isinstance(value, Tensor) else torch.tensor(list(value), dtype=torch.float64)
+    if given.numel() not in (1, num) or given.dim() > 1:
+        raise ValueError(f"{name} must be a number or one per modality ({num}), got shape {tuple(given.shape)}")
+    if given.is_cpu and not torch.compiler.is_compiling() and not bool(holds(given).all()):
+        raise ValueError(f"{name} must be {demand}, got {given.tolist()}")
+    return given.to(like.device).expand(num)

@@ -1,0 +1,156 @@
+"""Wrapping the heads one already has: a model from named inputs to fused logits."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .fusion import FusionOutput, QualityAwareFusion
+
+
+class FusionModel(nn.Module):
+    """Run each modality's own network and fuse what they say.
+
+    Args:
+        heads: by modality's name, modules that return logits ``[B, *, K]``, or an object with ``.logits``, as
+            Transformers' models do.
+        fusion: the layer; by default ``QualityAwareFusion(list(heads), **options)``.
+        options: passed to that default layer.
+
+    A head's input may be a tensor, a tuple of positional or a mapping of keyword arguments. A head whose input is
+    missing or None is an absent modality for the whole batch and is not run; its ``unimodal_logits`` are NaN, which
+    count in no loss. Where ``present`` is False they are NaN too.
+
+    Raises:
+        TypeError, ValueError: no heads, something that is no module, or a fusion of other modalities.
+
+    Example:
+        >>> model = FusionModel({"rgb": nn.Linear(8, 3), "depth": nn.Linear(4, 3)})
+        >>> model({"rgb": torch.randn(5, 8), "depth": torch.randn(5, 4)}).logits.shape
+        torch.Size([5, 3])
+        >>> model({"rgb": torch.randn(5, 8)}).weights[1]  # depth is absent
+        tensor([0., 0., 0., 0., 0.], grad_fn=<SelectBackward0>)
+    """
+
+    def __init__(
+        self, heads: Mapping[str, nn.Module], fusion: QualityAwareFusion | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        if not isinstance(heads, Mapping) or not heads:
+            raise TypeError(f"heads must be a mapping from names to modules, at least one, got {heads!r}")
+        for name, head in heads.items():
+            if not isinstance(head, nn.Module):
+                raise TypeError(f"heads[{name!r}] must be a module, got {type(head).__name__}")
+        if fusion is not None and options:
+            raise ValueError(f"options go to the default fusion; with fusion given, got {sorted(options)}")
+        fusion = QualityAwareFusion(list(heads), **options) if fusion is None else fusion
+        if fusion.names != tuple(heads) and fusion.names != tuple(str(m) for m in range(len(heads))):
+            raise ValueError(f"fusion must be of the modalities {list(heads)}, in this order, got {list(fusion.names)}")
+        self.heads = nn.ModuleDict(heads)
+        self.fusion = fusion
+        self._frozen: set[str] = set()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.heads)
+
+    def forward(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> FusionOutput:
+        """Fuse the heads' logits.
+
+        Args:
+            inputs: by modality's name; missing or None for one that is absent from the whole batch.
+            present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
+
+        Returns:
+            FusionOutput.
+
+        Raises:
+            TypeError, ValueError: inputs that are no mapping, hold an unknown name or no modality at all; a head that
+                returns no logits; whatever ``QualityAwareFusion`` raises.
+        """
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs must be a mapping from modalities' names, got {type(inputs).__name__}")
+        unknown = [name for name in inputs if name not in self.heads]
+        if unknown:
+            raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
+        logits = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
+        out = self.fusion(logits, present)
+        if out.present is None:
+            return out
+        dim = self.fusion.class_dim
+        shown = [
+            torch.where(there.unsqueeze(-1 if dim == -1 else dim), x, torch.nan)
+            for there, x in zip(out.present, out.unimodal_logits, strict=True)
+        ]
+        return out._replace(unimodal_logits=tuple(shown))
+
+    @staticmethod
+    def _run(name: str, head: nn.Module, given: Any) -> Tensor | None:
+        if given is None:
+            return None
+        if isinstance(given, Mapping):
+            out = head(**given)
+        elif isinstance(given, tuple):
+            out = head(*given)
+        else:
+            out = head(given)
+        logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}"
+            )
+        return logits
+
+    def freeze(self, *names: str) -> Self:
+        """Stop training these heads (all of them, if none is named): no gradients, and evaluation mode for good.
+
+        Raises:
+            ValueError: a name that is no head's.
+        """
+        return self._set_frozen(names, True)
+
+    def unfreeze(self, *names: str) -> Self:
+        """Train these heads again (all of them, if none is named)."""
+        return self._set_frozen(names, False)
+
+    def _set_frozen(self, names: tuple[str, ...], frozen: bool) -> Self:
+        for name in self._known(names or self.names):
+            self.heads[name].requires_grad_(not frozen)
+            (self._frozen.add if frozen else self._frozen.discard)(name)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self._frozen:
+            self.heads[name].eval()
+        return self
+
+    def parameter_groups(self, options: Mapping[str, Mapping[str, Any]] | None = None, **defaults: Any) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: one per head that is not frozen, and one for a learnable fusion.
+
+        Args:
+            options: by head's name (or ``"fusion"``), that group's own settings.
+            defaults: settings of all groups.
+
+        Example:
+            >>> model = FusionModel({"rgb": nn.Linear(8, 3), "depth": nn.Linear(4, 3)})
+            >>> groups = model.parameter_groups({"rgb": {"lr": 1e-5}}, lr=1e-3)
+            >>> [(group["name"], group["lr"]) for group in groups]
+            [('rgb', 1e-05), ('depth', 0.001)]
+        """
+        options = dict(options or {})
+        self._known(tuple(name for name in options if name != "fusion"))
+        modules = {**self.heads, "fusion": self.fusion}
+        groups = []
+        for name, module in modules.items():
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            if parameters:
+                groups.append({"params": parameters, "name": name, **defaults, **options.get(name, {})})
+        return groups
+
+    def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in self.heads:
+                raise ValueError(f"names must be among the heads {list(self.heads)}, got {name!r}")
+        return names

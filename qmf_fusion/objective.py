@@ -1,0 +1,127 @@
+"""The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .checks import Logits, check_index, check_logits, check_present, check_target
+from .functional import LossOptions, ObjectiveOutput
+from .fusion import QualityAwareFusion
+from .ranking import TrajectoryRankingLoss
+
+
+class QMFLoss(nn.Module):
+    """``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18), owning the trajectory that the ranking needs.
+
+    Args:
+        fusion: the layer whose weights are to be trained; its options (uncertainty, normalisation, ...) hold here too.
+        num_samples: N, the size of the training set.
+        ranking_weight: lambda, at least 0; 0 leaves the ranking out.
+        form, pairs, rescale, start_epoch: see ``TrajectoryRankingLoss``.
+        weight: class weights ``[K]``, as in ``torch.nn.CrossEntropyLoss``, for every cross-entropy.
+        label_smoothing, ignore_index: the same; but where nothing is left to average, the loss is 0 rather than NaN.
+        backend: None lets the operator choose by device; ``"torch"`` or ``"triton"`` forces one.
+
+    A modality that is absent counts in no loss, and a sample with none in none. In dense prediction (``[B, *, K]``),
+    a sample's weight and loss in the ranking are their means over its positions. The trajectory records plain
+    cross-entropies, without class weights and smoothing.
+
+    Raises:
+        TypeError, ValueError: an argument out of the above, naming it.
+
+    Example:
+        >>> fusion = QualityAwareFusion(2)
+        >>> criterion = QMFLoss(fusion, num_samples=100)
+        >>> heads = [torch.randn(8, 5, requires_grad=True) for _ in range(2)]
+        >>> out = criterion(heads, torch.arange(8) % 5, torch.arange(8))
+        >>> out.loss.backward()
+        >>> out.unimodal_losses.shape, out.logits.shape
+        (torch.Size([2]), torch.Size([8, 5]))
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        fusion: QualityAwareFusion,
+        num_samples: int,
+        ranking_weight: float = 0.1,
+        *,
+        form: str = "paper",
+        pairs: str = "adjacent",
+        rescale: str | None = "minmax",
+        start_epoch: int = 1,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(fusion, QualityAwareFusion):
+            raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
+        functional.check_backend(backend)
+        self.fusion = fusion
+        self.ranking = TrajectoryRankingLoss(num_samples, fusion.num_modalities, form, pairs, rescale, start_epoch)
+        self.ranking_weight = ranking_weight
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.backend = backend
+        self.register_buffer("weight", weight)
+        functional.check_loss_options(self._options())
+
+    def _options(self) -> LossOptions:
+        return LossOptions(
+            self.weight,
+            self.label_smoothing,
+            self.ignore_index,
+            self.ranking_weight,
+            self.ranking.form,
+            self.ranking.pairs,
+        )
+
+    def forward(
+        self, logits: Logits, target: Tensor, index: Tensor | None = None, present: Tensor | None = None
+    ) -> ObjectiveOutput:
+        """The objective of a batch; in training mode its unimodal losses are recorded afterwards.
+
+        Args:
+            logits: the M heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
+            target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``.
+            index: int ``[B]``, the dataset index of each sample. May be None outside of training or where
+                ``ranking_weight`` is 0: no ranking then, and nothing is recorded.
+            present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
+
+        Returns:
+            ObjectiveOutput, with fused logits laid out as the inputs are.
+
+        Raises:
+            TypeError, ValueError, IndexError: arguments of the wrong kind, count, shape, dtype, device or range.
+        """
+        fusion, options = self.fusion, self._options()
+        rows, there = check_logits(logits, fusion.names, fusion.class_dim)
+        if rows[0].dim() < 2:
+            raise ValueError(f"logits must be [B, *, K], got {tuple(rows[0].shape)}")
+        shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
+        target = check_target(target, shape[1:], device)
+        mask = check_present(present, there, shape, device)
+        if self.weight is not None and len(self.weight) != rows[0].shape[-1]:
+            functional.check_loss_options(options, rows[0].shape[-1])
+
+        kappa = None
+        if index is not None:
+            index = check_index(index, shape[1], self.ranking.num_samples)
+            if self.ranking_weight:
+                kappa = self.ranking.kappa(index)
+        elif self.training and self.ranking_weight:
+            raise ValueError("index must be given in training: the dataset index of each sample, [B]")
+        out = functional.objective_with(
+            rows, target, kappa, mask, fusion.weight_options(rows, mask), options, self.backend
+        )
+        if self.training and index is not None:
+            self.ranking.trajectory.record(out.sample_losses, index)
+        if fusion.class_dim != -1:
+            out = out._replace(logits=out.logits.movedim(-1, fusion.class_dim))
+        return out
+
+    def extra_repr(self) -> str:
+        return f"ranking_weight={self.ranking_weight}, label_smoothing={self.label_smoothing}"

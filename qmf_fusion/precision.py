@@ -1,0 +1,30 @@
+"""Buffers that keep float64 while their module is cast: Eq. 9's constants and the loss history."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class KeepsPrecision(nn.Module):
+    """Moves with ``.to(device)`` but leaves its own float64 buffers alone under ``.half()``, ``.to(dtype)`` and kin.
+
+    A history summed in float16 would stop growing, and -0.1 in bfloat16 is -0.1001. Devices without float64 (MPS)
+    hold these buffers in float32.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: x for name, x in self._buffers.items() if x is not None and x.dtype == torch.float64}
+        for name in kept:
+            self._buffers[name] = None
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            # What a cast does to a float32 stand-in says which device it moves to.
+            device = fn(torch.empty(0, device=buffer.device)).device
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            if buffer.is_meta and device.type != "meta":
+                self._buffers[name] = torch.empty_like(buffer, device=device, dtype=dtype)
+            else:
+                self._buffers[name] = buffer.to(device=device, dtype=dtype)
+        return self

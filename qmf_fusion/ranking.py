@@ -1,0 +1,102 @@
+"""The ranking loss with its memory (Eq. 14 to 17): weights should order samples as their loss histories do."""
+
+import torch
+from qmf_kernels import FORMS, PAIRS
+from torch import Tensor, nn
+
+from . import functional
+from .checks import check_choice, check_index
+from .trajectory import LossTrajectory
+
+RESCALES = ("minmax", None)
+
+
+class TrajectoryRankingLoss(nn.Module):
+    """Score a batch's weights against the losses of past visits, then remember this batch's losses.
+
+    Args:
+        num_samples: N, the size of the training set.
+        num_modalities: M.
+        form: ``"paper"``, ``"margin"`` or ``"released"``; see ``functional.ranking_loss``.
+        pairs: ``"adjacent"`` or ``"all"``.
+        rescale: ``"minmax"`` scales kappa to [0, 1] over the samples seen so far, per modality; None leaves the losses.
+        start_epoch: ``T_s`` of Eq. 14, counted from 1, in a sample's own visits.
+
+    The released code scales over all N samples, those not yet seen at 0 included, and so starts with 0 / 0; here a
+    sample without a history is in no pair that counts.
+
+    Raises:
+        ValueError: an option out of the above.
+
+    Example:
+        >>> rank = TrajectoryRankingLoss(num_samples=4, num_modalities=1)
+        >>> index, losses = torch.tensor([0, 1]), torch.tensor([[0.2, 2.0]])
+        >>> rank(torch.tensor([[0.1, 0.5]]), losses, index)  # nothing to compare with yet
+        tensor(0.)
+        >>> rank(torch.tensor([[0.1, 0.5]]), losses, index)  # the harder sample weighs more
+        tensor(1.4000)
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_modalities: int,
+        form: str = "paper",
+        pairs: str = "adjacent",
+        rescale: str | None = "minmax",
+        start_epoch: int = 1,
+    ) -> None:
+        super().__init__()
+        check_choice("form", form, FORMS)
+        check_choice("pairs", pairs, PAIRS)
+        check_choice("rescale", rescale, RESCALES)
+        self.form, self.pairs, self.rescale = form, pairs, rescale
+        self.trajectory = LossTrajectory(num_samples, num_modalities, start_epoch)
+
+    @property
+    def num_samples(self) -> int:
+        return self.trajectory.num_samples
+
+    def resize(self, num_samples: int) -> None:
+        """Grow the trajectory to ``num_samples`` without losing history."""
+        self.trajectory.resize(num_samples)
+
+    def kappa(self, index: Tensor) -> Tensor:
+        """Eq. 14 for the samples ``index``, ``[M, B]``, scaled as ``rescale`` says; NaN without a history."""
+        return self.trajectory.kappa(index, self.rescale)
+
+    def forward(self, weights: Tensor, losses: Tensor, index: Tensor) -> Tensor:
+        """The ranking loss of a batch; in training mode its losses are recorded afterwards.
+
+        Args:
+            weights: ``[M, B]``, floating point.
+            losses: ``[M, B]``, each sample's loss in each modality; no gradient flows into them.
+            index: int ``[B]``, dataset indices from 0 to N - 1.
+
+        Returns:
+            Scalar: mean over pairs, summed over modalities.
+
+        Raises:
+            TypeError, ValueError, IndexError: arguments of the wrong kind, shape, dtype or range.
+        """
+        num = self.trajectory.num_modalities
+        for name, x in (("weights", weights), ("losses", losses)):
+            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"{name} must be a floating point tensor, got {got}")
+            if x.dim() != 2 or len(x) != num or x.shape != weights.shape:
+                raise ValueError(f"{name} must be [{num}, B], the same B for both, got {tuple(x.shape)}")
+        if weights.shape[1] == 0:
+            raise ValueError("weights must not be empty: the batch has no samples")
+        index = check_index(index, weights.shape[1], self.num_samples)
+        # A modality that is absent from a sample, or broken, has no finite loss there and takes part in no pair.
+        kappa = torch.where(torch.isfinite(losses) & torch.isfinite(weights), self.kappa(index), torch.nan)
+        loss = functional.ranking_loss(
+            torch.nan_to_num(weights, posinf=0, neginf=0), kappa, form=self.form, pairs=self.pairs
+        )
+        if self.training:
+            self.trajectory.record(losses.detach(), index)
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, pairs={self.pairs!r}, rescale={self.rescale!r}"

@@ -1,0 +1,104 @@
+"""How uncertain one modality is about each sample: energy (Eq. 13) and its rivals, each ``[*, K] -> [*]``.
+
+Any of them is the ``u`` of Eq. 9, ``w = alpha * u + beta`` with ``alpha < 0``: the more uncertain, the less weight.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Uncertainty = Callable[[Tensor], Tensor]
+
+
+def energy_score(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Energy, ``E = -T * logsumexp(x / T)``: low where some logit is large (Eq. 13).
+
+    Source: Liu et al., *Energy-based Out-of-distribution Detection*, NeurIPS 2020; Eq. 13 of the QMF paper.
+
+    Args:
+        logits: ``[*, K]``, floating point.
+        temperature: positive; a number, or a tensor that broadcasts against ``[*]``.
+
+    Returns:
+        ``[*]``, in the logits' dtype, unbounded, in the logits' units.
+
+    Raises:
+        ValueError: a temperature, given as a number, that is not positive.
+
+    Example:
+        >>> energy_score(torch.zeros(2, 4))
+        tensor([-1.3863, -1.3863])
+    """
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        return -temperature * torch.logsumexp(logits / temperature, -1)
+    return -temperature * torch.logsumexp(logits / temperature.unsqueeze(-1), -1)
+
+
+def msp_uncertainty(logits: Tensor) -> Tensor:
+    """One minus the maximum softmax probability, in [0, 1 - 1/K].
+
+    Source: Hendrycks and Gimpel, *A Baseline for Detecting Misclassified and Out-of-Distribution Examples*, ICLR 2017.
+
+    Args:
+        logits: ``[*, K]``, floating point.
+
+    Returns:
+        ``[*]``, in the logits' dtype.
+
+    Example:
+        >>> msp_uncertainty(torch.zeros(1, 4))
+        tensor([0.7500])
+    """
+    return 1 - torch.softmax(logits, -1).amax(-1)
+
+
+def entropy_uncertainty(logits: Tensor) -> Tensor:
+    """Shannon entropy of the softmax over its maximum, ``H(p) / log K``, in [0, 1]; 0 where K is 1.
+
+    Source: Shannon 1948; as a weight for modalities, Tian et al., *UNO*, ICRA 2020.
+
+    Args:
+        logits: ``[*, K]``, floating point.
+
+    Returns:
+        ``[*]``, in the logits' dtype.
+
+    Example:
+        >>> entropy_uncertainty(torch.zeros(1, 4))
+        tensor([1.])
+    """
+    # H = logsumexp(x) - <p, x>, whose gradient stays finite where a probability is 0.
+    mean = (torch.softmax(logits, -1) * logits.masked_fill(logits == -torch.inf, 0)).sum(-1)
+    most = torch.logsumexp(torch.zeros_like(logits), -1)
+    return (torch.logsumexp(logits, -1) - mean) / most.clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+def evidence_uncertainty(logits: Tensor) -> Tensor:
+    """Vacuity of the Dirichlet with evidence ``softplus(x)``: ``K / sum(softplus(x) + 1)``, in (0, 1].
+
+    Source: Sensoy et al., *Evidential Deep Learning*, NeurIPS 2018; as a weight for modalities, Han et al., *Trusted
+    Multi-View Classification*, ICLR 2021.
+
+    Args:
+        logits: ``[*, K]``, floating point.
+
+    Returns:
+        ``[*]``, in the logits' dtype.
+
+    Example:
+        >>> evidence_uncertainty(torch.full((1, 4), -100.0))
+        tensor([1.])
+    """
+    return logits.shape[-1] / (F.softplus(logits) + 1).sum(-1)
+
+
+UNCERTAINTIES: dict[str, Uncertainty] = {
+    "energy": energy_score,
+    "msp": msp_uncertainty,
+    "entropy": entropy_uncertainty,
+    "evidence": evidence_uncertainty,
+}
