@@ -64,25 +64,26 @@ def check_logits(
     """
     given = unpack_logits(logits, names)
     labels = [repr(name) for name in names] if isinstance(logits, Mapping) and names is not None else range(len(given))
-    first, first_label = None, None
-    for label, x in zip(labels, given, strict=True):
-        if x is None:
-            continue
+    there = [(label, x) for label, x in zip(labels, given, strict=True) if x is not None]
+    if not there:
+        raise ValueError("logits must hold at least one modality that is not None")
+    first_label, first = there[0]
+    for label, x in there:
         if not isinstance(x, Tensor):
             raise TypeError(f"logits[{label}] must be a tensor, got {type(x).__name__}")
         if not x.dtype.is_floating_point:
             raise TypeError(f"logits[{label}] must be floating point, got {x.dtype}")
-        if not -x.dim() <= class_dim < x.dim():
-            raise ValueError(f"logits[{label}] has no class dimension {class_dim}: its shape is {_shape(x)}")
-        if first is None:
-            first, first_label = x, label
+        if x is first:
+            if not -x.dim() <= class_dim < x.dim():
+                raise ValueError(f"logits[{label}] has no class dimension {class_dim}: its shape is {_shape(x)}")
             continue
-        if x.shape[class_dim] != first.shape[class_dim]:
-            raise ValueError(
-                f"logits must agree in their number of classes: logits[{first_label}] has "
-                f"{first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
-            )
         if x.shape != first.shape:
+            same_dim = x.dim() == first.dim()
+            if same_dim and x.shape[class_dim] != first.shape[class_dim]:
+                raise ValueError(
+                    f"logits must agree in their number of classes: logits[{first_label}] has "
+                    f"{first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
+                )
             raise ValueError(
                 f"logits must agree in shape: logits[{first_label}] is {_shape(first)}, logits[{label}] is {_shape(x)}"
             )
@@ -91,14 +92,12 @@ def check_logits(
                 f"logits must be on one device: logits[{first_label}] is on {first.device}, "
                 f"logits[{label}] on {x.device}"
             )
-    if first is None:
-        raise ValueError("logits must hold at least one modality that is not None")
     if first.numel() == 0:
         raise ValueError(f"logits must not be empty: the shape is {_shape(first)}")
     rows = [torch.zeros_like(first) if x is None else x for x in given]
     if class_dim not in (-1, first.dim() - 1):
         rows = [x.movedim(class_dim, -1) for x in rows]
-    if all(x is not None for x in given):
+    if len(there) == len(given):
         return rows, None
     return rows, torch.tensor([x is not None for x in given], device=first.device)
 

@@ -155,9 +155,7 @@ def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: 
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a floating point tensor, got {got}")
     if weights.dim() not in (1, 2) or weights.shape != kappa.shape:
-        raise ValueError(
-            f"weights and kappa must both be [M, B], got {tuple(weights.shape)} and {tuple(kappa.shape)}"
-        )
+        raise ValueError(f"weights and kappa must both be [M, B], got {tuple(weights.shape)} and {tuple(kappa.shape)}")
     if weights.numel() == 0:
         raise ValueError(f"weights must not be empty: the shape is {tuple(weights.shape)}")
     if weights.device != kappa.device:
@@ -250,8 +248,8 @@ def objective_with(
     """Eq. 18 of checked inputs: M of ``[B, *, K]``, ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None."""
     check_backend(backend)
     *rule, detach_weights = weight_options
-    loss, losses, *rest = qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, detach_weights, *rows)
-    return ObjectiveOutput(loss, losses[-1], losses[:-1], *rest)
+    out = qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, detach_weights, *rows)
+    return ObjectiveOutput(*out)
 
 
 def check_backend(backend: str | None) -> None:

@@ -159,7 +159,9 @@ class QualityAwareFusion(KeepsPrecision):
         for x, value in zip(scaled, values, strict=True):
             if not isinstance(value, Tensor) or value.shape != x.shape[:-1]:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"uncertainty must return {tuple(x.shape[:-1])} for logits {tuple(x.shape)}, got {got}")
+                raise ValueError(
+                    f"uncertainty must return {tuple(x.shape[:-1])} for logits {tuple(x.shape)}, got {got}"
+                )
         return torch.stack(values).to(dtype)
 
     def weight_options(self, rows: Sequence[Tensor], present: Tensor | None) -> WeightOptions:
@@ -201,7 +203,11 @@ class QualityAwareFusion(KeepsPrecision):
 
     def extra_repr(self) -> str:
         shown = [repr(list(self.names)), f"uncertainty={self.uncertainty!r}"]
-        shown += [f"{name}=True" for name in ("learnable", "normalize", "nonnegative", "detach_weights") if getattr(self, name)]
+        shown += [
+            f"{name}=True"
+            for name in ("learnable", "normalize", "nonnegative", "detach_weights")
+            if getattr(self, name)
+        ]
         return ", ".join(shown if self.class_dim == -1 else [*shown, f"class_dim={self.class_dim}"])
 
 

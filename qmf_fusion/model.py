@@ -97,9 +97,7 @@ class FusionModel(nn.Module):
             out = head(given)
         logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
         if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}"
-            )
+            raise TypeError(f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}")
         return logits
 
     def freeze(self, *names: str) -> Self:
@@ -126,7 +124,9 @@ class FusionModel(nn.Module):
             self.heads[name].eval()
         return self
 
-    def parameter_groups(self, options: Mapping[str, Mapping[str, Any]] | None = None, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, options: Mapping[str, Mapping[str, Any]] | None = None, **defaults: Any
+    ) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: one per head that is not frozen, and one for a learnable fusion.
 
         Args:

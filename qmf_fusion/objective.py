@@ -111,14 +111,14 @@ class QMFLoss(nn.Module):
         if index is not None:
             index = check_index(index, shape[1], self.ranking.num_samples)
             if self.ranking_weight:
-                kappa = self.ranking.kappa(index)
+                kappa = self.ranking.trajectory.kappa_checked(index, self.ranking.rescale)
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         out = functional.objective_with(
             rows, target, kappa, mask, fusion.weight_options(rows, mask), options, self.backend
         )
         if self.training and index is not None:
-            self.ranking.trajectory.record(out.sample_losses, index)
+            self.ranking.trajectory.record_checked(out.sample_losses, index)
         if fusion.class_dim != -1:
             out = out._replace(logits=out.logits.movedim(-1, fusion.class_dim))
         return out

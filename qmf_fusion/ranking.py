@@ -90,12 +90,16 @@ class TrajectoryRankingLoss(nn.Module):
             raise ValueError("weights must not be empty: the batch has no samples")
         index = check_index(index, weights.shape[1], self.num_samples)
         # A modality that is absent from a sample, or broken, has no finite loss there and takes part in no pair.
-        kappa = torch.where(torch.isfinite(losses) & torch.isfinite(weights), self.kappa(index), torch.nan)
+        kappa = torch.where(
+            torch.isfinite(losses) & torch.isfinite(weights),
+            self.trajectory.kappa_checked(index, self.rescale),
+            torch.nan,
+        )
         loss = functional.ranking_loss(
             torch.nan_to_num(weights, posinf=0, neginf=0), kappa, form=self.form, pairs=self.pairs
         )
         if self.training:
-            self.trajectory.record(losses.detach(), index)
+            self.trajectory.record_checked(losses.detach(), index)
         return loss
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """Operators behind ``qmf_fusion``: fusion, ranking and the whole objective, in the namespace ``qmf``."""
 
-from .ops import NAMESPACE, Fuse, Objective, Ranking, ops
+from .operators import NAMESPACE, Fuse, Objective, Ranking, ops
 from .ranking import FORMS, PAIRS
 
 __all__ = ["FORMS", "NAMESPACE", "PAIRS", "Fuse", "Objective", "Ranking", "ops"]

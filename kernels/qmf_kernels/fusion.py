@@ -78,10 +78,10 @@ def all_finite(x: Tensor) -> bool:
 def softmax_lse(x: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax ``[*, K]`` and log-sum-exp ``[*, 1]`` for one exponential."""
     top = x.amax(-1, keepdim=True)
-    if x.shape[-1] >= 16:
+    if x.shape[-1] >= 16 or x.numel() < 512:
         probs = torch.softmax(x, -1)  # whose largest value is exp(top - lse)
         return probs, top - probs.amax(-1, keepdim=True).log_()
-    # torch.softmax does not vectorise rows shorter than a CPU's vector; this is up to five times as fast.
+    # torch.softmax does not vectorise rows shorter than a CPU's vector; this is up to five times as fast there.
     exps = (x - top).exp_()
     total = exps.sum(-1, keepdim=True)
     return exps.div_(total), total.log_().add_(top)
@@ -248,13 +248,13 @@ def fuse_backward(
     """From the gradients of fused logits, weights and energies to those of the logits and of what made the weights."""
     grad_fused, grad_weights, grad_energy = grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)
     fused = fuse_rows(logits, present, rule)
-    d_weights, d_energy = weigh_backward(
-        None if detach_weights else grad_fused, grad_weights, grad_energy, fused, rule
-    )
+    d_weights, d_energy = weigh_backward(None if detach_weights else grad_fused, grad_weights, grad_energy, fused, rule)
     sizes = fused.finite
     d_groups = [
         torch.addcmul(w * grad_fused, slope, d, value=-1)
-        for w, d, slope in zip(split_like(fused.weights, sizes), split_like(d_energy, sizes), fused.tempered, strict=True)
+        for w, d, slope in zip(
+            split_like(fused.weights, sizes), split_like(d_energy, sizes), fused.tempered, strict=True
+        )
     ]
     d_logits = [grad.to(x.dtype) for grad, x in zip(separate(d_groups), logits, strict=True)]
     return d_logits, maker_grads(d_weights, d_energy, fused, rule)

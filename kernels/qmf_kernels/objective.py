@@ -47,7 +47,8 @@ class Losses(NamedTuple):
     """What the objective returns."""
 
     loss: Tensor  # scalar
-    losses: Tensor  # [M + 1], the modalities' mean cross-entropies, then the fused one
+    fused_loss: Tensor  # scalar, mean cross-entropy of the fused logits
+    unimodal_losses: Tensor  # [M], the modalities' mean cross-entropies
     ranking: Tensor  # scalar, before its coefficient
     fused: Tensor  # [B, *, K]
     weights: Tensor  # [M, B, *]
@@ -82,7 +83,7 @@ def objective(
     out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
     if not gradients:
         return out, [], []
-    unit = (1.0, None, None, None, None, None)
+    unit = (1.0, None, None, None, None, None, None)
     d_logits, d_makers = _backward(unit, kept, weight_rule, loss_rule, detach_weights, maker_gradients)
     return out, d_logits, [] if d_makers is None else list(d_makers)
 
@@ -97,7 +98,7 @@ def objective_backward(
     loss_rule: LossRule,
     detach_weights: bool,
 ) -> tuple[list[Tensor], MakerGrads]:
-    """From gradients of the first six of ``Losses`` (None is zero) to those of the logits and of the weights' makers."""
+    """From gradients of the first seven of ``Losses`` (None is zero) to those of the logits and of the weights' makers."""
     out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
     d_logits, d_makers = _backward(grads, kept, weight_rule, loss_rule, detach_weights, True)
     assert d_makers is not None
@@ -156,7 +157,8 @@ def _forward(
         ranking_loss, ranking_grad = ranking(sample_weights, kappa, loss_rule.form, loss_rule.pairs)
         loss = torch.add(loss, ranking_loss, alpha=loss_rule.ranking_weight)
     weights, energy = fused.weights.squeeze(-1), fused.energy.squeeze(-1)
-    out = Losses(loss, losses, ranking_loss, fused.logits, weights, energy, sample_losses)
+    fused_loss, unimodal_losses = losses[-1].clone(), losses[:-1].clone()
+    out = Losses(loss, fused_loss, unimodal_losses, ranking_loss, fused.logits, weights, energy, sample_losses)
     return out, _Kept(fused, fused_probs, label, hard, soft, ranking_grad)
 
 
@@ -169,12 +171,13 @@ def _backward(
     maker_gradients: bool,
 ) -> tuple[list[Tensor], MakerGrads | None]:
     """May use up ``kept``'s softmaxes."""
-    grad_loss, grad_losses, grad_ranking, grad_fused, grad_weights, grad_energy = grads
+    grad_loss, grad_fused_loss, grad_unimodal_losses, grad_ranking, grad_fused, grad_weights, grad_energy = grads
     fused, sizes = kept.fused, kept.fused.finite
-    share = hard = _times(kept.hard, grad_loss, grad_losses)
+    scale = _loss_scale(grad_loss, grad_fused_loss, grad_unimodal_losses, kept.hard)
+    share = hard = kept.hard if scale is None else kept.hard * scale
     soft = None
     if kept.soft is not None:
-        soft = _times(kept.soft, grad_loss, grad_losses)
+        soft = kept.soft if scale is None else kept.soft * scale
         share = hard + soft * _class_mass(loss_rule.class_weight, fused.logits)
 
     d_fused = kept.fused_probs.mul_(share[-1])
@@ -183,9 +186,9 @@ def _backward(
 
     d_weights = None if grad_weights is None else grad_weights.unsqueeze(-1)
     if kept.ranking_grad is not None:
-        scale = 0.0 if grad_loss is None else grad_loss * loss_rule.ranking_weight
-        scale = scale if grad_ranking is None else grad_ranking + scale
-        d_weights = add(_spread(kept.ranking_grad * scale, fused.rows.counted, fused.weights), d_weights)
+        ranking_scale = 0.0 if grad_loss is None else grad_loss * loss_rule.ranking_weight
+        ranking_scale = ranking_scale if grad_ranking is None else grad_ranking + ranking_scale
+        d_weights = add(_spread(kept.ranking_grad * ranking_scale, fused.rows.counted, fused.weights), d_weights)
     d_weights, d_energy = weigh_backward(
         None if detach_weights else d_fused,
         d_weights,
@@ -262,13 +265,18 @@ def _subtract_labels(grad: Tensor, label: Tensor, hard: Tensor, soft: Tensor | N
         grad -= soft if rule.class_weight is None else soft * rule.class_weight.to(grad.dtype)
 
 
-def _times(share: Tensor, grad_loss: Tensor | float | None, grad_losses: Tensor | None) -> Tensor:
-    """``share`` times the incoming gradient of each of the M + 1 cross-entropies."""
-    if grad_losses is not None:
-        return share * per_modality(add(grad_losses, grad_loss), share)
-    if isinstance(grad_loss, float):
-        return share
-    return torch.zeros_like(share) if grad_loss is None else share * grad_loss
+def _loss_scale(
+    grad_loss: Tensor | float | None, grad_fused_loss: Tensor | None, grad_unimodal_losses: Tensor | None, like: Tensor
+) -> Tensor | None:
+    """The incoming gradient of each of the M + 1 cross-entropies, shaped to multiply ``like``; None for 1."""
+    if grad_fused_loss is None and grad_unimodal_losses is None and isinstance(grad_loss, float):
+        return None
+    scale = like.new_full(like.shape[:1], 0.0)
+    if grad_unimodal_losses is not None:
+        scale[:-1] = grad_unimodal_losses
+    if grad_fused_loss is not None:
+        scale[-1] = grad_fused_loss
+    return per_modality(scale if grad_loss is None else scale + grad_loss, like)
 
 
 def _sample_means(values: Tensor, counted: Tensor | None) -> Tensor:
