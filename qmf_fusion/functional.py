@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import qmf_kernels
 import torch
-from qmf_kernels import FORMS, PAIRS
 from torch import Tensor
+
+import qmf_kernels
+from qmf_kernels import FORMS, PAIRS
 
 from .checks import Logits, check_choice, check_logits, check_present, check_target
 from .uncertainty import energy_score
@@ -193,12 +194,18 @@ def qmf_objective(
         target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``.
         kappa: ``[M, B]``, already scaled, NaN where a sample has no history; None for no ranking.
         ranking_weight: lambda.
-        form, pairs: see ``ranking_loss``.
-        alpha, beta, temperature: Eq. 9 and 13; numbers or ``[M]``.
+        form: see ``ranking_loss``.
+        pairs: see ``ranking_loss``.
+        alpha: Eq. 9; negative, a number or ``[M]``.
+        beta: Eq. 9; at least 0, a number or ``[M]``.
+        temperature: Eq. 13; positive, a number or ``[M]``.
         present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; an absent modality counts in no loss.
-        normalize, nonnegative, detach_weights: see ``QualityAwareFusion``.
-        class_weight, label_smoothing, ignore_index: as in ``torch.nn.CrossEntropyLoss``, for every cross-entropy; but
-            where nothing is left to average, the loss is 0 rather than NaN.
+        normalize: see ``QualityAwareFusion``.
+        nonnegative: see ``QualityAwareFusion``.
+        detach_weights: see ``QualityAwareFusion``.
+        class_weight: ``[K]``, as ``weight`` in ``torch.nn.CrossEntropyLoss``, for every cross-entropy.
+        label_smoothing: as there.
+        ignore_index: as there; but where nothing is left to average, the loss is 0 rather than NaN.
         backend: None lets the operator choose by device; ``"torch"`` or ``"triton"`` forces one.
 
     Returns:

@@ -1,6 +1,5 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
-import torch
 from torch import Tensor, nn
 
 from . import functional

@@ -101,7 +101,8 @@ class LossTrajectory(KeepsPrecision):
 
     def _extremes_hold(self, index: Tensor) -> bool:
         """Whether the samples just updated are known to leave the extremes as they were: a batch rarely moves them,
-        and a pass over all N samples would cost more than the rest of a small batch's step."""
+        and a pass over all N samples would cost more than the rest of a small batch's step.
+        """
         if not index.is_cpu or compiling() or self.total.numel() < _SCAN_BELOW:
             return False
         if (index.view(-1, 1, 1) == self.extreme_samples).any().item():

@@ -21,7 +21,6 @@ from .fusion import (
     WeightRule,
     add,
     fuse_rows,
-    join,
     maker_grads,
     per_modality,
     separate,
@@ -79,7 +78,8 @@ def objective(
     maker_gradients: bool,
 ) -> tuple[Losses, list[Tensor], list[Tensor]]:
     """The losses, and the gradients of ``loss`` with respect to the logits (in the accumulating dtype) and to what made
-    the weights (``MakerGrads``); either list is empty unless asked for."""
+    the weights (``MakerGrads``); either list is empty unless asked for.
+    """
     out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
     if not gradients:
         return out, [], []
