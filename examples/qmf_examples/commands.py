@@ -11,18 +11,18 @@ import typer
 
 from .errors import CommandError, require_extras
 
-# Typer brought click along in some versions and carries its own in others: its errors are found from the one it exports.
+# Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
 UsageError: Any = typer.BadParameter.__mro__[2]
 Abort = typer.Abort
 
 app = typer.Typer(
     name="qmf-fusion",
     help="Quality-aware Multimodal Fusion: weight each modality per sample by how certain it is.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-train = typer.Typer(help="Train and compare fusions on a data set.", no_args_is_help=True)
+train = typer.Typer(help="Train and compare fusions on a data set.", invoke_without_command=True)
 app.add_typer(train, name="train")
 
 
@@ -30,6 +30,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; errors come out as exceptions, for ``cli.main`` to word."""
     given = None if arguments is None else list(arguments)
     code = app(args=given, prog_name="qmf-fusion", standalone_mode=False)
+    if code == 130:  # what Typer makes of an interrupt, without a word
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
@@ -45,11 +47,25 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    _help_without_command(context)
+
+
+@train.callback()
+def _train(context: typer.Context) -> None:
+    _help_without_command(context)
+
+
+def _help_without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        text = context.get_help()  # printed already, and empty, where Typer writes it with rich
+        if text:
+            typer.echo(text)
+        raise typer.Exit
 
 
 def check_device(name: str) -> None:
@@ -67,7 +83,7 @@ def check_device(name: str) -> None:
         torch.ones(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
-        raise typer.BadParameter(f"--device {name!r} cannot be used here: {reason}") from error
+        raise typer.BadParameter(f"{name!r} cannot be used here: {reason}", param_hint="'--device'") from error
 
 
 def prepare_output(folder: Path) -> None:
@@ -82,39 +98,40 @@ def prepare_output(folder: Path) -> None:
             pass
     except OSError as error:
         reason = "it is not a folder" if folder.is_file() else error.strerror or str(error)
-        raise typer.BadParameter(f"--output {str(folder)!r} cannot be written to: {reason}") from error
+        raise typer.BadParameter(f"{str(folder)!r} cannot be written to: {reason}", param_hint="'--output'") from error
 
 
-@train.command()
+@train.command(
+    help="Four views of scikit-learn's handwritten digits, half of them damaged at test time: who fuses best?\n\n"
+    "Nothing is downloaded. Trains small heads on clean views, damages half of each test image's views with Gaussian "
+    "noise, salt-and-pepper and occlusion, and compares every view alone, plain averages, QMF without and with its "
+    "ranking loss (three forms), and an oracle."
+)
 def digits(
-    output: Annotated[
-        Path, typer.Option(help="Folder for results.json, accuracy.png and checkpoints/.")
-    ] = Path("runs/digits"),
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds. [default: 5; 2 with --quick]")] = None,  # type: ignore[assignment]
-    seed: Annotated[int, typer.Option(min=0, help="The first seed; the others follow it.")] = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training. [default: 40; 4 with --quick]")] = None,  # type: ignore[assignment]
+    output: Annotated[Path, typer.Option(help="Folder for results.json, accuracy.png and checkpoints/.")] = Path(
+        "runs/digits"
+    ),
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="How many seeds: 5 if not given, 2 with --quick.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="The first seed; the others follow it.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of each training: 40 if not given, 4 with --quick.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps, ...")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Two seeds of a few epochs, in seconds.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoints of a run that was killed.")
     ] = False,
 ) -> None:
-    """Four views of scikit-learn's handwritten digits, half of them damaged at test time: who fuses best?
-
-    Nothing is downloaded. Trains small heads on clean views, damages half of each test image's views with Gaussian
-    noise, salt-and-pepper and occlusion, and compares every view alone, plain averages, QMF without and with its
-    ranking loss (three forms), and an oracle.
-    """
-    prepare_output(output)
     require_extras(("numpy", "sklearn", "matplotlib", "rich"))
     check_device(device)
+    prepare_output(output)
     from .digits import DigitsConfig
     from .digits_report import run_and_report
 
     count = seeds or (2 if quick else 5)
-    config = DigitsConfig(
-        seeds=tuple(range(seed, seed + count)), epochs=epochs or (4 if quick else 40), device=device
-    )
+    config = DigitsConfig(seeds=tuple(range(seed, seed + count)), epochs=epochs or (4 if quick else 40), device=device)
     with _disk_errors():
         run_and_report(config, output, resume)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ Report = Callable[[int, str, int], None]
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """What decides the numbers (``checkpoint_every`` apart); for the same ones the results are the same, bit for bit."""
+    """What decides the numbers (``checkpoint_every`` apart): the same ones give the same results, bit for bit."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seeds a split of the data, the heads' first weights, the order of the batches and the damage."""
@@ -36,11 +37,11 @@ class DigitsConfig:
     learning_rate: float = 3e-3
     checkpoint_every: int = 10
 
-    def made_with(self, seed: int, training: Training) -> str:
+    def made_with(self, seed: int, training: Training) -> dict[str, str]:
         """What a checkpoint must agree on to be resumed."""
         settings = {**asdict(self), "seed": seed, "training": training.name, "options": dict(training.options)}
         del settings["seeds"], settings["checkpoint_every"]
-        return json.dumps(settings, sort_keys=True)
+        return {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
 
 
 class Condition(NamedTuple):
@@ -77,7 +78,10 @@ def prepare(seed: int, device: torch.device) -> Prepared:
     conditions = []
     for name, level in list_conditions():
         chosen = half & (name != "clean")
-        copies = corrupt(test.images, test.ids, chosen, name, level, seed) if name != "clean" else [test.images] * len(VIEWS)
+        if name == "clean":
+            copies = np.repeat(test.images[None], len(VIEWS), 0)
+        else:
+            copies = corrupt(test.images, test.ids, chosen, name, level, seed)
         features = {
             view: torch.from_numpy(scalers[view](look(copy))).to(device)
             for (view, look), copy in zip(VIEWS.items(), copies, strict=True)
@@ -148,7 +152,7 @@ def train_heads(
         # The order depends on the seed and the epoch alone, so that a resumed run needs no generator's state.
         order = torch.randperm(num, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).to(device)
         epoch_loss = torch.zeros((), device=device)
-        for index in order.split(config.batch_size):
+        for index in torch.split(order, config.batch_size):
             optimizer.zero_grad()
             out = model({view: x[index] for view, x in data.train.items()})
             objective = criterion(out.unimodal_logits, data.train_labels[index], index)

@@ -46,7 +46,8 @@ def pixels(images: Array) -> Array:
 
 def fourier(images: Array) -> Array:
     """Magnitudes of the 8 x 5 independent Fourier coefficients: blind to where the digit sits (cyclically)."""
-    return np.abs(np.fft.rfft2(images, norm="ortho")).reshape(len(images), -1)
+    magnitudes: Array = np.abs(np.fft.rfft2(images, norm="ortho"))
+    return magnitudes.reshape(len(images), -1)
 
 
 def gradients(images: Array) -> Array:
@@ -57,7 +58,7 @@ def gradients(images: Array) -> Array:
     direction = np.round(np.arctan2(down, right) / (np.pi / 4)).astype(np.int64) % 8
     votes = size[..., None] * (direction[..., None] == np.arange(8))
     half = SIDE // 2
-    cells = votes.reshape(len(images), 2, half, 2, half, 8).sum((2, 4))
+    cells: Array = votes.reshape(len(images), 2, half, 2, half, 8).sum((2, 4))
     return cells.reshape(len(images), -1)
 
 
@@ -67,7 +68,8 @@ def projections(images: Array) -> Array:
     lines = [i == n for n in range(SIDE)] + [j == n for n in range(SIDE)]
     lines += [i - j == n for n in range(1 - SIDE, SIDE)] + [i + j == n for n in range(2 * SIDE - 1)]
     masks = np.stack(lines).reshape(len(lines), -1)
-    return pixels(images) @ (masks / masks.sum(1, keepdims=True)).T
+    means: Array = pixels(images) @ (masks / masks.sum(1, keepdims=True)).T
+    return means
 
 
 VIEWS: dict[str, Callable[[Array], Array]] = {

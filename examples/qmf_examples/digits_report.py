@@ -12,7 +12,7 @@ from .methods import TRAININGS, list_methods
 from .plots import plot_accuracy
 from .results import Row, summarise, write_results
 from .tables import report, wide_console
-from .verdicts import verdicts
+from .verdicts import judge
 
 
 def run_and_report(config: DigitsConfig, output: Path, resume: bool = False) -> list[Row]:
@@ -25,27 +25,27 @@ def run_and_report(config: DigitsConfig, output: Path, resume: bool = False) -> 
     methods = list_methods(tuple(VIEWS))
     with _progress() as progress:
         runs = progress.add_task("all trainings", total=len(config.seeds) * len(TRAININGS) * config.epochs)
-        current = progress.add_task("", total=config.epochs)
+        current = progress.add_task("", total=config.epochs, visible=False)
         finished: dict[tuple[int, str], int] = {}
 
         def advance(seed: int, training: str, epoch: int) -> None:
             finished[seed, training] = epoch
             progress.update(runs, completed=sum(finished.values()))
-            progress.update(current, description=f"seed {seed}, {training}", completed=epoch)
+            progress.update(current, description=f"seed {seed}, {training}", completed=epoch, visible=True)
 
         scores = run_digits(config, checkpoints, resume, advance)
         progress.update(current, visible=False)
 
     rows = summarise(scores)
-    said = verdicts(rows, methods)
-    write_results(output / "results.json", describe(config), rows, said)
+    verdicts = judge(rows, methods)
+    write_results(output / "results.json", describe(config), rows, [verdict.sentence() for verdict in verdicts])
     units = {kind: corruption.unit for kind, corruption in CORRUPTIONS.items()}
     title = f"Digits, {len(VIEWS)} views, half of them damaged per test image ({len(config.seeds)} seeds)"
     plot_accuracy(output / "accuracy.png", rows, methods, units, title)
 
     console = wide_console()
-    console.print(report(rows, said))
-    console.print(f"\nWrote {output / 'results.json'} and {output / 'accuracy.png'}", soft_wrap=True)
+    console.print(report(rows, verdicts))
+    console.print(f"Wrote {output / 'results.json'} and {output / 'accuracy.png'}", soft_wrap=True)
     return rows
 
 

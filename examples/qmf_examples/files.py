@@ -29,7 +29,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path: Path, made_with: str, device: torch.device) -> dict[str, Any] | None:
+def load_checkpoint(path: Path, made_with: dict[str, str], device: torch.device) -> dict[str, Any] | None:
     """The state saved at ``path``, or None where there is none; tensors and plain values alone are unpickled.
 
     Raises:
@@ -39,12 +39,14 @@ def load_checkpoint(path: Path, made_with: str, device: torch.device) -> dict[st
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        theirs = state["made_with"]
+        theirs: dict[str, str] = dict(state["made_with"])
     except Exception as error:  # whatever a damaged zip or pickle makes torch.load raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"--resume: cannot read {path} ({reason}); run without --resume to start afresh") from error
     if theirs != made_with:
+        names = [name for name in {**made_with, **theirs} if made_with.get(name) != theirs.get(name)]
+        was, wanted = (", ".join(f"{name} {given.get(name)}" for name in names) for given in (theirs, made_with))
         raise CommandError(
-            f"--resume: {path} was made with {theirs}, not with {made_with}; run without --resume to start afresh"
+            f"--resume: {path} was made with {was}, not with {wanted}; run without --resume to start afresh"
         )
     return state

@@ -80,16 +80,6 @@ def trained_layer(evidence: Evidence) -> Fused:
     return Fused(out.logits, out.weights)
 
 
-def layer(fusion: QualityAwareFusion) -> Callable[[Evidence], Fused]:
-    """Another layer than the one trained with, on the same heads."""
-
-    def fuse(evidence: Evidence) -> Fused:
-        out = fusion.to(evidence.logits[0].device)(evidence.logits)
-        return Fused(out.logits, out.weights)
-
-    return fuse
-
-
 def oracle(evidence: Evidence) -> Fused:
     """The plain mean of probabilities over the views that it is told are clean: what knowing the quality is worth."""
     clean = (~evidence.corrupted).to(evidence.logits[0].dtype)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .files import write_atomically
@@ -55,12 +54,15 @@ def pearson(weights: Tensor, losses: Tensor) -> float | None:
         From -1 (as it should be: the larger the loss, the smaller the weight) to 1; None where in no view both vary.
 
     Example:
-        >>> pearson(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, 2.0]]))
-        -1.0
+        >>> import torch
+        >>> round(pearson(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, 3.0]])), 3)
+        -0.982
     """
-    w, x = (t.double().cpu() - t.double().cpu().mean(1, keepdim=True) for t in (weights, losses))
+    w, x = weights.detach().cpu().double(), losses.detach().cpu().double()
+    sizes = w.norm(dim=1) * x.norm(dim=1)
+    w, x = w - w.mean(1, keepdim=True), x - x.mean(1, keepdim=True)
     spread = w.norm(dim=1) * x.norm(dim=1)
-    varies = spread > 1e-9 * w.shape[1]
+    varies = spread > 1e-12 * sizes  # rounding alone is no variation
     if not varies.any():
         return None
     return float(((w * x).sum(1)[varies] / spread[varies]).mean())

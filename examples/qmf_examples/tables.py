@@ -1,4 +1,4 @@
-"""The two tables on the terminal: accuracy, and the correlation of weight and loss."""
+"""The tables on the terminal: accuracy, fusions against plain averages, and the correlation of weight and loss."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .results import Row, mean_or_none, over_seeds
+from .verdicts import TIE, Verdict, in_words
 
 Grouped = dict[str, dict[str, list[Row]]]
 
@@ -46,15 +47,39 @@ def correlation_table(rows: Sequence[Row]) -> Table:
         for method, conditions in group_rows(rows).items()
         if any(row.correlation is not None for levels in conditions.values() for row in levels)
     }
-    table = _table("Correlation of weight and loss: -1 is best; above 0 the worse view weighs more", grouped)
+    title = "Correlation of weight and loss: -1 is best; above 0, worse views weigh more"
+    table = _table(title, grouped)
     for method, conditions in grouped.items():
         means = [mean_or_none([row.correlation for row in levels]) for levels in conditions.values()]
         table.add_row(method, *("-" if mean is None else f"{mean:+.2f}" for mean in means))
     return table
 
 
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """Where the fusions lose to a plain average, in words."""
+    table = _bare_table("Fusions against the plain averages: points of accuracy that they win or lose")
+    table.add_column("method")
+    table.add_column("against", no_wrap=True)
+    conditions = list(dict.fromkeys(condition for verdict in verdicts for condition, _ in verdict.gaps))
+    for condition in conditions:
+        table.add_column(condition, justify="right")
+    table.add_column("loses\nat levels", justify="right", no_wrap=True)
+    for verdict in verdicts:
+        cells = []
+        for condition in conditions:
+            gap = statistics.fmean(gap for (name, _), gap in verdict.gaps.items() if name == condition)
+            cells.append(Text(in_words(gap), style="red" if gap <= -TIE else ""))
+        count = f"{len(verdict.losses)} of {len(verdict.gaps)}"
+        table.add_row(verdict.method, verdict.average, *cells, count)
+    return table
+
+
+def _bare_table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+
+
 def _table(title: str, grouped: Grouped) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = _bare_table(title)
     table.add_column("method")
     for condition, levels in next(iter(grouped.values()), {}).items():
         shown = ", ".join(f"{row.level:g}" for row in levels)
@@ -67,14 +92,13 @@ def _count(rows: Sequence[Row]) -> str:
     return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
 
 
-def report(rows: Sequence[Row], verdicts: Sequence[str]) -> Group:
-    """Both tables, and in words how the fusions stand against the plain averages."""
+def report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Group:
+    """Accuracy, how the fusions stand against the plain averages, and the correlations."""
     return Group(
         accuracy_table(rows),
-        Text("Damaged columns average over their levels; each level has its own row in results.json.\n", style="dim"),
+        verdict_table(verdicts),
         correlation_table(rows),
-        Text("Against the plain averages, by mean accuracy, at every level:", style="bold"),
-        *(Text(f"- {sentence}") for sentence in verdicts),
+        Text("Columns with several levels show the mean over them; results.json has every level's row."),
     )
 
 

@@ -1,6 +1,7 @@
 """Does it help? Every fusion against every plain average, under every condition, in words: nothing is picked."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .methods import Method
 from .results import Row
@@ -9,12 +10,42 @@ TIE = 5e-4
 """Means closer than this, 0.05 points, are said to tie: the tables would show them alike."""
 
 
-def describe_setting(condition: str, level: float) -> str:
-    return condition if condition == "clean" else f"{condition} {level:g}"
+class Verdict(NamedTuple):
+    """One fusion against one plain average, by mean accuracy over seeds."""
+
+    method: str
+    average: str
+    gaps: dict[tuple[str, float], float]
+    """By condition and level: the fusion's mean less the average's; below 0 the fusion loses."""
+
+    @property
+    def losses(self) -> dict[tuple[str, float], float]:
+        return {setting: gap for setting, gap in self.gaps.items() if gap <= -TIE}
+
+    @property
+    def wins(self) -> dict[tuple[str, float], float]:
+        return {setting: gap for setting, gap in self.gaps.items() if gap >= TIE}
+
+    def sentence(self) -> str:
+        """Where the fusion loses, and by how many points."""
+        wins, ties = len(self.wins), len(self.gaps) - len(self.wins) - len(self.losses)
+        if self.losses:
+            where = ", ".join(f"{_name(*setting)} {100 * gap:+.1f}" for setting, gap in self.losses.items())
+            said = f"loses to {self.average} under {len(self.losses)} of {len(self.gaps)} conditions ({where} points)"
+        else:
+            said = f"loses to {self.average} nowhere"
+        return f"{self.method} {said}; wins {wins}, ties {ties}."
 
 
-def verdicts(rows: Sequence[Row], methods: Sequence[Method]) -> list[str]:
-    """One sentence per fusion and plain average: where the mean accuracy over seeds is lower, and by how many points.
+def in_words(gap: float) -> str:
+    """``"loses 1.5"``, ``"wins 0.2"`` or ``"ties"``, in points."""
+    if abs(gap) < TIE:
+        return "ties"
+    return f"{'wins' if gap > 0 else 'loses'} {100 * abs(gap):.1f}"
+
+
+def judge(rows: Sequence[Row], methods: Sequence[Method]) -> list[Verdict]:
+    """A verdict for each fusion and plain average.
 
     Example:
         >>> from qmf_examples.methods import mean_logits
@@ -22,24 +53,20 @@ def verdicts(rows: Sequence[Row], methods: Sequence[Method]) -> list[str]:
         >>> seeds = ((0,), (0.9,), (None,))
         >>> rows = [Row("mean", "clean", 0.0, 0.9, None, 0.9, None, *seeds)]
         >>> rows += [Row("QMF", "clean", 0.0, 0.875, None, 0.875, None, *seeds)]
-        >>> verdicts(rows, methods)
-        ['QMF LOSES to mean under 1 of 1 conditions (clean -2.5 points); wins 0, ties 0.']
+        >>> [verdict] = judge(rows, methods)
+        >>> verdict.sentence()
+        'QMF loses to mean under 1 of 1 conditions (clean -2.5 points); wins 0, ties 0.'
     """
     mean = {(row.method, row.condition, row.level): row.mean for row in rows}
     settings = list(dict.fromkeys((row.condition, row.level) for row in rows))
-    sentences = []
-    for method in methods:
-        if method.role != "fusion":
-            continue
-        for average in (m for m in methods if m.role == "average"):
-            gaps = {s: mean[method.name, *s] - mean[average.name, *s] for s in settings}
-            losses = {s: gap for s, gap in gaps.items() if gap <= -TIE}
-            wins = sum(gap >= TIE for gap in gaps.values())
-            ties = len(gaps) - wins - len(losses)
-            if losses:
-                where = ", ".join(f"{describe_setting(*s)} {100 * gap:.1f}" for s, gap in losses.items())
-                said = f"LOSES to {average.name} under {len(losses)} of {len(gaps)} conditions ({where} points)"
-            else:
-                said = f"loses to {average.name} nowhere"
-            sentences.append(f"{method.name} {said}; wins {wins}, ties {ties}.")
-    return sentences
+    fusions = [method.name for method in methods if method.role == "fusion"]
+    averages = [method.name for method in methods if method.role == "average"]
+    return [
+        Verdict(fusion, average, {s: mean[fusion, *s] - mean[average, *s] for s in settings})
+        for fusion in fusions
+        for average in averages
+    ]
+
+
+def _name(condition: str, level: float) -> str:
+    return condition if condition == "clean" else f"{condition} {level:g}"
