@@ -1,9 +1,10 @@
 """The subcommands and their options. The jobs themselves are imported when one runs."""
 
 import contextlib
+import importlib.util
+import runpy
 import tempfile
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,10 +38,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        try:
-            version = metadata.version("qmf-fusion")
-        except metadata.PackageNotFoundError:  # run from a source tree
-            from qmf_fusion import __version__ as version
+        # The file on its own, for importing the package would import torch.
+        package = importlib.util.find_spec("qmf_fusion")
+        assert package is not None
+        assert package.origin is not None
+        version = runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"]
         typer.echo(f"qmf-fusion {version}")
         raise typer.Exit
 

@@ -11,6 +11,7 @@ from qmf_examples.cli import main
 from qmf_examples.corruptions import CORRUPTIONS
 from qmf_examples.digits_data import VIEWS
 from qmf_examples.methods import list_methods
+from qmf_fusion import __version__
 
 CONDITIONS = [("clean", 0.0), *((kind, level) for kind, c in CORRUPTIONS.items() for level in c.levels)]
 # The folders under test, for a process of its own.
@@ -110,7 +111,7 @@ def test_version_and_help_start_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].split()[0] == "qmf-fusion"
+    assert done.stdout.splitlines()[-1] == f"qmf-fusion {__version__}"
 
 
 @pytest.mark.parametrize(
