@@ -115,7 +115,7 @@ class QualityAwareFusion(KeepsPrecision):
             self.raw_beta = nn.Parameter(b.to(dtype))
             self.raw_temperature = nn.Parameter(t.log().to(dtype))
         self._find_unit_temperature()
-        self.register_load_state_dict_post_hook(lambda module, _: module._find_unit_temperature())
+        self.register_load_state_dict_post_hook(_after_load)
 
     def _find_unit_temperature(self) -> None:
         # Known once, so that no step has to ask a device whether T is 1.
@@ -203,6 +203,11 @@ class QualityAwareFusion(KeepsPrecision):
         shown = [repr(list(self.names)), f"uncertainty={self.uncertainty!r}"]
         shown += [f"{name}=True" for name in ("learnable", "normalize", "nonnegative", "detach_weights") if getattr(self, name)]
         return ", ".join(shown if self.class_dim == -1 else [*shown, f"class_dim={self.class_dim}"])
+
+
+def _after_load(fusion: QualityAwareFusion, _: object) -> None:
+    """A function of the module, as pickle wants its hooks."""
+    fusion._find_unit_temperature()
 
 
 def _coefficient(name: str, value: Coefficient, num: int) -> Tensor:
