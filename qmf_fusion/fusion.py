@@ -167,7 +167,9 @@ class QualityAwareFusion(KeepsPrecision):
         weights, temperature = None, None if self._unit_temperature else self.temperature
         if self.uncertainty != "energy":
             # Rows that do not count would send NaN back through the uncertainty, whatever their weight.
-            counted = torch.stack([torch.isfinite(torch.logsumexp(x.detach().float(), -1)) for x in rows])
+            dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
+            heights = [torch.logsumexp(x.detach().to(dtype), -1) for x, dtype in zip(rows, dtypes, strict=True)]
+            counted = torch.stack([torch.isfinite(height) for height in heights])
             counted = counted if present is None else counted & present
             safe = [torch.where(c.unsqueeze(-1), x, 0) for c, x in zip(counted, rows, strict=True)]
             u = self._measure(safe)
@@ -212,7 +214,10 @@ def _after_load(fusion: QualityAwareFusion, _: object) -> None:
 
 def _coefficient(name: str, value: Coefficient, num: int) -> Tensor:
     """``value`` as float64 ``[num]``, of the sign that its name demands."""
-    given = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    try:
+        given = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, a sequence or a tensor, got {value!r}") from error
     if given.dim() > 1 or given.numel() not in (1, num):
         raise ValueError(f"{name} must be a number or one per modality ({num}), got shape {tuple(given.shape)}")
     values = given.expand(num).clone()

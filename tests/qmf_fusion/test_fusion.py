@@ -166,6 +166,15 @@ def test_large_logits_do_not_overflow(value, dtype):
     assert torch.isfinite(out.logits).all()
 
 
+@pytest.mark.parametrize("uncertainty", UNCERTAINTIES)
+def test_float64_reaches_beyond_float32(uncertainty):
+    x = torch.tensor([[1e39, 0.0, -1e39]], dtype=torch.float64)
+    expected = reference.weights([x], uncertainty, alpha=-0.5, beta=1.0)
+    torch.testing.assert_close(
+        QualityAwareFusion(1, uncertainty=uncertainty, alpha=-0.5, beta=1.0)([x]).weights, expected
+    )
+
+
 def test_minus_infinity_rules_a_class_out():
     out = QualityAwareFusion(2)([torch.tensor([[-torch.inf, 1.0, 2.0]]), torch.tensor([[-90.0, -80.0, -70.0]])])
     assert out.logits[0, 0] == -torch.inf
