@@ -200,7 +200,9 @@ def check_equations(
         agree(out.logits, total, "the logits must be sum_m w[m] * x[m] (Eq. 11)", given, size_of(given, out))
         if out.energy is None:
             return
-        moved = subject([x + shift for x in given])
+        # Shifted and scaled in float32 at least: narrower logits would round.
+        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in given]
+        moved = subject([x + shift for x in wide])
         assert moved.energy is not None
         what = f"logits + {shift} must have energy - {shift} (Eq. 13)"
         agree(moved.energy, out.energy - shift, what, given, size_of(given))
@@ -214,7 +216,7 @@ def check_equations(
             raw = hot.raw_temperature
             raw.copy_(raw + math.log(scale) if layer.learnable else raw * scale)
         hot._find_unit_temperature()
-        unscaled, stretched = Subject(plain)(given).energy, Subject(scaled)([x * scale for x in given]).energy
+        unscaled, stretched = Subject(plain)(given).energy, Subject(scaled)([x * scale for x in wide]).energy
         assert unscaled is not None
         assert stretched is not None
         what = f"logits and temperature times {scale} must have energy times {scale} (Eq. 13)"

@@ -163,6 +163,12 @@ CASES = {
     "ranking device": (lambda: functional.ranking_loss(X, META), ValueError, r"kappa must be on .* cpu, got meta"),
     "objective dims": (objective([X[0], X[0]], Y[0]), ValueError, r"logits must be \[B, \*, K\], got \(4,\)"),
     "objective kappa": (objective(kappa=X), ValueError, r"kappa must be \(2, 3\), .* got \(3, 4\)"),
+    "objective kappa kind": (objective(kappa=[0.1]), TypeError, r"kappa must be a tensor or None, got list"),
+    "objective kappa device": (objective(kappa=X[:2, :3].to("meta")), ValueError, r"kappa must be on .* cpu, got meta"),
+    "objective alpha kind": (objective(alpha="x"), TypeError, r"alpha must be a number, a sequence .* got 'x'"),
+    "class_weight kind": (objective(class_weight=[1.0]), TypeError, r"class_weight must be a tensor .* got list"),
+    "fuse weights kind": (lambda: functional.fuse([X, X], [1.0]), TypeError, r"weights must be a tensor, got list"),
+    "layer beta kind": (layer(2, beta="x"), TypeError, r"beta must be a number, a sequence .* got 'x'"),
     "objective alpha": (objective(alpha=1), ValueError, r"alpha must be negative, got 1"),
     "objective temperature": (
         objective(temperature=[1.0, 0.0]),

@@ -155,6 +155,12 @@ def test_rescaling_is_over_the_samples_seen_per_modality():
     torch.testing.assert_close(kappa, expected, equal_nan=True)
 
 
+def test_rescaling_of_losses_below_zero():
+    trajectory = LossTrajectory(4, 1)
+    trajectory.record(torch.tensor([[-3.0, -1.0, -2.0]]), torch.tensor([0, 1, 3]))
+    assert trajectory.kappa(torch.tensor([0, 1, 3])).tolist() == [[0.0, 1.0, 0.5]]
+
+
 def test_losses_that_are_not_finite_are_left_out():
     trajectory = LossTrajectory(2, 1)
     trajectory.record(torch.tensor([[torch.inf, torch.nan]]), torch.tensor([0, 1]))
