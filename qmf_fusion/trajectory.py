@@ -49,7 +49,7 @@ class LossTrajectory(KeepsPrecision):
         # Sums and counts in one tensor, [2, M, N], for one gather and one scatter a step; counts stay exact to 2^53.
         self.register_buffer("history", torch.zeros(2, num_modalities, num_samples, dtype=torch.float64))
         # The smallest mean loss per modality, over the samples that have one, and the largest's distance from it.
-        self.register_buffer("low", torch.zeros(num_modalities, 1, dtype=torch.float64))
+        self.register_buffer("low", torch.full((num_modalities, 1), torch.inf, dtype=torch.float64))
         self.register_buffer("span", torch.ones(num_modalities, 1, dtype=torch.float64))
         self.register_buffer("visits", torch.zeros(num_samples, dtype=torch.int64) if start_epoch > 1 else None)
 

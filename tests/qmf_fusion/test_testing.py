@@ -33,7 +33,11 @@ SOUND = [
 ]
 
 
-@pytest.mark.parametrize("options", SOUND, ids=str)
+def describe(options):
+    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())
+
+
+@pytest.mark.parametrize("options", SOUND, ids=describe)
 def test_sound_layers_pass(options):
     assert testing.check_all(QualityAwareFusion(3, **options), settings=FEW) == ALL
 
