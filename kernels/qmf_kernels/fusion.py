@@ -187,6 +187,14 @@ def _weighted_sum(groups: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
+def _row_products(x: Tensor, groups: Sequence[Tensor]) -> Tensor:
+    """``<x, y>`` over the classes for each modality's y, ``[M, *, 1]``."""
+    if len(groups) == 1:
+        return (x * groups[0]).sum(-1, keepdim=True)
+    scratch = torch.empty_like(groups[0])  # one for all: to touch fresh memory costs more than the product
+    return torch.cat([torch.mul(x, y, out=scratch).sum(-1, keepdim=True) for y in groups])
+
+
 def weigh_backward(
     grad_fused: Tensor | None, grad_weights: Tensor | None, grad_energy: Tensor | None, fused: Fused, rule: WeightRule
 ) -> tuple[Tensor, Tensor]:
@@ -194,7 +202,7 @@ def weigh_backward(
     counted = fused.rows.counted
     grad = grad_weights
     if grad_fused is not None:
-        grad = add(join([(grad_fused * x).sum(-1, keepdim=True) for x in fused.finite]), grad)
+        grad = add(_row_products(grad_fused, fused.finite), grad)
     if grad is None:
         grad = torch.zeros_like(fused.weights)
     grad = keep_counted(grad, counted)
