@@ -1,6 +1,5 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
-import torch
 from torch import Tensor, nn
 
 from . import functional
@@ -30,6 +29,7 @@ class QMFLoss(nn.Module):
         TypeError, ValueError: an argument out of the above, naming it.
 
     Example:
+        >>> import torch
         >>> fusion = QualityAwareFusion(2)
         >>> criterion = QMFLoss(fusion, num_samples=100)
         >>> heads = [torch.randn(8, 5, requires_grad=True) for _ in range(2)]

@@ -1,7 +1,8 @@
 """Energies, weights and fused logits (Eq. 13, 9, 11), forward and backward, in plain PyTorch.
 
 Shape contract: ``logits`` holds M tensors ``[*, K]`` of one shape, any strides, any floating dtypes; ``alpha``,
-``beta`` and ``temperature`` are ``[M]``; per-row scalars are modality-first and keep the class dimension, ``[M, *, 1]``.
+``beta`` and ``temperature`` are ``[M]``; per-row scalars are modality-first and keep the class dimension,
+``[M, *, 1]``.
 Arithmetic is in float32, or in float64 if any head's logits are.
 
 A row (one modality of one sample) counts when it is present and its log-sum-exp is finite, that is, when it holds no
@@ -24,7 +25,7 @@ _STACK_BELOW = 16_384
 
 
 class WeightRule(NamedTuple):
-    """How weights come from energies (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` instead of ``alpha * E + beta``."""
+    """How weights come from energies (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` for ``alpha * E + beta``."""
 
     weights: Tensor | None
     alpha: Tensor

@@ -205,19 +205,19 @@ def _objective_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
 
 
 def _objective_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    grads, (logits, *others), rest, of_loss = inputs[:7], inputs[7:11], inputs[11:-2], inputs[-2:]
-    scale = grads[0]
-    if of_loss[0] and scale is not None and not any(_may_differ_from_zero(grad) for grad in grads[1:]):
-        d_logits, d_makers = ([d * scale for d in ds] for ds in of_loss)
+    grads, logits, rest, of_loss = inputs[:7], inputs[7], inputs[11:-2], inputs[-2:]
+    scale, d_logits, d_makers = grads[0], *of_loss
+    if d_logits and scale is not None and not any(_may_differ_from_zero(grad) for grad in grads[1:]):
+        d_logits, d_makers = [d * scale for d in d_logits], [d * scale for d in d_makers]
         d_makers = d_makers or [torch.zeros_like(x) for x in _fake_makers(_per_row(logits))]
     else:
         rules, detach_weights = (WeightRule(*rest[:6]), LossRule(*rest[6:12])), rest[12]
-        d_logits, d_makers = objective.objective_backward(grads, logits, *others, *rules, detach_weights)
+        d_logits, d_makers = objective.objective_backward(grads, *inputs[7:11], *rules, detach_weights)
     return [grad.to(x.dtype) for grad, x in zip(d_logits, logits, strict=True)], list(d_makers)
 
 
 def _may_differ_from_zero(grad: Tensor | None) -> bool:
-    """Under torch.compile, outputs that nobody used have gradients of zeros; on a device, looking would mean waiting."""
+    """Under torch.compile, unused outputs have gradients of zeros; on a device, looking would mean waiting."""
     return grad is not None and not (grad.is_cpu and all(x.item() == 0 for x in torch.aminmax(grad)))
 
 

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+
 from qmf_kernels import FORMS, PAIRS
 from qmf_kernels.fusion import WeightRule
 from qmf_kernels.objective import LossRule, objective
