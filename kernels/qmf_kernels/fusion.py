@@ -95,7 +95,7 @@ def per_modality(value: Tensor, like: Tensor) -> Tensor:
 
 def split_like(values: Tensor, groups: Sequence[Tensor]) -> Sequence[Tensor]:
     """``[M, ...]`` in the groups' sizes."""
-    return [values] if len(groups) == 1 else values.split([len(group) for group in groups])
+    return [values] if len(groups) == 1 else torch.split_with_sizes(values, [len(group) for group in groups])
 
 
 def join(groups: Sequence[Tensor]) -> Tensor:

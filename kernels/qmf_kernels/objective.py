@@ -10,7 +10,7 @@ passes over the logits once more.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ def _forward(
 
 
 def _backward(
-    grads: Sequence[Tensor | float | None],
+    grads: Sequence[Any],  # Tensor or None; the loss's may be 1.0
     kept: _Kept,
     weight_rule: WeightRule,
     loss_rule: LossRule,
