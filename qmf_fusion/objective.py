@@ -29,6 +29,7 @@ class QMFLoss(nn.Module):
         TypeError, ValueError: an argument out of the above, naming it.
 
     Example:
+        >>> import torch
         >>> fusion = QualityAwareFusion(2)
         >>> criterion = QMFLoss(fusion, num_samples=100)
         >>> heads = [torch.randn(8, 5, requires_grad=True) for _ in range(2)]

@@ -1,9 +1,12 @@
 """The loss trajectory ``kappa`` (Eq. 14): the mean of each sample's past unimodal losses, kept with the model."""
 
-import qmf_kernels
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling as compiling
+
+import qmf_kernels
 
 from .checks import check_index
 from .precision import KeepsPrecision
@@ -51,6 +54,7 @@ class LossTrajectory(KeepsPrecision):
         # The smallest mean loss per modality, over the samples that have one, and the largest's distance from it.
         self.register_buffer("low", torch.full((num_modalities, 1), torch.inf, dtype=torch.float64))
         self.register_buffer("span", torch.ones(num_modalities, 1, dtype=torch.float64))
+        qmf_kernels.find_range(self.history, self.low, self.span)
         self.register_buffer("visits", torch.zeros(num_samples, dtype=torch.int64) if start_epoch > 1 else None)
 
     @property
@@ -83,7 +87,7 @@ class LossTrajectory(KeepsPrecision):
 
     def record_checked(self, losses: Tensor, index: Tensor) -> None:
         """``record`` without its checks."""
-        buffers = self._buffers
+        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
         # In the host's memory a call to the operator would cost half of what it does.
         add = qmf_kernels.record if losses.is_cpu and not compiling() else qmf_kernels.ops.record.default
         add(buffers["history"], buffers["low"], buffers["span"], buffers["visits"], self.start_epoch, losses, index)
@@ -101,7 +105,7 @@ class LossTrajectory(KeepsPrecision):
 
     def kappa_checked(self, index: Tensor, rescale: str | None) -> Tensor:
         """``kappa`` without its checks."""
-        buffers = self._buffers
+        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
         return qmf_kernels.kappa(buffers["history"], buffers["low"], buffers["span"], index, rescale is not None)
 
     def resize(self, num_samples: int) -> None:

@@ -32,7 +32,8 @@ def _free_namespace() -> str:
 
 NAMESPACE = _free_namespace()
 ops: Any = getattr(torch.ops, NAMESPACE)
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_registry: Any = torch.library
+_library = _registry.Library(NAMESPACE, "FRAGMENT")
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that has a say in what an operator does
 _RULE = "Tensor? weights, Tensor alpha, Tensor beta, Tensor? temperature, bool nonnegative, bool normalize"
@@ -93,6 +94,7 @@ class Ranking(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, kappa: Tensor, form: str, pairs: str) -> Tensor:
+        loss: Tensor
         loss, grad = ops.ranking.default(weights, kappa, form, pairs)
         ctx.save_for_backward(grad)
         return loss
@@ -158,7 +160,8 @@ class Fuse(torch.autograd.Function):
         others, logits = inputs[:8], inputs[8:]
         ctx.flags = others[5:]
         ctx.save_for_backward(*others[:5], *logits)
-        return ops.fuse.default(logits, *others[:7])
+        fused, weights, energy = ops.fuse.default(logits, *others[:7])
+        return fused, weights, energy
 
     @staticmethod
     @_once_differentiable
@@ -205,20 +208,20 @@ def _objective_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
 
 
 def _objective_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    grads, (logits, *others), rest, of_loss = inputs[:7], inputs[7:11], inputs[11:-2], inputs[-2:]
-    scale = grads[0]
-    if of_loss[0] and scale is not None and not any(_may_differ_from_zero(grad) for grad in grads[1:]):
-        d_logits, d_makers = ([d * scale for d in ds] for ds in of_loss)
+    grads, logits, rest, of_loss = inputs[:7], inputs[7], inputs[11:-2], inputs[-2:]
+    scale, d_logits, d_makers = grads[0], *of_loss
+    if d_logits and scale is not None and not any(_may_differ_from_zero(grad) for grad in grads[1:]):
+        d_logits, d_makers = [d * scale for d in d_logits], [d * scale for d in d_makers]
         d_makers = d_makers or [torch.zeros_like(x) for x in _fake_makers(_per_row(logits))]
     else:
-        rules, detach_weights = (WeightRule(*rest[:6]), LossRule(*rest[6:12])), rest[12]
-        d_logits, d_makers = objective.objective_backward(grads, logits, *others, *rules, detach_weights)
+        rules: Any = (WeightRule(*rest[:6]), LossRule(*rest[6:12]), rest[12])
+        d_logits, d_makers = objective.objective_backward(grads, *inputs[7:11], *rules)
     return [grad.to(x.dtype) for grad, x in zip(d_logits, logits, strict=True)], list(d_makers)
 
 
 def _may_differ_from_zero(grad: Tensor | None) -> bool:
-    """Under torch.compile, outputs that nobody used have gradients of zeros; on a device, looking would mean waiting."""
-    return grad is not None and not (grad.is_cpu and not grad.any().item())
+    """Under torch.compile, unused outputs have gradients of zeros; on a device, looking would mean waiting."""
+    return grad is not None and not (grad.is_cpu and all(x.item() == 0 for x in torch.aminmax(grad)))
 
 
 def _objective_backward_fake(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -251,8 +254,8 @@ class Objective(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         others, logits, needed = inputs[:16], inputs[16:], ctx.needs_input_grad
         inputs = (logits, *others, any(needed), any(needed[3:7]))
-        # A small batch on a CPU takes no longer than the dispatcher's handling of these arguments costs it over again.
-        direct = others[0].is_cpu and not torch.compiler.is_compiling() and type(logits[0]) in _PLAIN
+        # On a CPU, handing these arguments to the dispatcher costs a tenth of a small batch's step.
+        direct = others[0].is_cpu and not torch.compiler.is_compiling() and all(type(x) in _PLAIN for x in logits)
         *losses, d_logits, d_makers = (_directly if direct else ops.objective.default)(*inputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses[7])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from qmf_examples.benchmarks.objective import main
 from qmf_examples.benchmarks.released import LossHistory, released_objective
 from qmf_fusion import QMFLoss, QualityAwareFusion

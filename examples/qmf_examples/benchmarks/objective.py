@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from qmf_fusion import QMFLoss, QualityAwareFusion
 
 # M, B, K, N: MVSA, NYUD2, SUN RGB-D and FOOD101 with the released batch sizes, six views, and a large one.
@@ -62,7 +63,7 @@ def time_shape(shape: Shape, repeats: int, compiled: bool) -> dict[str, float]:
         for name, step in steps.items():
             index = torch.randperm(samples, generator=generator)[:batch]
             start = time.perf_counter()
-            step(index).backward()
+            torch.autograd.backward(step(index))
             elapsed = time.perf_counter() - start
             for x in logits:
                 x.grad = None

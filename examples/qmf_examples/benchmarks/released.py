@@ -1,5 +1,6 @@
 """The objective as the paper's published training code computes it, in eager PyTorch and NumPy: what ours is timed
-against. Its steps, their order and its trips to the host are kept; the words are ours."""
+against. Its steps, their order and its trips to the host are kept; the words are ours.
+"""
 
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 try:
     import numpy as np
+    import numpy.typing
 except ImportError as error:
     raise ImportError("the released formulation needs NumPy: pip install 'qmf-fusion[examples]'") from error
 
@@ -16,16 +18,16 @@ class LossHistory:
     """One modality's summed losses per training sample, in the host's memory."""
 
     def __init__(self, num_samples: int) -> None:
-        self.sums = np.random.default_rng(0).random(num_samples)
+        self.sums: np.typing.NDArray[np.float64] = np.random.default_rng(0).random(num_samples)
 
     def update(self, index: Tensor, losses: Tensor) -> None:
         self.sums[index.cpu().numpy()] += losses.cpu().numpy()
 
-    def scaled(self, index: Tensor) -> np.ndarray:
+    def scaled(self, index: Tensor) -> np.typing.NDArray[np.float64]:
         """The samples' sums, min-max scaled over all samples."""
         values = self.sums[index.cpu().numpy()]
         least, most = self.sums.min(), float(self.sums.max())
-        return (values - least) / (most - least)
+        return np.asarray((values - least) / (most - least))
 
     def compare(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Which of each pair has the larger history (1, 0 or -1), and by how much."""
@@ -40,7 +42,8 @@ def ranking_loss(weight: Tensor, index: Tensor, history: LossHistory) -> Tensor:
     divisor = sign.clone()
     divisor[divisor == 0] = 1
     neighbour = torch.roll(weight, -1) + (margin / divisor).reshape(-1, 1)
-    return nn.MarginRankingLoss(margin=0.0)(weight, neighbour, -sign.reshape(-1, 1))
+    loss: Tensor = nn.MarginRankingLoss(margin=0.0)(weight, neighbour, -sign.reshape(-1, 1))
+    return loss
 
 
 def released_objective(
