@@ -196,6 +196,11 @@ def _row_products(x: Tensor, groups: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.mul(x, y, out=scratch).sum(-1, keepdim=True) for y in groups])
 
 
+def forget_ruled_out(grad_fused: Tensor, fused: Fused) -> Tensor:
+    """No gradient passes through the fused logit of a class that is ruled out: it is -inf whatever the others say."""
+    return grad_fused if fused.rows.counted is None else grad_fused.masked_fill(fused.logits == -torch.inf, 0)
+
+
 def weigh_backward(
     grad_fused: Tensor | None, grad_weights: Tensor | None, grad_energy: Tensor | None, fused: Fused, rule: WeightRule
 ) -> tuple[Tensor, Tensor]:
@@ -257,6 +262,7 @@ def fuse_backward(
     """From the gradients of fused logits, weights and energies to those of the logits and of what made the weights."""
     grad_fused, grad_weights, grad_energy = grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)
     fused = fuse_rows(logits, present, rule)
+    grad_fused = forget_ruled_out(grad_fused, fused)
     d_weights, d_energy = weigh_backward(None if detach_weights else grad_fused, grad_weights, grad_energy, fused, rule)
     sizes = fused.finite
     d_groups = [

@@ -20,6 +20,7 @@ from .fusion import (
     MakerGrads,
     WeightRule,
     add,
+    forget_ruled_out,
     fuse_rows,
     maker_grads,
     per_modality,
@@ -182,7 +183,7 @@ def _backward(
 
     d_fused = kept.fused_probs.mul_(share[-1])
     _subtract_labels(d_fused.unsqueeze(0), kept.label, hard[-1:], None if soft is None else soft[-1:], loss_rule)
-    d_fused = add(d_fused, grad_fused)
+    d_fused = forget_ruled_out(add(d_fused, grad_fused), fused)
 
     d_weights = None if grad_weights is None else grad_weights.unsqueeze(-1)
     if kept.ranking_grad is not None:
