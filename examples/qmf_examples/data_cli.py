@@ -205,7 +205,7 @@ def _split_name(plan: Any, seed: int) -> str:
 @prepare.command()
 def nyud2(
     mat: Annotated[Path, typer.Option(help="nyu_depth_v2_labeled.mat.")],
-    splits: Annotated[Path | None, typer.Option(help="splits.mat.")],
+    splits: Annotated[Path, typer.Option(help="splits.mat.")],
     out: Out,
     depth: Annotated[Depth, typer.Option(help="How depth is encoded.")] = Depth.hha,
     crop: Annotated[bool, typer.Option("--crop/--no-crop", help="Cut off the white border.")] = True,
@@ -261,7 +261,7 @@ def mvsa(
         from .prepare_mvsa import prepare_mvsa
 
         target = out if out is not None else raw
-        outcome = prepare_mvsa(raw, target, rule, splits, seed)
+        outcome = prepare_mvsa(raw, target, rule.value, splits, seed)
     if outcome.agreement is None:
         typer.echo(f"split: drawn with seed {seed}, not the published one; --splits takes that one's .jsonl files")
     else:
@@ -276,4 +276,4 @@ def mvsa(
     for split, counts in outcome.counts.items():
         shares = ", ".join(f"{label} {count:,}" for label, count in sorted(counts.items()))
         typer.echo(f"{target / split}.jsonl: {counts.total():,} rows ({shares})")
-    typer.echo(f"dropped by the rule {rule}: {outcome.dropped:,} pairs")
+    typer.echo(f"dropped by the rule {rule.value}: {outcome.dropped:,} pairs")

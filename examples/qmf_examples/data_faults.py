@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,8 +102,8 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> "Image":
     Raises:
         DataError: it cannot be read, is truncated, is none of ``FORMATS``, or has more than ``max_pixels`` pixels.
     """
-    with _image_errors(path):
-        image = _open(path, max_pixels)
+    with _image_errors(path), path.open("rb") as file:
+        image = _decoder(file, path.name, max_pixels)
         image.load()
     return image
 
@@ -114,24 +114,24 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     Raises:
         DataError: see ``open_image``.
     """
-    with _image_errors(path), _open(path, max_pixels) as image:
+    with _image_errors(path), path.open("rb") as file:
+        image = _decoder(file, path.name, max_pixels)
         size = image.size
         image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
         image.load()
     return size
 
 
-def _open(path: Path, max_pixels: int) -> "Image":
+def _decoder(file: BinaryIO, name: str, max_pixels: int) -> "Image":
     from PIL import Image
 
-    # The reader's own bound stands in for Pillow's, which warns before it refuses.
-    if path.stat().st_size == 0:
-        raise DataError(f"an empty file: {path.name}")
-    image = Image.open(path, formats=FORMATS)
+    if not file.read(1):
+        raise DataError(f"an empty file: {name}")
+    file.seek(0)
+    image = Image.open(file, formats=FORMATS)
+    # A bound of the reader's own: Pillow's warns first and refuses at twice as many.
     if image.size[0] * image.size[1] > max_pixels:
-        width, height = image.size
-        image.close()
-        raise DataError(f"refused: {path.name} has {width} x {height} pixels, more than {max_pixels:,}")
+        raise DataError(f"refused: {name} has {image.size[0]} x {image.size[1]} pixels, more than {max_pixels:,}")
     return image
 
 
