@@ -165,7 +165,7 @@ def mvsa(tmp_path):
 
 def check_told(root, split, line, reason, rows):
     """The fault is fatal and names file and line; with ``skip_bad`` the rest is there, without gaps."""
-    with pytest.raises(DataError, match=rf"1 of {rows} cannot be used\n{split}\.jsonl, line {line}: {reason}"):
+    with pytest.raises(DataError, match=rf"1 of {rows} cannot be used\n{split}\.jsonl, line {line}: .*(?:{reason})"):
         read("mvsa", root, split)
     data = read("mvsa", root, split, skip_bad=True)
     assert len(data) == rows - 1
@@ -234,7 +234,7 @@ def test_bad_pairs_are_told_by_file(tmp_path, fault):
     write_sample(DATA_SETS["nyud2"], tmp_path / "n", per_class={"train": 2, "test": 1}, image_size=16)
     damage, reason = IMAGE_FAULTS[fault]
     damage(tmp_path / "n" / "train" / "kitchen" / "kitchen_0001.png")
-    with pytest.raises(DataError, match=rf"1 of 20 cannot be used\ntrain/kitchen/kitchen_0001\.png: {reason}"):
+    with pytest.raises(DataError, match=rf"1 of 20 cannot be used\ntrain/kitchen/kitchen_0001\.png: .*(?:{reason})"):
         read("nyud2", tmp_path / "n")
     assert len(read("nyud2", tmp_path / "n", skip_bad=True)) == 19
 
