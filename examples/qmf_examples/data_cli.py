@@ -47,7 +47,7 @@ class Rule(StrEnum):
 prepare = typer.Typer(help="Turn a data set's official release into what the trainers read.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes. (default: one per core)")]
 Size = Annotated[int, typer.Option(min=0, help="Pixels to each side of each half; 0 keeps the frame's own size.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of a split that has to be drawn.")]
 
@@ -169,7 +169,7 @@ def sunrgbd(
     depth: Annotated[Depth, typer.Option(help="How depth is encoded.")] = Depth.hha,
     gravity: Annotated[Gravity, typer.Option(help="Estimated as published, or the release's.")] = Gravity.estimate,
     splits: Annotated[
-        Path | None, typer.Option(help="allsplit.mat. [default: the toolbox's, in or beside --raw]")
+        Path | None, typer.Option(help="allsplit.mat. (default: the toolbox's, in or beside --raw)")
     ] = None,
     size: Size = 256,
     workers: Workers = None,
@@ -246,12 +246,12 @@ def _convert(
 @prepare.command()
 def mvsa(
     raw: Annotated[Path, typer.Option(help="MVSA_Single: labelResultAll.txt and data/.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the .jsonl files. [default: --raw]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the .jsonl files. (default: --raw)")] = None,
     rule: Annotated[
         Rule, typer.Option(help="agree: both labels the same, as published; polarity: neutral gives way.")
     ] = Rule.agree,
     splits: Annotated[
-        Path | None, typer.Option(help="A folder with published .jsonl splits. [default: draw 60/20/20]")
+        Path | None, typer.Option(help="A folder with published .jsonl splits. (default: draw 60/20/20)")
     ] = None,
     seed: Seed = 0,
 ) -> None:
