@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -131,7 +132,7 @@ def _run(job: Callable[[Frame], Fault | None], todo: Sequence[Frame], workers: i
         return
     # Fresh processes: forked ones would copy whatever threads and locks the caller's libraries hold.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_obey_parent)
     try:
         chunks = [todo[start : start + _CHUNK] for start in range(0, len(todo), _CHUNK)]
         for future in as_completed([pool.submit(_each, job, chunk) for chunk in chunks]):
@@ -148,8 +149,9 @@ def _each(job: Callable[[Frame], Fault | None], chunk: Sequence[Frame]) -> list[
     return [job(frame) for frame in chunk]
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def _obey_parent() -> None:
+    """Leave interrupts to the parent; and end with it: a worker whose parent was killed would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel

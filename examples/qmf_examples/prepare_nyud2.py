@@ -134,4 +134,4 @@ def convert_image(mat: Path, depth: str, crop: bool, number: str) -> tuple[NDArr
         camera[:2, 2] -= (columns.start or 0, rows.start or 0)
         return np.ascontiguousarray(rgb), hha(metres, camera, missing=~(raw > 0))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot be read ({error})") from error
+        raise DataError(f"cannot be used ({error})") from error

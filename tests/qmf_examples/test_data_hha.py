@@ -81,15 +81,26 @@ def test_missing_pixels_are_filled_from_their_nearest_and_leave_the_rest_alone()
     holes = np.zeros(SHAPE, bool)
     holes[100:106, 60:66] = True
     whole = hha(depth, CAMERA).astype(int)
-    for values in (0.0, np.nan, 7.0):
-        broken = np.where(holes, values, depth)
-        missing = holes if values == 7.0 else None
-        got = hha(broken, CAMERA, missing=missing).astype(int)
-        far = ~interior_reach(holes, 12)
+    far = ~interior_reach(holes, 12)
+    for value in (0.0, np.nan, -1.0, np.inf):
+        got = hha(np.where(holes, value, depth), CAMERA).astype(int)
         assert np.abs(got - whole)[far].max() <= 1
         assert np.abs(got - whole)[holes & on_floor][:, 0].max() <= 12
     filled = fill_nearest(np.array([[1.0, 0, 0, 0, 5.0]]), np.array([[True, False, False, False, True]]))
     assert filled[0, [1, 3]].tolist() == [1.0, 5.0]
+
+
+def test_inpainted_pixels_are_shown_but_bend_neither_normals_nor_gravity_nor_the_ground():
+    depth, on_floor, _ = cast(rotation(20, 0), 1.3, 2.5)
+    holes = np.zeros(SHAPE, bool)
+    holes[80:110, 40:110] = True
+    rng = np.random.default_rng(0)
+    inpainted = np.where(holes, depth + rng.uniform(0, 3, SHAPE), depth)  # partly below the floor
+    whole, got = hha(depth, CAMERA).astype(int), hha(inpainted, CAMERA, missing=holes).astype(int)
+    flat = interior(on_floor, 4) | interior(~on_floor, 4)
+    assert np.abs(got - whole)[~holes & flat].max() <= 1
+    assert np.array_equal(got[holes][:, 0], np.clip(np.rint(310 / np.maximum(inpainted, 1)), 0, 255)[holes])
+    assert np.abs(hha(inpainted, CAMERA).astype(int) - whole)[~holes & on_floor].max() > 20
 
 
 def interior_reach(mask, margin):

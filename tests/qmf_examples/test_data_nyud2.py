@@ -6,7 +6,7 @@ from PIL import Image
 
 from qmf_examples.data_faults import DataError
 from qmf_examples.data_sets import DATA_SETS
-from qmf_examples.prepare_frames import prepare_frames
+from qmf_examples.prepare_frames import Frame, prepare_frames
 from qmf_examples.prepare_nyud2 import nyud2_converter, plan_nyud2, scene_class
 
 TILT = np.radians(20)
@@ -61,6 +61,28 @@ def test_nyud2_images_classes_and_geometry(nyu):
     assert np.abs(wall[..., 2] - 128).max() <= 1
     _, grey = nyud2_converter(root / "nyu.mat", "grey", False)("1")
     assert grey.shape == (480, 640, 3)
+
+
+def test_nyud2_without_depth_is_a_broken_image_and_inpainted_depth_is_kept(nyu):
+    h5py = pytest.importorskip("h5py", reason="h5py is in the extra [examples]")
+    root, _ = nyu
+    with h5py.File(root / "gaps.mat", "w") as file, h5py.File(root / "nyu.mat") as whole:
+        for name in ("images", "sceneTypes"):
+            file[name] = whole[name][:2]
+        depths, raw = whole["depths"][:2], whole["depths"][:2]
+        raw[1, 100:500, 100:200] = 0  # inpainted in depths, with something that is no plane
+        depths[1, 100:500, 100:200] = 0.7 + np.random.default_rng(0).random((400, 100))
+        raw[0] = 0
+        file["depths"], file["rawDepths"] = depths, raw
+    convert = nyud2_converter(root / "gaps.mat", "hha", True)
+    outcome = prepare_frames([Frame("1", "a.png"), Frame("2", "b.png")], convert, root / "o", {}, size=0, workers=1)
+    assert [str(fault) for fault in outcome.faults] == ["1: cannot be used (depth has no pixel whose depth is known)"]
+    assert outcome.written == 1
+    with Image.open(root / "o" / "b.png") as pair:
+        encoded = np.asarray(pair)[:, 561:].astype(int)
+    expected = 310 / np.maximum(depths[1].T[44:471, 40:601], 1)
+    assert np.abs(encoded[..., 0] - np.clip(expected, 0, 255)).max() <= 0.51
+    assert np.abs(encoded[-20:, 300:500, 2] - 38).max() <= 1
 
 
 def test_nyud2_faults_are_told(nyu, tmp_path):
