@@ -199,7 +199,8 @@ def sunrgbd(
 
 
 def _split_name(plan: Any, seed: int) -> str:
-    return "published" if plan.published else f"seed {seed}"
+    # A drawn split depends on the frames it is drawn from: with others, a frame might change sides.
+    return "published" if plan.published else f"seed {seed} of {len(plan.frames)} frames"
 
 
 @prepare.command()
