@@ -215,7 +215,7 @@ def nyud2(
 ) -> None:
     """NYU Depth V2: images of the 10 classes as RGB and HHA, in the published split. Run it again to go on."""
     with _one_line_errors():
-        require_packages(("numpy", "h5py", "scipy", "PIL", "rich"))
+        require_packages(("numpy", "scipy", "PIL", "rich", "h5py"))
         from .prepare_nyud2 import nyud2_converter, plan_nyud2
 
         frames = plan_nyud2(mat, splits)
