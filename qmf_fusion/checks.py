@@ -143,7 +143,9 @@ def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
     if tuple(index.shape) != (batch,):
         raise ValueError(f"index must be [{batch}], one dataset index per sample, got {_shape(index)}")
     if index.is_cpu and not torch.compiler.is_compiling():
-        low, high = (x.item() for x in torch.aminmax(index))
+        # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
+        values = index.tolist() if batch <= 128 else [x.item() for x in torch.aminmax(index)]
+        low, high = min(values), max(values)
         if low < 0 or high >= num_samples:
             raise IndexError(f"index must be within the trajectory's {num_samples} samples, got {low} to {high}")
     return index.long()

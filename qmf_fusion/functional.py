@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import qmf_kernels
 import torch
-from qmf_kernels import FORMS, PAIRS
 from torch import Tensor
+
+import qmf_kernels
+from qmf_kernels import FORMS, PAIRS
 
 from .checks import Logits, check_choice, check_logits, check_present, check_target
 from .uncertainty import energy_score
@@ -106,6 +107,8 @@ def fuse(logits: Logits, weights: Tensor, present: Tensor | None = None) -> Tens
     """
     rows, there = check_logits(logits)
     shape = (len(rows), *rows[0].shape[:-1])
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if tuple(weights.shape) != shape:
         raise ValueError(f"weights must be {shape} for these logits, got {tuple(weights.shape)}")
     mask = check_present(present, there, shape, rows[0].device)
@@ -193,12 +196,18 @@ def qmf_objective(
         target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``.
         kappa: ``[M, B]``, already scaled, NaN where a sample has no history; None for no ranking.
         ranking_weight: lambda.
-        form, pairs: see ``ranking_loss``.
-        alpha, beta, temperature: Eq. 9 and 13; numbers or ``[M]``.
+        form: see ``ranking_loss``.
+        pairs: see ``ranking_loss``.
+        alpha: Eq. 9; negative, a number or ``[M]``.
+        beta: Eq. 9; at least 0, a number or ``[M]``.
+        temperature: Eq. 13; positive, a number or ``[M]``.
         present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; an absent modality counts in no loss.
-        normalize, nonnegative, detach_weights: see ``QualityAwareFusion``.
-        class_weight, label_smoothing, ignore_index: as in ``torch.nn.CrossEntropyLoss``, for every cross-entropy; but
-            where nothing is left to average, the loss is 0 rather than NaN.
+        normalize: see ``QualityAwareFusion``.
+        nonnegative: see ``QualityAwareFusion``.
+        detach_weights: see ``QualityAwareFusion``.
+        class_weight: ``[K]``, as ``weight`` in ``torch.nn.CrossEntropyLoss``, for every cross-entropy.
+        label_smoothing: as there.
+        ignore_index: as there; but where nothing is left to average, the loss is 0 rather than NaN.
         backend: None lets the operator choose by device; ``"torch"`` or ``"triton"`` forces one.
 
     Returns:
@@ -230,6 +239,10 @@ def qmf_objective(
     )
     options = LossOptions(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
     check_loss_options(options, rows[0].shape[-1])
+    if kappa is not None and not isinstance(kappa, Tensor):
+        raise TypeError(f"kappa must be a tensor or None, got {type(kappa).__name__}")
+    if kappa is not None and kappa.device != device:
+        raise ValueError(f"kappa must be on the logits' device {device}, got {kappa.device}")
     if kappa is not None and tuple(kappa.shape) != shape[:2]:
         raise ValueError(f"kappa must be {shape[:2]}, one per modality and sample, got {tuple(kappa.shape)}")
     mask = check_present(present, there, shape, device)
@@ -266,6 +279,8 @@ def check_loss_options(options: LossOptions, num_classes: int | None = None) -> 
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {options.label_smoothing}")
     weight = options.class_weight
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"class_weight must be a tensor [K] or None, got {type(weight).__name__}")
     if weight is not None and (weight.dim() != 1 or num_classes not in (None, len(weight))):
         raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
 
@@ -281,7 +296,10 @@ def _coefficient(name: str, value: float | Sequence[float] | Tensor, num: int, l
         if not holds(value):
             raise ValueError(f"{name} must be {demand}, got {value}")
         return torch.full((num,), value, dtype=torch.float64, device=like.device)
-    given = value if isinstance(value, Tensor) else torch.tensor(list(value), dtype=torch.float64)
+    try:
+        given = value if isinstance(value, Tensor) else torch.tensor(list(value), dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, a sequence or a tensor, got {value!r}") from error
     if given.numel() not in (1, num) or given.dim() > 1:
         raise ValueError(f"{name} must be a number or one per modality ({num}), got shape {tuple(given.shape)}")
     if given.is_cpu and not torch.compiler.is_compiling() and not bool(holds(given).all()):

@@ -115,7 +115,7 @@ class QualityAwareFusion(KeepsPrecision):
             self.raw_beta = nn.Parameter(b.to(dtype))
             self.raw_temperature = nn.Parameter(t.log().to(dtype))
         self._find_unit_temperature()
-        self.register_load_state_dict_post_hook(lambda module, _: module._find_unit_temperature())
+        self.register_load_state_dict_post_hook(_after_load)
 
     def _find_unit_temperature(self) -> None:
         # Known once, so that no step has to ask a device whether T is 1.
@@ -169,7 +169,9 @@ class QualityAwareFusion(KeepsPrecision):
         weights, temperature = None, None if self._unit_temperature else self.temperature
         if self.uncertainty != "energy":
             # Rows that do not count would send NaN back through the uncertainty, whatever their weight.
-            counted = torch.stack([torch.isfinite(torch.logsumexp(x.detach().float(), -1)) for x in rows])
+            dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
+            heights = [torch.logsumexp(x.detach().to(dtype), -1) for x, dtype in zip(rows, dtypes, strict=True)]
+            counted = torch.stack([torch.isfinite(height) for height in heights])
             counted = counted if present is None else counted & present
             safe = [torch.where(c.unsqueeze(-1), x, 0) for c, x in zip(counted, rows, strict=True)]
             u = self._measure(safe)
@@ -211,9 +213,17 @@ class QualityAwareFusion(KeepsPrecision):
         return ", ".join(shown if self.class_dim == -1 else [*shown, f"class_dim={self.class_dim}"])
 
 
+def _after_load(fusion: QualityAwareFusion, _: object) -> None:
+    """A function of the module, as pickle wants its hooks."""
+    fusion._find_unit_temperature()
+
+
 def _coefficient(name: str, value: Coefficient, num: int) -> Tensor:
     """``value`` as float64 ``[num]``, of the sign that its name demands."""
-    given = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    try:
+        given = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, a sequence or a tensor, got {value!r}") from error
     if given.dim() > 1 or given.numel() not in (1, num):
         raise ValueError(f"{name} must be a number or one per modality ({num}), got shape {tuple(given.shape)}")
     values = given.expand(num).clone()

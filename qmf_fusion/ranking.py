@@ -1,8 +1,9 @@
 """The ranking loss with its memory (Eq. 14 to 17): weights should order samples as their loss histories do."""
 
 import torch
-from qmf_kernels import FORMS, PAIRS
 from torch import Tensor, nn
+
+from qmf_kernels import FORMS, PAIRS
 
 from . import functional
 from .checks import check_choice, check_index

@@ -10,7 +10,7 @@ passes over the logits once more.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from .fusion import (
     WeightRule,
     add,
     fuse_rows,
-    join,
     maker_grads,
     per_modality,
     separate,
@@ -57,7 +56,7 @@ class Losses(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the forward leaves for the backward; ``S`` is ``[M + 1, B, *, 1]``, the modalities and then the fused row."""
+    """What the forward leaves for the backward; ``S`` is ``[M + 1, B, *, 1]``, the modalities, then the fused row."""
 
     fused: Fused
     fused_probs: Tensor  # [B, *, K]
@@ -79,7 +78,8 @@ def objective(
     maker_gradients: bool,
 ) -> tuple[Losses, list[Tensor], list[Tensor]]:
     """The losses, and the gradients of ``loss`` with respect to the logits (in the accumulating dtype) and to what made
-    the weights (``MakerGrads``); either list is empty unless asked for."""
+    the weights (``MakerGrads``); either list is empty unless asked for.
+    """
     out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
     if not gradients:
         return out, [], []
@@ -98,8 +98,8 @@ def objective_backward(
     loss_rule: LossRule,
     detach_weights: bool,
 ) -> tuple[list[Tensor], MakerGrads]:
-    """From gradients of the first seven of ``Losses`` (None is zero) to those of the logits and of the weights' makers."""
-    out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
+    """From gradients of the first seven of ``Losses`` (None is zero) to those of logits and of the weights' makers."""
+    _, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
     d_logits, d_makers = _backward(grads, kept, weight_rule, loss_rule, detach_weights, True)
     assert d_makers is not None
     return d_logits, d_makers
@@ -163,7 +163,7 @@ def _forward(
 
 
 def _backward(
-    grads: Sequence[Tensor | float | None],
+    grads: Sequence[Any],  # Tensor or None; the loss's may be 1.0
     kept: _Kept,
     weight_rule: WeightRule,
     loss_rule: LossRule,
