@@ -63,9 +63,11 @@ def test_opcheck_objective(rule, dtype, present, loss_rule):
     for flags in ((False, True, False), (True, True, True)):
         torch.library.opcheck(ops.objective.default, (*inputs, *flags), test_utils=tests)
     out = ops.objective(*inputs, False, False, False)
-    grads = [torch.ones_like(x) for x in out[:6]]
-    for given in (grads, [None, *grads[1:3], None, None, grads[5]]):
-        torch.library.opcheck(ops.objective_backward.default, (*given, *inputs, False))
+    grads = [torch.ones_like(x) for x in out[:7]]
+    for given in (grads, [None, *grads[1:3], None, None, None, grads[6]]):
+        torch.library.opcheck(ops.objective_backward.default, (*given, *inputs, False, [], []))
+    kept = ops.objective(*inputs, False, True, True)[8:]
+    torch.library.opcheck(ops.objective_backward.default, (grads[0], *[None] * 6, *inputs, False, *kept))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -85,7 +87,7 @@ def test_outputs_share_no_storage_with_inputs_or_each_other(dtype):
     out = ops.objective(
         given, torch.arange(BATCH), None, None, None, *MAKERS, None, False, False, *LOSS_RULE, False, True, True
     )
-    flat = [*out[:7], *out[7], *out[8]]
+    flat = [*out[:8], *out[8], *out[9]]
     places = [x.untyped_storage().data_ptr() for x in (*flat, *given) if x.numel()]
     assert len(set(places)) == len(places)
     assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
