@@ -1,11 +1,12 @@
 """What is wrong with a data set, told with the file and the line; and opening what others wrote without trusting it."""
 
 import contextlib
-import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
+
+from .errors import CommandError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,10 +16,9 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 NAMED = 5
 """How many faults a message names; all are counted."""
-PACKAGES = {"PIL": "pillow", "h5py": "h5py", "numpy": "numpy", "rich": "rich", "scipy": "scipy"}
 
 
-class DataError(Exception):
+class DataError(CommandError):
     """Ends a command with its message: what is wrong with the data, or with where it was looked for.
 
     ``faults`` are those that the message sums up.
@@ -55,22 +55,6 @@ def summary(faults: Sequence[Fault]) -> str:
     """The first few faults by name, a line each, and how many more there are."""
     more = [f"... and {len(faults) - NAMED} more"] if len(faults) > NAMED else []
     return "\n".join([str(fault) for fault in faults[:NAMED]] + more)
-
-
-def require_packages(modules: Iterable[str]) -> None:
-    """Import the modules now.
-
-    Raises:
-        DataError: one is missing; the message names the extra to install.
-    """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            package = PACKAGES.get(error.name or "", error.name or module)
-            raise DataError(
-                f"this command needs {package}, which is not installed: pip install 'qmf-fusion[examples]'"
-            ) from error
 
 
 def file_inside(root: Path, name: str) -> Path:

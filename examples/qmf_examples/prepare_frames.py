@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from .data_faults import DataError, Fault
+from .files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 SETTINGS_FILE = "prepared.json"
-PART = ".part"
 _CHUNK = 4
 
 
@@ -80,7 +80,7 @@ def prepare_frames(
     with _write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         _claim(out, settings)
-        for part in out.rglob(f"*{PART}"):
+        for part in out.rglob("*.part"):
             part.unlink()
         todo = [frame for frame in frames if not (out / frame.target).exists()]
     for _ in range(len(frames) - len(todo)):
@@ -95,20 +95,6 @@ def prepare_frames(
         done()
     outcome.faults.sort(key=lambda fault: fault.file)
     return outcome
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, and give it that name once it is on disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _claim(out: Path, settings: dict[str, object]) -> None:

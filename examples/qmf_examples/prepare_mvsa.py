@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .data_faults import DataError, Fault
 from .data_sets import data_set
-from .prepare_frames import write_atomically
+from .files import write_atomically
 from .stratified_split import stratified_split
 from .text_images import Row, read_rows
 

@@ -5,25 +5,28 @@ import sys
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from typer.testing import CliRunner
 
-from qmf_examples.data_cli import attach
+from qmf_examples.cli import main
 from qmf_examples.data_sets import DATA_SETS
 from qmf_examples.paired_images import PairedImages
 from qmf_examples.text_images import TextImages
 from qmf_examples.text_vocabulary import Vocabulary
 
-app = typer.Typer(pretty_exceptions_enable=False)
-attach(app)
 
+@pytest.fixture
+def run(capfd):
+    """Run the command, and give back what it printed; errors are there with the rest."""
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.output
+    def run(*arguments, code=0):
+        capfd.readouterr()
+        returned = main([str(argument) for argument in arguments])
+        printed = capfd.readouterr()
+        assert returned == code, printed.err
+        return printed.out + printed.err
+
+    return run
 
 
 def tree(folder):
@@ -31,7 +34,7 @@ def tree(folder):
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_a_sample_is_deterministic_and_passes_inspection(name, tmp_path):
+def test_a_sample_is_deterministic_and_passes_inspection(run, name, tmp_path):
     sizes = ["--train", 1, "--test", 1, "--dev", 1, "--image-size", 16]
     run("sample", name, tmp_path / "a", *sizes)
     run("sample", name, tmp_path / "b", *sizes)
@@ -52,7 +55,7 @@ def accuracy(train, test, train_labels, test_labels):
     return LogisticRegression(max_iter=300).fit(train, train_labels).score(test, test_labels)
 
 
-def test_each_modality_of_a_sample_tells_the_class(tmp_path):
+def test_each_modality_of_a_sample_tells_the_class(run, tmp_path):
     run("sample", "nyud2", tmp_path / "n", "--train", 12, "--test", 4, "--image-size", 32)
     train, test = (PairedImages(DATA_SETS["nyud2"], tmp_path / "n", split) for split in ("train", "test"))
     for modality in ("rgb", "depth"):
@@ -70,7 +73,7 @@ def test_each_modality_of_a_sample_tells_the_class(tmp_path):
     assert accuracy(x, y, train.labels, test.labels) > 0.7
 
 
-def test_inspect_counts_all_names_a_few_and_exits_with_1(tmp_path):
+def test_inspect_counts_all_names_a_few_and_exits_with_1(run, tmp_path):
     root = tmp_path / "m"
     run("sample", "mvsa", root, "--image-size", 16)
     rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
@@ -93,7 +96,7 @@ def test_inspect_counts_all_names_a_few_and_exits_with_1(tmp_path):
     assert report["splits"][0]["widths"] == [16, 16, 16]
 
 
-def test_inspect_finds_what_skipping_cannot_mend(tmp_path):
+def test_inspect_finds_what_skipping_cannot_mend(run, tmp_path):
     output = run("inspect", "food101", "--data-root", tmp_path / "nowhere", "--skip-bad", code=1)
     assert "no file" in output
     assert "To get it: download UPMC Food-101" in output
@@ -105,13 +108,13 @@ def test_inspect_finds_what_skipping_cannot_mend(tmp_path):
     assert "SUN RGB-D has 19 classes, found 10" in output
 
 
-def test_sample_refuses_a_folder_that_holds_something(tmp_path):
+def test_sample_refuses_a_folder_that_holds_something(run, tmp_path):
     (tmp_path / "mine").write_text("precious")
     assert "not an empty folder" in run("sample", "mvsa", tmp_path, code=1)
     assert "not an empty folder" in run("sample", "mvsa", tmp_path / "mine", code=1)
 
 
-def test_prepare_commands_report_and_go_on(tmp_path):
+def test_prepare_commands_report_and_go_on(run, tmp_path):
     raw = tmp_path / "raw" / "frame"
     for name in ("image", "depth_bfx"):
         (raw / name).mkdir(parents=True)
@@ -141,7 +144,7 @@ def test_prepare_commands_report_and_go_on(tmp_path):
 
 
 @pytest.mark.parametrize(("module", "package"), [("h5py", "h5py"), ("scipy", "scipy"), ("PIL", "pillow")])
-def test_a_missing_extra_is_named(tmp_path, monkeypatch, module, package):
+def test_a_missing_extra_is_named(run, tmp_path, monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     output = run("prepare", "nyud2", "--mat", tmp_path, "--splits", tmp_path, "--out", tmp_path, code=1)
     assert f"needs {package}, which is not installed: pip install 'qmf-fusion[examples]'" in output
