@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import data_cli
 from .errors import CommandError, require_extras
 
 # Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train and compare fusions on a data set.", invoke_without_command=True)
 app.add_typer(train, name="train")
+data_cli.attach(app)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
