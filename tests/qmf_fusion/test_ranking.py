@@ -247,7 +247,7 @@ def test_state_survives_saving_copying_and_casting():
     stream.seek(0)
     fresh = TrajectoryRankingLoss(5, 2)
     fresh.load_state_dict(torch.load(stream), strict=True)
-    assert set(rank.state_dict()) == {"trajectory.total", "trajectory.count", "trajectory.visits"}
+    assert set(rank.state_dict()) == {"trajectory.history", "trajectory.low", "trajectory.span"}
     for other in (fresh, copy.deepcopy(rank), pickle.loads(pickle.dumps(rank)), copy.deepcopy(rank).half()):
         assert torch.equal(other.trajectory.total, rank.trajectory.total)
         assert other.trajectory.total.dtype == torch.float64
