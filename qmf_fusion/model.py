@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .dropout import ModalityDropout
 from .fusion import FusionOutput, QualityAwareFusion
 
 
@@ -16,6 +17,9 @@ class FusionModel(nn.Module):
         heads: by modality's name, modules that return logits ``[B, *, K]``, or an object with ``.logits``, as
             Transformers' models do.
         fusion: the layer; by default ``QualityAwareFusion(list(heads), **options)``.
+        modality_dropout: in training, leave out each modality of each sample with this probability, never all of a
+            sample's; below 1.
+        dropout_seed: of those draws, which continue from ``state_dict``.
         options: passed to that default layer.
 
     A head's input may be a tensor, a tuple of positional or a mapping of keyword arguments. A head whose input is
@@ -34,7 +38,13 @@ class FusionModel(nn.Module):
     """
 
     def __init__(
-        self, heads: Mapping[str, nn.Module], fusion: QualityAwareFusion | None = None, **options: Any
+        self,
+        heads: Mapping[str, nn.Module],
+        fusion: QualityAwareFusion | None = None,
+        *,
+        modality_dropout: float = 0.0,
+        dropout_seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not isinstance(heads, Mapping) or not heads:
@@ -49,6 +59,7 @@ class FusionModel(nn.Module):
             raise ValueError(f"fusion must be of the modalities {list(heads)}, in this order, got {list(fusion.names)}")
         self.heads = nn.ModuleDict(heads)
         self.fusion = fusion
+        self.dropout = ModalityDropout(modality_dropout, dropout_seed) if modality_dropout else None
         self._frozen: set[str] = set()
 
     @property
@@ -75,6 +86,8 @@ class FusionModel(nn.Module):
         if unknown:
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
         logits = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
+        if self.dropout is not None and self.training:
+            present = self._drop(self.dropout, logits, present)
         out = self.fusion(logits, present)
         if out.present is None:
             return out
@@ -84,6 +97,20 @@ class FusionModel(nn.Module):
             for there, x in zip(out.present, out.unimodal_logits, strict=True)
         ]
         return out._replace(unimodal_logits=tuple(shown))
+
+    @staticmethod
+    def _drop(dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None) -> Tensor:
+        some = next((x for x in logits if x is not None), None)
+        if some is None:
+            raise ValueError("inputs must hold at least one modality that is not None")
+        available = torch.tensor([x is not None for x in logits], device=some.device).unsqueeze(1)
+        available = available.expand(-1, len(some))
+        if present is None:
+            return dropout(available)
+        if present.dim() < 3:
+            return dropout(available & (present if present.dim() == 2 else present.unsqueeze(1)))
+        stays = dropout(available & present.flatten(2).any(2))
+        return present & stays.view(*stays.shape, *(1,) * (present.dim() - 2))
 
     @staticmethod
     def _run(name: str, head: nn.Module, given: Any) -> Tensor | None:
@@ -97,9 +124,7 @@ class FusionModel(nn.Module):
             out = head(given)
         logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
         if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}"
-            )
+            raise TypeError(f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}")
         return logits
 
     def freeze(self, *names: str) -> Self:
@@ -126,7 +151,9 @@ class FusionModel(nn.Module):
             self.heads[name].eval()
         return self
 
-    def parameter_groups(self, options: Mapping[str, Mapping[str, Any]] | None = None, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, options: Mapping[str, Mapping[str, Any]] | None = None, **defaults: Any
+    ) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: one per head that is not frozen, and one for a learnable fusion.
 
         Args:
