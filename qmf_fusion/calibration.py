@@ -114,12 +114,12 @@ def calibrate(
             mixture.fitted.fit(torch.stack(rows).flatten(1, -2), target.flatten(), counted.flatten(1))
             ones = torch.ones(len(rows), dtype=torch.float64, device=target.device)
             found = {"scale": ones, "shift": 0 * ones, "temper": ones}
-            weights = _weights(fusion, rows, counted)
+            weights = layer_weights(fusion, rows, counted)
             static = _means(weights, counted)
         else:
             found, static = _meet_means(fusion, rows, target, counted, static_weights, fit)
             fusion.calibration.set(static=static, held=torch.full_like(static, torch.nan), **found)
-            weights = _weights(fusion, rows, counted)
+            weights = layer_weights(fusion, rows, counted)
     except BaseException:
         for name, value in before.items():
             setattr(fusion.calibration, name, value)
@@ -185,7 +185,7 @@ def pearson(x: Tensor, y: Tensor) -> float:
     return float((dx * dy).sum() / (dx.norm() * dy.norm()))
 
 
-def _weights(fusion: QualityAwareFusion, rows: list[Tensor], counted: Tensor) -> Tensor:
+def layer_weights(fusion: QualityAwareFusion, rows: list[Tensor], counted: Tensor) -> Tensor:
     """The layer's weights, prepared rows in, ``[M, *]``."""
     if fusion.combine == "logits":
         return functional.fuse_with(rows, counted, fusion.weight_options(rows, counted))[1]
@@ -207,7 +207,7 @@ def _meet_means(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Scale, shift and temper, and the static weights, of a rule with Eq. 9's constants."""
     if static is None:
-        weights = _weights(fusion, rows, counted)
+        weights = layer_weights(fusion, rows, counted)
         static = _means(weights, counted).mean().expand(len(rows))
         if not bool((static > 0).all()):
             raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(static[0])}")

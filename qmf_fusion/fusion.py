@@ -127,9 +127,9 @@ class QualityAwareFusion(KeepsPrecision):
         self.class_dim = class_dim
         bounded = uncertainty != "energy"
         num = len(self.names)
-        a = _coefficient("alpha", (-1.0 if bounded else -0.1) if alpha is None else alpha, num)
-        b = _coefficient("beta", (1.0 if bounded else 0.0) if beta is None else beta, num)
-        t = _coefficient("temperature", temperature, num)
+        a = coefficient("alpha", (-1.0 if bounded else -0.1) if alpha is None else alpha, num)
+        b = coefficient("beta", (1.0 if bounded else 0.0) if beta is None else beta, num)
+        t = coefficient("temperature", temperature, num)
         if not learnable:
             self.register_buffer("raw_alpha", a)
             self.register_buffer("raw_beta", b)
@@ -326,7 +326,7 @@ class QualityAwareFusion(KeepsPrecision):
             tensor([0.5000, 0.5000])
         """
         if static_weights is not None:
-            static_weights = _coefficient("static_weights", static_weights, self.num_modalities)
+            static_weights = coefficient("static_weights", static_weights, self.num_modalities)
         calibrate(self, logits, target, static_weights, present, fit, confidence, ignore_index)
         self._find_unit_temperature()
         return self
@@ -361,7 +361,7 @@ def _after_load(module: nn.Module, _: Any) -> None:
         module._find_unit_temperature()
 
 
-def _coefficient(name: str, value: Coefficient, num: int) -> Tensor:
+def coefficient(name: str, value: Coefficient, num: int) -> Tensor:
     """``value`` as float64 ``[num]``, of the sign that its name demands."""
     given = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     if given.dim() > 1 or given.numel() not in (1, num):

@@ -1,8 +1,8 @@
 """The contaminated product of experts: the rule of ``QualityAwareFusion.robust``.
 
 Every modality is clean or broken, independently, with odds ``rho`` (broken : clean) that rise with its
-untypicality ``u``. A clean modality speaks for class y with the likelihood ratio ``r(y)``; a broken one says nothing about the class,
-whatever it shows: noise, a blank, another sample's data. Hence, exactly,
+untypicality ``u``. A clean modality speaks for class y with the likelihood ratio ``r(y)``; a broken one says nothing
+about the class, whatever it shows: noise, a blank, another sample's data. Hence, exactly,
 
     ``p(y | all)  ~  prior(y) * prod_m (r_m(y) + rho_m)``
     ``w_m = P(m is clean | all) = sum_y p(y | all) * r_m(y) / (r_m(y) + rho_m)``

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .checks import check_logits, check_present
 from .dropout import ModalityDropout
 from .fusion import FusionOutput, QualityAwareFusion
 
@@ -87,7 +88,7 @@ class FusionModel(nn.Module):
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
         logits = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
         if self.dropout is not None and self.training:
-            present = self._drop(self.dropout, logits, present)
+            present = self._drop(self.dropout, logits, present, self.fusion.class_dim)
         out = self.fusion(logits, present)
         if out.present is None:
             return out
@@ -99,18 +100,14 @@ class FusionModel(nn.Module):
         return out._replace(unimodal_logits=tuple(shown))
 
     @staticmethod
-    def _drop(dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None) -> Tensor:
-        some = next((x for x in logits if x is not None), None)
-        if some is None:
-            raise ValueError("inputs must hold at least one modality that is not None")
-        available = torch.tensor([x is not None for x in logits], device=some.device).unsqueeze(1)
-        available = available.expand(-1, len(some))
-        if present is None:
-            return dropout(available)
-        if present.dim() < 3:
-            return dropout(available & (present if present.dim() == 2 else present.unsqueeze(1)))
-        stays = dropout(available & present.flatten(2).any(2))
-        return present & stays.view(*stays.shape, *(1,) * (present.dim() - 2))
+    def _drop(dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None, class_dim: int) -> Tensor:
+        rows, there = check_logits(logits, class_dim=class_dim)
+        if there is None:
+            there = torch.ones(len(rows), dtype=torch.bool, device=rows[0].device)
+        mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device)
+        assert mask is not None
+        stays = dropout(mask if mask.dim() == 2 else mask.flatten(2).any(2))
+        return mask & stays.view(*stays.shape, *(1,) * (mask.dim() - 2))
 
     @staticmethod
     def _run(name: str, head: nn.Module, given: Any) -> Tensor | None:
