@@ -178,7 +178,7 @@ def pearson(x: Tensor, y: Tensor) -> float:
     """The correlation of ``[n]`` and ``[n]``; 0 where either is constant (to rounding)."""
     if len(x) < 2:
         return 0.0
-    x, y = x.double(), y.double()
+    x, y = x.detach().double(), y.detach().double()
     dx, dy = x - x.mean(), y - y.mean()
     if dx.abs().max() <= 1e-12 * x.abs().max() or dy.abs().max() <= 1e-12 * y.abs().max():
         return 0.0
@@ -212,8 +212,10 @@ def _meet_means(
         if not bool((static > 0).all()):
             raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(static[0])}")
     static = static.to(rows[0])
-    if fusion.normalize and abs(float(static.sum()) - 1) > 1e-9:
-        raise ValueError(f"static_weights must sum to 1 with normalize=True, got {static.tolist()}")
+    if fusion.normalize:
+        if abs(float(static.sum()) - 1) > 1e-6:
+            raise ValueError(f"static_weights must sum to 1 with normalize=True, got {static.tolist()}")
+        static = static / static.sum()
     ones = torch.ones_like(static)
     temper = ones
     if "temperature" in fit:
