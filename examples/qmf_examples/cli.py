@@ -1,0 +1,47 @@
+"""The `qmf-fusion` command: what every subcommand shares. Nothing here imports torch, so that help comes at once."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from .errors import EXTRAS, CommandError, missing_extra
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the console script's entry point.
+
+    Args:
+        arguments: in place of ``sys.argv[1:]``.
+
+    Returns:
+        The exit code: 0, 1 for what the machine lacks, 2 for a wrong argument, 130 for an interrupt. Errors are one
+        line on standard error.
+    """
+    try:
+        # Outside of this block nothing of the extra is needed, so that its absence can be told in one line too.
+        from . import commands
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        return _fail(str(missing_extra(EXTRAS[error.name])), 1)
+    try:
+        return commands.run(arguments)
+    except commands.UsageError as error:
+        return _fail(" ".join(error.format_message().split()), error.exit_code)
+    except CommandError as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, commands.Abort):
+        return _fail("interrupted; what was finished is kept, --resume goes on from there", 130)
+    except BrokenPipeError:
+        # The reader of a pipe has gone; a closed standard output keeps Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"qmf-fusion: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

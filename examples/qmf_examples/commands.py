@@ -1,0 +1,148 @@
+"""The subcommands and their options. The jobs themselves are imported when one runs."""
+
+import contextlib
+import importlib.util
+import runpy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import CommandError, require_extras
+
+# Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
+UsageError: Any = typer.BadParameter.__mro__[2]
+Abort = typer.Abort
+
+app = typer.Typer(
+    name="qmf-fusion",
+    help="Quality-aware Multimodal Fusion: weight each modality per sample by how certain it is.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train = typer.Typer(help="Train and compare fusions on a data set.", invoke_without_command=True)
+app.add_typer(train, name="train")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; errors come out as exceptions, for ``cli.main`` to word."""
+    given = None if arguments is None else list(arguments)
+    code = app(args=given, prog_name="qmf-fusion", standalone_mode=False)
+    if code == 130:  # what Typer makes of an interrupt, without a word
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        # The file on its own, for importing the package would import torch.
+        package = importlib.util.find_spec("qmf_fusion")
+        assert package is not None
+        assert package.origin is not None
+        version = runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"]
+        typer.echo(f"qmf-fusion {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    _help_without_command(context)
+
+
+@train.callback()
+def _train(context: typer.Context) -> None:
+    _help_without_command(context)
+
+
+def _help_without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        text = context.get_help()  # printed already, and empty, where Typer writes it with rich
+        if text:
+            typer.echo(text)
+        raise typer.Exit
+
+
+def check_device(name: str) -> None:
+    """Try the device now, rather than after the data.
+
+    Raises:
+        typer.BadParameter: it is not there.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
+        raise typer.BadParameter(f"{name!r} cannot be used here: {reason}", param_hint="'--device'") from error
+
+
+def prepare_output(folder: Path) -> None:
+    """Create the folder and try to write to it.
+
+    Raises:
+        typer.BadParameter: it is a file, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is not a folder" if folder.is_file() else error.strerror or str(error)
+        raise typer.BadParameter(f"{str(folder)!r} cannot be written to: {reason}", param_hint="'--output'") from error
+
+
+@train.command(
+    help="Four views of scikit-learn's handwritten digits, half of them damaged at test time: who fuses best?\n\n"
+    "Nothing is downloaded. Trains small heads on clean views, damages half of each test image's views with Gaussian "
+    "noise, salt-and-pepper and occlusion, and compares every view alone, plain averages, QMF without and with its "
+    "ranking loss (three forms), and an oracle."
+)
+def digits(
+    output: Annotated[Path, typer.Option(help="Folder for results.json, accuracy.png and checkpoints/.")] = Path(
+        "runs/digits"
+    ),
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="How many seeds: 5 if not given, 2 with --quick.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="The first seed; the others follow it.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of each training: 40 if not given, 4 with --quick.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps, ...")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Two seeds of a few epochs, in seconds.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoints of a run that was killed.")
+    ] = False,
+) -> None:
+    require_extras(("numpy", "sklearn", "matplotlib", "rich"))
+    check_device(device)
+    prepare_output(output)
+    from .digits import DigitsConfig
+    from .digits_report import run_and_report
+
+    count = seeds or (2 if quick else 5)
+    config = DigitsConfig(seeds=tuple(range(seed, seed + count)), epochs=epochs or (4 if quick else 40), device=device)
+    with _disk_errors():
+        run_and_report(config, output, resume)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Any:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CommandError(f"{error.filename or 'output'}: {error.strerror or error}") from error

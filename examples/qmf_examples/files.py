@@ -1,0 +1,52 @@
+"""Files that are either there whole or not there: written beside their place, then renamed into it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from .errors import CommandError
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a temporary file, and rename it to ``path`` once it is on disk.
+
+    A process killed at any point leaves the old file or the new one, and at worst a ``.part`` file, which the next
+    write replaces.
+    """
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """``torch.save``, atomically."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path, made_with: dict[str, str], device: torch.device) -> dict[str, Any] | None:
+    """The state saved at ``path``, or None where there is none; tensors and plain values alone are unpickled.
+
+    Raises:
+        CommandError: a file that cannot be read, or that was written under other settings than ``made_with``.
+    """
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        theirs: dict[str, str] = dict(state["made_with"])
+    except Exception as error:  # whatever a damaged zip or pickle makes torch.load raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CommandError(f"--resume: cannot read {path} ({reason}); run without --resume to start afresh") from error
+    if theirs != made_with:
+        names = [name for name in {**made_with, **theirs} if made_with.get(name) != theirs.get(name)]
+        was, wanted = (", ".join(f"{name} {given.get(name)}" for name in names) for given in (theirs, made_with))
+        raise CommandError(
+            f"--resume: {path} was made with {was}, not with {wanted}; run without --resume to start afresh"
+        )
+    return state
