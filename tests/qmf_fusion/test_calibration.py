@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from qmf_fusion import QualityAwareFusion
 from qmf_fusion.calibration import pearson, sample_losses
-from torch import nn
 
 RULES = {
     "energy": lambda m: QualityAwareFusion(m),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+
 from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_fusion.composed import normalize_logits
 

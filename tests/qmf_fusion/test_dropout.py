@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
 from qmf_fusion.dropout import ModalityDropout
-from torch import nn
 
 
 def model(seed=0, **options):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
 from qmf_fusion.mixture import ContaminatedProduct
-from torch import nn
 
 
 def clean_data(m=3, n=240, k=5, seed=0, dtype=torch.float64):
@@ -101,8 +102,8 @@ def test_absent_equals_dropped(seed, size, which):
     whole = QualityAwareFusion.robust(3).calibrate(logits, target)
     part = QualityAwareFusion.robust(2).calibrate(logits[keep], target)
     present = torch.tensor([m != which for m in range(3)])
-    for given in (test, test.index_fill(0, torch.tensor([which]), torch.nan)):
-        out = whole(given, present)
+    for rows in (test, test.index_fill(0, torch.tensor([which]), torch.nan)):
+        out = whole(rows, present)
         torch.testing.assert_close(out.logits, part(test[keep]).logits)
         assert (out.weights[which] == 0).all()
         torch.testing.assert_close(out.weights[keep], part(test[keep]).weights)

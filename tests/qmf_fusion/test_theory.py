@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+
 from qmf_fusion import QualityAwareFusion, fusion_report
 from qmf_fusion.streaming import WeightLossCorrelation
 from qmf_fusion.theory import spearman
-
 from tests.qmf_fusion.test_calibration import data, quietly
 
 
