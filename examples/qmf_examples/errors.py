@@ -3,7 +3,14 @@
 import importlib
 from collections.abc import Iterable
 
-EXTRAS = {"matplotlib": "matplotlib", "numpy": "numpy", "rich": "rich", "sklearn": "scikit-learn", "typer": "typer"}
+EXTRAS = {
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "rich": "rich",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "typer": "typer",
+}
 """The packages of the extra ``[examples]``, by the module's name."""
 
 

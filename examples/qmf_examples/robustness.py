@@ -103,7 +103,9 @@ RULES: tuple[Rule, ...] = (
     Rule("robust", "robust", _trained),
     Rule("robust, calibrated", "robust", _calibrated),
     Rule("robust + modality dropout", "dropout", _trained),
-    Rule("oracle (told what is corrupted)", "plain", lambda g: Fused(baselines.fuse_known(g.logits, g.corrupted)), True),
+    Rule(
+        "oracle (told what is corrupted)", "plain", lambda g: Fused(baselines.fuse_known(g.logits, g.corrupted)), True
+    ),
 )
 TRAININGS = tuple(dict.fromkeys(rule.training for rule in RULES))
 OURS = ("robust", "robust, calibrated", "robust + modality dropout")
@@ -123,7 +125,9 @@ def train_heads(training: str, data: Prepared, num_classes: int, config: BenchCo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = {
-            str(v): nn.Sequential(nn.Linear(x.shape[1], config.hidden), nn.ReLU(), nn.Linear(config.hidden, num_classes))
+            str(v): nn.Sequential(
+                nn.Linear(x.shape[1], config.hidden), nn.ReLU(), nn.Linear(config.hidden, num_classes)
+            )
             for v, x in enumerate(data.train)
         }
         confidence = nn.ModuleList(nn.Linear(config.hidden, 1) for _ in data.train)
@@ -156,7 +160,7 @@ def train_heads(training: str, data: Prepared, num_classes: int, config: BenchCo
 
 
 def _plain_loss(logits: Tensor, hidden: Sequence[Tensor], confidence: nn.ModuleList, target: Tensor) -> Tensor:
-    """Every view's cross-entropy, and that of the mean of probabilities; the confidences learn beside, not with them."""
+    """Every view's cross-entropy, and that of the mean of probabilities; the confidences learn beside them."""
     log_probs = logits.log_softmax(-1)
     fused = F.nll_loss(torch.logsumexp(log_probs, 0) - torch.log(torch.tensor(float(len(logits)))), target)
     label = target.view(1, -1, 1).expand(len(logits), -1, 1)
