@@ -222,9 +222,11 @@ def fusion_report(
     bound_static = sum(m.term_l_static for m in heard)
     eq5, eq6 = _worst([m.eq5 for m in described]), _worst([m.eq6 for m in described])
     verdict = _worst([eq5, eq6])
+    better = "dynamic" if term_l + term_cov <= bound_static else "static"
+    sides = f"{term_l + term_cov:.3g} dynamic, {bound_static:.3g} static"
     sentence = {
         "holds": "Theorem 2 applies: dynamic fusion is at least as good as static fusion here, in the paper's bound.",
-        "fails": f"Theorem 2 does not apply ({_failing(described)}): dynamic fusion may be the worse one here.",
+        "fails": f"Theorem 2 does not apply ({_failing(described)}). The bound itself favours {better} fusion: {sides}.",
         "undecided": "Undecided: this data neither confirms nor refutes Theorem 2's conditions; use more of it.",
     }[verdict]
     points = [(w[:: -(-len(w) // _MOST_SHOWN) or 1], v[:: -(-len(v) // _MOST_SHOWN) or 1]) for w, v in pairs]

@@ -27,7 +27,8 @@ class LevelReport(NamedTuple):
 def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
     """Load a run's trained model, damage the test set as the run did, and report on every level.
 
-    The static counterpart is the mean of all weights on the clean training data, the same for all views.
+    The static counterpart is each view's mean weight on the clean training data: the static rule that Lemma 1 matches,
+    so that Eq. 5 shows how far the damage shifts the weights.
 
     Raises:
         CommandError: no such checkpoint; the message lists those that are there.
@@ -49,11 +50,11 @@ def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
         raise CommandError(f"{path} is no checkpoint of the digits job: {str(error).splitlines()[0]}") from error
     model.eval()
     with torch.no_grad():
-        static = model(data.train).weights.double().mean()
+        static = model(data.train).weights.double().mean(1)
         reports = []
         for condition in data.conditions:
             logits = model(condition.features).unimodal_logits
-            given = float(static) if static > 0 else None
+            given = static if bool((static > 0).all()) else None
             report = fusion_report(model.fusion, logits, data.test_labels, given)
             reports.append(LevelReport(condition.name, condition.level, report))
     return reports
@@ -64,7 +65,7 @@ def table(reports: list[LevelReport], title: str) -> Table:
     out = bare_table(title)
     out.add_column("damage", no_wrap=True)
     for view in VIEWS:
-        out.add_column(f"r, {view}", justify="right")
+        out.add_column(f"r\n{view}", justify="right")
     for column in ("Eq. 5", "Eq. 6", "bound", "static"):
         out.add_column(column, justify="right")
     for condition, level, report in reports:
