@@ -39,12 +39,15 @@ class Calibration(KeepsPrecision):
     scale: Tensor
     shift: Tensor
     temper: Tensor
+    _anchor: Tensor
 
     def __init__(self, num_modalities: int) -> None:
         super().__init__()
         self.num_modalities = num_modalities
         for name in _STATE:
             self.register_buffer(name, None)
+        # Knows the module's device while there is nothing else.
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
 
     def set(self, **values: Tensor) -> None:
         for name in _STATE:
@@ -73,7 +76,7 @@ class Calibration(KeepsPrecision):
         if given is None:
             self.clear()
         elif self.static is None:
-            self.set(**{name: torch.empty_like(given) for name in _STATE})
+            self.set(**{name: torch.empty_like(given, device=self._anchor.device) for name in _STATE})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

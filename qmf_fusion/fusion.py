@@ -159,9 +159,10 @@ class QualityAwareFusion(KeepsPrecision):
     ) -> Self:
         """The rule to start with where modalities may be broken: a contaminated product of experts.
 
-        Weights are ``P(modality is clean | all logits)``. It measures how untypical a modality's logits are, with
-        statistics that ``QMFLoss`` gathers in training or ``calibrate`` takes from clean data; before either, it
-        takes every modality to be typical. ``QMFLoss`` trains with that plain form, whatever has been gathered.
+        Weights are ``P(modality is clean | all logits)``, fused logits are log-probabilities. It measures how untypical
+        a modality's logits are, with statistics that ``QMFLoss`` gathers in training or ``calibrate`` takes from clean
+        data; before either, it takes every modality to be typical. ``QMFLoss`` trains with that plain form, whatever
+        has been gathered.
 
         Args:
             modalities: how many, or their names.
@@ -181,10 +182,10 @@ class QualityAwareFusion(KeepsPrecision):
             >>> out.logits.argmax(-1), out.weights[:, 0]
             (tensor([0]), tensor([0.8043, 0.8043, 0.1263]))
         """
-        mixture = ContaminatedProduct(len(modality_names(modalities)), **switches)
+        names = modality_names(modalities)
+        mixture = ContaminatedProduct(len(names), **switches)
         if num_classes is not None:
             mixture.running.allocate(num_classes, torch.device("cpu"))
-        names = modalities if isinstance(modalities, int) else tuple(modalities)
         return cls(names, combine=mixture, normalize_logits=normalize_logits, class_dim=class_dim)
 
     @property

@@ -5,9 +5,9 @@ Theorem 1 bounds the generalization error of ``f = sum_m w_m f_m``, with probabi
     ``sum_m [ E(w_m) Err(f_m) + E(w_m) Rad(f_m) + Cov(w_m, loss_m) ] + M sqrt(ln(1 / delta) / 2N)``
 
 (Term-L, Term-C, Term-Cov and confidence). Term-L and Term-Cov are the part that data can show; the Rademacher term is
-the same for both rules once their mean weights agree (Eq. 5), and a static weight has no covariance. So Theorem 2: dynamic
-fusion is at least as good as static fusion, in this bound, if Eq. 5 holds and no weight correlates positively with its
-modality's loss (Eq. 6). ``fusion_report`` measures both conditions; ``QualityAwareFusion.calibrate`` makes them hold.
+the same for both rules once their mean weights agree (Eq. 5), and a static weight has no covariance. So Theorem 2:
+dynamic fusion is at least as good as static fusion, in this bound, if Eq. 5 holds and no weight correlates positively
+with its modality's loss (Eq. 6). ``fusion_report`` measures both conditions; ``QualityAwareFusion.calibrate`` makes them hold.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def fusion_report(
     sides = f"{term_l + term_cov:.3g} dynamic, {bound_static:.3g} static"
     sentence = {
         "holds": "Theorem 2 applies: dynamic fusion is at least as good as static fusion here, in the paper's bound.",
-        "fails": f"Theorem 2 does not apply ({_failing(described)}). The bound itself favours {better} fusion: {sides}.",
+        "fails": f"Theorem 2 does not apply ({_failing(described)}). The bound favours the {better} rule: {sides}.",
         "undecided": "Undecided: this data neither confirms nor refutes Theorem 2's conditions; use more of it.",
     }[verdict]
     points = [(w[:: -(-len(w) // _MOST_SHOWN) or 1], v[:: -(-len(v) // _MOST_SHOWN) or 1]) for w, v in pairs]

@@ -58,12 +58,15 @@ class ClassStatistics(KeepsPrecision):
     norm: Any
     distance: Any
     prior: Any
+    _anchor: Tensor
 
     def __init__(self, num_modalities: int, spread: float = 0.1) -> None:
         super().__init__()
         self.num_modalities, self.spread = num_modalities, spread
         for name in self._shapes:
             self.register_buffer(name, None)
+        # Knows the module's device while there is nothing else.
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
 
     def statistics(self) -> Statistics | None:
         """None before there are any."""
@@ -120,11 +123,8 @@ class ClassStatistics(KeepsPrecision):
         if given is None:
             self.clear()
         elif self.whiten is None or self.whiten.shape[-1] != given.shape[-1]:
-            self.allocate(given.shape[-1], self._device(given))
+            self.allocate(given.shape[-1], self._anchor.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _device(self, otherwise: Tensor) -> torch.device:
-        return otherwise.device if self.whiten is None else self.whiten.device
 
     def extra_repr(self) -> str:
         return "nothing yet" if self.whiten is None else f"num_classes={self.whiten.shape[-1]}"

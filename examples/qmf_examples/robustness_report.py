@@ -95,13 +95,21 @@ def accuracy_table(lines: Sequence[Line], title: str) -> Table:
     table = bare_table(title)
     table.add_column("rule", no_wrap=True)
     columns = ["mean", "worst\nseed", "short-\nfall", *lines[0].conditions]
-    columns += [name[:10] for name in lines[0].sets] if len(lines[0].sets) > 1 else []
     for column in columns:
         table.add_column(_heading(column), justify="right", no_wrap=True)
     for line in lines:
         cells = [line.mean, line.worst, line.shortfall, *line.conditions.values()]
-        cells += list(line.sets.values()) if len(line.sets) > 1 else []
         table.add_row(line.rule, *(f"{cell:.1f}" for cell in cells))
+    return table
+
+
+def sets_table(lines: Sequence[Line], title: str) -> Table:
+    table = bare_table(title)
+    table.add_column("rule", no_wrap=True)
+    for name in lines[0].sets:
+        table.add_column(name, justify="right")
+    for line in lines:
+        table.add_row(line.rule, *(f"{value:.1f}" for value in line.sets.values()))
     return table
 
 
@@ -179,13 +187,15 @@ def run_and_report(sets: Sequence[MultiView], config: BenchConfig, output: Path)
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_atomically(output / "robustness.json", lambda file: file.write(text.encode()))
     console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=150)
+    console = console if console.is_terminal else Console(highlight=False, width=180)
     count = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
     for name, lines in tables.items():
         what = f"{len(sets)} set{'s' if len(sets) > 1 else ''}" if name == "features" else name
         stem = "robustness" if name == "features" else "robustness-images"
         plot(output / f"{stem}.png", lines, f"{what}, half of the views corrupted, {count}")
         console.print(accuracy_table(lines, f"Accuracy in %: {what}, {count}, {config.steps} steps"))
+        if len(lines[0].sets) > 1:
+            console.print(sets_table(lines, "Accuracy in %: mean over conditions and seeds, by set"))
         console.print(correlation_table(lines, f"Correlation of weight and loss (Eq. 6 wants 0 or less): {what}"))
     console.print(
         "Half of each sample's views are corrupted. 'worst seed': its mean. 'shortfall': the largest gap to the best "

@@ -23,13 +23,13 @@ def small_set(name="small", views=4, samples=160, classes=4):
 
 @pytest.fixture(scope="module")
 def results():
-    return run([small_set()], BenchConfig(seeds=(0, 1), steps=40, hidden=16))
+    return run([small_set()], BenchConfig(seeds=(0, 1), steps=25, hidden=16))
 
 
 def test_bit_reproducible(results):
-    again = run([small_set()], BenchConfig(seeds=(0, 1), steps=40, hidden=16))
+    again = run([small_set()], BenchConfig(seeds=(0, 1), steps=25, hidden=16))
     assert again == results
-    other = run([small_set()], BenchConfig(seeds=(2,), steps=40, hidden=16))
+    other = run([small_set()], BenchConfig(seeds=(2,), steps=25, hidden=16))
     assert other["small"] != [s for s in results["small"] if s.seed == 0]
 
 
