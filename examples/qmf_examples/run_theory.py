@@ -13,6 +13,7 @@ from .digits import build_model, prepare
 from .digits_data import VIEWS
 from .errors import CommandError
 from .files import write_atomically
+from .methods import TRAININGS
 from .tables import bare_table
 
 
@@ -44,7 +45,8 @@ def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         hidden = int(json.loads(state["made_with"]["hidden"]))
         data = prepare(seed, torch.device("cpu"))
-        model = build_model({view: x.shape[1] for view, x in data.train.items()}, hidden, seed)
+        how = next(each for each in TRAININGS if each.name == training)
+        model = build_model({view: x.shape[1] for view, x in data.train.items()}, hidden, seed, how)
         model.load_state_dict(state["model"])
     except (KeyError, ValueError, RuntimeError, EOFError) as error:
         raise CommandError(f"{path} is no checkpoint of the digits job: {str(error).splitlines()[0]}") from error
