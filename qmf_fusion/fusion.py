@@ -281,7 +281,7 @@ class QualityAwareFusion(KeepsPrecision):
 
     def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int = -100) -> None:
         """Let a training batch, as ``QMFLoss`` has checked it, count in the running statistics of ``robust``."""
-        if self.mixture is not None:
+        if self.mixture is not None and self.mixture.gather:
             composed.observe(self.mixture, rows, target, present, ignore_index)
 
     def calibrate(

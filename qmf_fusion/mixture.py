@@ -50,6 +50,8 @@ class ContaminatedProduct(nn.Module):
         sharpness: the tail's exponent.
         spread, floor: the least variance within a class (a share of that between classes) and the least standard
             deviation of a logarithm that the statistics are believed to have.
+        gather: let ``QMFLoss`` gather running statistics in training, at the cost of factorising a ``[K, K]`` matrix
+            per modality and step. False leaves them to ``calibrate``.
 
     Raises:
         ValueError: a number out of its range.
@@ -70,6 +72,7 @@ class ContaminatedProduct(nn.Module):
         sharpness: float = 5.0,
         spread: float = 0.1,
         floor: float = 0.3,
+        gather: bool = True,
     ) -> None:
         super().__init__()
         for name, value, most in (
@@ -85,6 +88,7 @@ class ContaminatedProduct(nn.Module):
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
         self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
         self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor
+        self.gather = gather
         self.running = RunningStatistics(num_modalities, spread)
         self.fitted = ClassStatistics(num_modalities, spread)
 

@@ -45,7 +45,7 @@ def test_results_hold_one_row_per_method_condition_and_level(quick_run):
         )
         assert (row["correlation"] is not None) == weighted
     assert content["config"]["epochs"] == 2
-    assert len(content["verdicts"]) == 8  # four fusions, two plain averages
+    assert len(content["verdicts"]) == 12  # six fusions, two plain averages
 
 
 def test_the_heads_learn_and_damage_hurts(quick_run):

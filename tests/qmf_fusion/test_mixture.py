@@ -253,6 +253,15 @@ def test_running_statistics_come_near_the_fitted_ones():
     torch.testing.assert_close(fusion.mixture.running.state_dict(), before, rtol=0, atol=0)
 
 
+def test_gathering_can_be_left_to_calibrate():
+    logits, target = clean_data()
+    fusion = QualityAwareFusion.robust(3, gather=False)
+    QMFLoss(fusion, 240, ranking_weight=0)(logits, target)
+    assert fusion.mixture.statistics() is None
+    expected = QualityAwareFusion.robust(3).calibrate(logits, target)(logits)
+    torch.testing.assert_close(fusion.calibrate(logits, target)(logits).logits, expected.logits)
+
+
 def test_a_modality_never_seen_stays_plain():
     logits, target = clean_data()
     fusion = QualityAwareFusion.robust(3)
