@@ -101,10 +101,10 @@ def report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Group:
         *verdict_tables(verdicts),
         correlation_table(rows),
         Text(
-            "Columns with several levels show the mean over them; 'lost' counts levels, clean included; results.json has\n"
-            "every level's row. All heads see clean images in training, for a fixed number of epochs; nothing is selected.\n"
-            "Single views, plain averages and the oracle share heads trained with the sum of unimodal cross-entropies;\n"
-            "each QMF row has heads of its own, which start from the same weights."
+            "Columns with several levels show the mean over them; 'lost' counts levels, clean included; results.json "
+            "has every level's row. All heads see clean images in training, for a fixed number of epochs; nothing is "
+            "selected. Single views, plain averages and the oracle share heads trained with the sum of unimodal "
+            "cross-entropies; each QMF row has heads of its own, which start from the same weights."
         ),
     )
 
