@@ -141,7 +141,7 @@ class QualityAwareFusion(KeepsPrecision):
             self.raw_temperature = nn.Parameter(t.log().to(dtype))
         self.calibration = Calibration(num)
         self._find_unit_temperature()
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def _find_unit_temperature(self) -> None:
         # Known once, so that no step has to ask a device whether T is 1.
@@ -229,14 +229,14 @@ class QualityAwareFusion(KeepsPrecision):
             values = torch.stack([UNCERTAINTIES["energy"](x) for x in scaled])
             return values * self.temperature.to(dtype).view(-1, *(1,) * (values.dim() - 1))
         measure = UNCERTAINTIES[self.uncertainty] if isinstance(self.uncertainty, str) else self.uncertainty
-        values = [measure(x) for x in scaled]
-        for x, value in zip(scaled, values, strict=True):
+        every = [measure(x) for x in scaled]
+        for x, value in zip(scaled, every, strict=True):
             if not isinstance(value, Tensor) or value.shape != x.shape[:-1]:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
                     f"uncertainty must return {tuple(x.shape[:-1])} for logits {tuple(x.shape)}, got {got}"
                 )
-        return torch.stack(list(values)).to(dtype)
+        return torch.stack(every).to(dtype)
 
     def weight_options(self, rows: Sequence[Tensor], present: Tensor | None) -> WeightOptions:
         """What the operators need to weight ``rows``, M of ``[*, K]``; ``present`` is ``[M, *]`` or None."""

@@ -154,7 +154,7 @@ def train_heads(training: str, data: Prepared, num_classes: int, config: BenchCo
         else:
             out = model(given)
             loss = criterion(out.unimodal_logits, target, index, out.present).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     model.eval()
     return Heads(model, confidence)
