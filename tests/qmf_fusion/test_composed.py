@@ -120,3 +120,23 @@ def test_a_bad_target_is_named():
     x, target = batch()
     with pytest.raises(IndexError, match="target must hold classes 0 to 4"):
         QMFLoss(QualityAwareFusion.robust(3), 12, ranking_weight=0)(x, target + 3)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "default", "shares"])
+@pytest.mark.parametrize("training", [False, True])
+def test_absent_equals_dropped(rule, training):
+    make = {
+        **RULES,
+        "default": QualityAwareFusion,
+        "shares": lambda m: QualityAwareFusion(m, normalize=True, uncertainty="msp"),
+    }[rule]
+    x, target = batch()
+    index, present = torch.arange(12), torch.tensor([True, False, True])
+    whole, part = (QMFLoss(make(m), 12).train(training) for m in (3, 2))
+    for seed in range(3):
+        rows = batch(seed=seed)[0]
+        a, b = whole(rows, target, index, present), part(rows[::2], target, index)
+        torch.testing.assert_close(a.loss, b.loss)
+        torch.testing.assert_close(a.logits, b.logits)
+        torch.testing.assert_close(a.weights[::2], b.weights)
+    torch.testing.assert_close(whole.fusion(x, present).logits, part.fusion(x[::2]).logits)

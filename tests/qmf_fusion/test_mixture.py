@@ -299,3 +299,33 @@ def test_bad_switches_are_named(switches, match):
         QualityAwareFusion.robust(2, **switches)
     with pytest.raises(TypeError, match="nonsense"):
         QualityAwareFusion.robust(2, nonsense=1)
+
+
+@pytest.mark.parametrize(("classes", "samples"), [(1, 5), (3, 2), (5, 5)])
+def test_data_with_hardly_any_statistics_stays_finite(classes, samples):
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, samples, classes, generator=g), torch.arange(samples) % classes
+    criterion = QMFLoss(QualityAwareFusion.robust(2), samples)
+    for _ in range(4):
+        assert torch.isfinite(criterion(logits, target, torch.arange(samples)).loss)
+    for fusion in (criterion.fusion, QualityAwareFusion.robust(2).calibrate(logits, target)):
+        out = fusion(torch.randn(2, 4, classes, generator=g))
+        assert torch.isfinite(out.logits).all()
+        assert torch.isfinite(out.weights).all()
+
+
+def test_constant_logits_and_classes_without_samples_stay_finite():
+    test = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for logits, num in ((torch.zeros(2, 20, 6), 6), (torch.randn(2, 40, 6), 3)):
+        out = QualityAwareFusion.robust(2).calibrate(logits, torch.arange(logits.shape[1]) % num)(test)
+        assert torch.isfinite(out.logits).all()
+        (grad,) = torch.autograd.grad(out.logits.logsumexp(-1).sum() + out.weights.sum(), test)
+        assert torch.isfinite(grad).all()
+
+
+def test_casting_keeps_the_statistics_precise():
+    logits, target = clean_data(dtype=torch.float32)
+    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    expected = fusion(logits).logits
+    assert fusion.half().mixture.fitted.whiten.dtype == torch.float64
+    assert torch.equal(fusion(logits).logits, expected)
