@@ -7,8 +7,8 @@ Theorem 1 bounds the generalization error of ``f = sum_m w_m f_m``, with probabi
 (Term-L, Term-C, Term-Cov and confidence). Term-L and Term-Cov are the part that data can show; the Rademacher term is
 the same for both rules once their mean weights agree (Eq. 5), and a static weight has no covariance. So Theorem 2:
 dynamic fusion is at least as good as static fusion, in this bound, if Eq. 5 holds and no weight correlates positively
-with its modality's loss (Eq. 6). ``fusion_report`` measures both conditions; ``QualityAwareFusion.calibrate`` makes them
-hold; ``WeightLossCorrelation`` measures Eq. 6 on streams.
+with its modality's loss (Eq. 6). ``fusion_report`` measures both conditions, ``WeightLossCorrelation`` Eq. 6 on
+streams; ``QualityAwareFusion.calibrate`` makes them hold.
 """
 
 from __future__ import annotations
