@@ -42,7 +42,7 @@ def unpack_logits(logits: Logits, names: Sequence[str] | None = None) -> list[Te
         if logits.dim() < 2:
             raise ValueError(f"logits must be stacked [M, *, K] when given as one tensor, got {_shape(logits)}")
         given: list[Tensor | None] = list(logits.unbind(0))
-    elif isinstance(logits, Sequence) and not isinstance(logits, str):
+    elif isinstance(logits, Sequence):
         given = list(logits)
     else:
         raise TypeError(

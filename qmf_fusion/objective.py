@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from . import functional
+from . import composed, functional
 from .checks import Logits, check_index, check_logits, check_present, check_target
 from .functional import LossOptions, ObjectiveOutput
 from .fusion import QualityAwareFusion
@@ -110,11 +110,17 @@ class QMFLoss(nn.Module):
                 kappa = trajectory.kappa_checked(index, self.ranking.rescale)
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
-        out = functional.objective_with(
-            rows, target, kappa, mask, fusion.weight_options(rows, mask), options, self.backend
-        )
+        rows = fusion.prepare(rows)
+        if fusion.combine == "logits":
+            out = functional.objective_with(
+                rows, target, kappa, mask, fusion.weight_options(rows, mask), options, self.backend
+            )
+        else:
+            out = composed.objective(fusion, rows, target, kappa, mask, options, plain=self.training)
         if self.training and index is not None:
             trajectory.record_checked(out.sample_losses, index)
+        if self.training:
+            fusion.observe(rows, target, mask, self.ignore_index)
         if fusion.class_dim != -1:
             out = out._replace(logits=out.logits.movedim(-1, fusion.class_dim))
         return out

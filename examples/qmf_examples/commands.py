@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import data_cli
+from . import data_cli, report_cli, robustness_cli
 from .errors import CommandError, require_extras
 
 # Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
@@ -27,6 +27,8 @@ app = typer.Typer(
 train = typer.Typer(help="Train and compare fusions on a data set.", invoke_without_command=True)
 app.add_typer(train, name="train")
 data_cli.attach(app)
+app.command("bench-robustness", help=robustness_cli.HELP)(robustness_cli.bench_robustness)
+app.command("report", help=report_cli.HELP)(report_cli.report)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
