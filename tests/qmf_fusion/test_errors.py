@@ -69,7 +69,7 @@ CASES = {
     ),
     "no stack": (fuse(torch.zeros(4)), ValueError, r"logits must be stacked \[M, \*, K\] .* got \(4,\)"),
     "kind": (fuse(3), TypeError, r"logits must be a sequence, a mapping by name or a stacked tensor, got int"),
-    "string": (fuse("ab"), TypeError, r"logits must be a sequence.* got str"),
+    "string": (fuse("ab"), TypeError, r"must be a tensor, got str"),
     "not a tensor": (fuse([X, [1.0]]), TypeError, r"logits\[1\] must be a tensor, got list"),
     "integers": (fuse([X, X.long()]), TypeError, r"logits\[1\] must be floating point, got torch\.int64"),
     "integers by name": (
@@ -283,4 +283,4 @@ def test_a_failed_call_records_nothing():
     for target, index in ((Y + 1, INDEX), (Y, INDEX + 8)):
         with pytest.raises(IndexError):
             loss([X, X], target, index)
-    assert not loss.ranking.trajectory.visits.any()
+    assert not loss.ranking.trajectory.history.any()
