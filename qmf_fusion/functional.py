@@ -261,10 +261,6 @@ def objective_with(
     """Eq. 18 of checked inputs: M of ``[B, *, K]``, ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None."""
     check_backend(backend)
     *rule, detach_weights = weight_options
-    if torch.compiler.is_compiling() and backend is None and rows[0].device.type == "cpu":
-        # Open to the compiler, which has no kernel to call here and fuses the passes over the logits itself.
-        rules = qmf_kernels.WeightRule(*weight_options[:6]), qmf_kernels.LossRule(*options)
-        return ObjectiveOutput(*qmf_kernels.objective_expression(rows, target, kappa, present, *rules, detach_weights))
     out = qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, detach_weights, *rows)
     return ObjectiveOutput(*out)
 
