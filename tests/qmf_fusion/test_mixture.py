@@ -314,7 +314,7 @@ def test_data_with_hardly_any_statistics_stays_finite(classes, samples):
         assert torch.isfinite(out.weights).all()
 
 
-@pytest.mark.filterwarnings("ignore:the weights of")  # labels that have nothing to do with the logits may well violate it
+@pytest.mark.filterwarnings("ignore:the weights of")  # labels that have nothing to do with the logits may violate Eq. 6
 def test_constant_logits_and_classes_without_samples_stay_finite():
     g = torch.Generator().manual_seed(0)
     test = torch.randn(2, 4, 6, generator=g, requires_grad=True)
