@@ -162,8 +162,10 @@ class FusionModel(nn.Module):
         Example:
             >>> model = FusionModel({"rgb": nn.Linear(8, 3), "depth": nn.Linear(4, 3)})
             >>> groups = model.parameter_groups({"rgb": {"lr": 1e-5}}, lr=1e-3)
-            >>> [(group["name"], group["lr"]) for group in groups]
-            [('rgb', 1e-05), ('depth', 0.001)]
+            >>> for group in groups:
+            ...     print(group["name"], group["lr"])
+            rgb 1e-05
+            depth 0.001
         """
         options = dict(options or {})
         self._known(tuple(name for name in options if name != "fusion"))
