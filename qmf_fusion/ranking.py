@@ -1,6 +1,7 @@
 """The ranking loss with its memory (Eq. 14 to 17): weights should order samples as their loss histories do."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from qmf_kernels import FORMS, PAIRS
@@ -61,6 +62,10 @@ class TrajectoryRankingLoss(nn.Module):
     def resize(self, num_samples: int) -> None:
         """Grow the trajectory to ``num_samples`` without losing history."""
         self.trajectory.resize(num_samples)
+
+    def sync(self, group: dist.ProcessGroup | None = None) -> None:
+        """Merge the histories of all processes, usually at the end of an epoch; see ``LossTrajectory.sync``."""
+        self.trajectory.sync(group)
 
     def kappa(self, index: Tensor) -> Tensor:
         """Eq. 14 for the samples ``index``, ``[M, B]``, scaled as ``rescale`` says; NaN without a history."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling as compiling
 
@@ -38,6 +39,7 @@ class LossTrajectory(KeepsPrecision):
     low: Tensor
     span: Tensor
     visits: Tensor | None
+    synced: Tensor
 
     def __init__(self, num_samples: int, num_modalities: int, start_epoch: int = 1) -> None:
         super().__init__()
@@ -55,6 +57,9 @@ class LossTrajectory(KeepsPrecision):
         self.register_buffer("span", torch.ones(num_modalities, 1, dtype=torch.float64))
         qmf_kernels.find_range(self.history, self.low, self.span)
         self.register_buffer("visits", torch.zeros(num_samples, dtype=torch.int64) if start_epoch > 1 else None)
+        # What all processes agreed on last; each one's own records since are the difference.
+        self.register_buffer("synced", torch.zeros_like(self.history), persistent=False)
+        self.register_load_state_dict_post_hook(_after_load)
 
     @property
     def num_samples(self) -> int:
@@ -109,6 +114,24 @@ class LossTrajectory(KeepsPrecision):
         buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
         return qmf_kernels.kappa(buffers["history"], buffers["low"], buffers["span"], index, rescale is not None)
 
+    @torch.no_grad()
+    def sync(self, group: dist.ProcessGroup | None = None) -> None:
+        """Merge what each process has recorded since the last time, so that all hold the whole history.
+
+        A collective: every process of the group calls it, usually at the end of an epoch. Samples that a sampler gave
+        to several processes count as often as they were visited. In a single process it does nothing. ``visits``
+        (``start_epoch`` above 1) are merged as the largest, as a sample's visits are its epochs.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+            return
+        added = self.history - self.synced
+        dist.all_reduce(added, group=group)
+        self.history.copy_(self.synced + added)
+        if self.visits is not None:
+            dist.all_reduce(self.visits, op=dist.ReduceOp.MAX, group=group)
+        self.synced.copy_(self.history)
+        qmf_kernels.find_range(self.history, self.low, self.span)
+
     def resize(self, num_samples: int) -> None:
         """Grow to ``num_samples``, with no history for the new ones.
 
@@ -119,7 +142,7 @@ class LossTrajectory(KeepsPrecision):
         added = num_samples - self.num_samples
         if added < 0:
             raise ValueError(f"num_samples must be at least the present {self.num_samples}, got {num_samples}")
-        for name in ("history", "visits"):
+        for name in ("history", "visits", "synced"):
             old = getattr(self, name)
             if old is not None:
                 setattr(self, name, torch.cat([old, old.new_zeros(*old.shape[:-1], added)], -1))
@@ -127,3 +150,8 @@ class LossTrajectory(KeepsPrecision):
 
     def extra_repr(self) -> str:
         return f"num_samples={self.num_samples}, num_modalities={self.num_modalities}, start_epoch={self.start_epoch}"
+
+
+def _after_load(trajectory: LossTrajectory, _: object) -> None:
+    """A checkpoint holds what all processes agreed on."""
+    trajectory.synced.copy_(trajectory.history)

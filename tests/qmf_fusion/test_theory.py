@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from qmf_fusion import QualityAwareFusion, fusion_report
 from qmf_fusion.streaming import WeightLossCorrelation
 from qmf_fusion.theory import spearman
-from tests.qmf_fusion.test_calibration import data, quietly
+
+from ..two_processes import run_two
+from .test_calibration import data, quietly
 
 
 def test_report_is_the_definitions():
@@ -114,19 +115,26 @@ def test_streaming_equals_all_at_once():
     assert (one.compute().pearson == 0).all()
 
 
-def _process(rank, world, path, w, v):
-    torch.distributed.init_process_group("gloo", f"file://{path}/rendezvous", rank=rank, world_size=world)
-    metric = WeightLossCorrelation(2)
-    metric.update(w[:, rank::world], v[:, rank::world])
-    torch.save(metric.compute(), f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+WORKER = """
+import sys
+import torch
+from qmf_fusion.streaming import WeightLossCorrelation
+
+torch.distributed.init_process_group("gloo")
+rank, (w, v) = torch.distributed.get_rank(), torch.load(f"{sys.argv[1]}/data.pt")
+metric = WeightLossCorrelation(2)
+metric.update(w[:, rank::2], v[:, rank::2])
+torch.save(tuple(metric.compute()), f"{sys.argv[1]}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_streaming_across_processes(tmp_path):
     w, v = torch.randn(2, 2, 101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mp.spawn(_process, (2, str(tmp_path), w, v), nprocs=2)
+    torch.save((w, v), tmp_path / "data.pt")
+    run_two(WORKER, tmp_path)
     metric = WeightLossCorrelation(2)
     metric.update(w, v)
     for rank in range(2):
-        out = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        torch.testing.assert_close(tuple(out), tuple(metric.compute()))
+        out = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(out, tuple(metric.compute()))
