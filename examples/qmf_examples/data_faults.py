@@ -1,0 +1,153 @@
+"""What is wrong with a data set, told with the file and the line; and opening what others wrote without trusting it."""
+
+import contextlib
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 64_000_000
+"""Images of more pixels are refused before they are decoded: 192 MB as RGB."""
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
+NAMED = 5
+"""How many faults a message names; all are counted."""
+PACKAGES = {"PIL": "pillow", "h5py": "h5py", "numpy": "numpy", "rich": "rich", "scipy": "scipy"}
+
+
+class DataError(Exception):
+    """Ends a command with its message: what is wrong with the data, or with where it was looked for.
+
+    ``faults`` are those that the message sums up.
+    """
+
+    faults: Sequence["Fault"] = ()
+
+    @classmethod
+    def of_faults(cls, where: Path, rows: int, faults: Sequence["Fault"]) -> "DataError":
+        """Of ``rows`` rows or files, these cannot be used."""
+        error = cls(f"{where}: {len(faults)} of {rows} cannot be used\n{summary(faults)}")
+        error.faults = faults
+        return error
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row or file that cannot be used.
+
+    Example:
+        >>> str(Fault("train.jsonl", "no such file: images/7.jpg", line=3))
+        'train.jsonl, line 3: no such file: images/7.jpg'
+    """
+
+    file: str
+    reason: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}: {self.reason}" if self.line else f"{self.file}: {self.reason}"
+
+
+def summary(faults: Sequence[Fault]) -> str:
+    """The first few faults by name, a line each, and how many more there are."""
+    more = [f"... and {len(faults) - NAMED} more"] if len(faults) > NAMED else []
+    return "\n".join([str(fault) for fault in faults[:NAMED]] + more)
+
+
+def require_packages(modules: Iterable[str]) -> None:
+    """Import the modules now.
+
+    Raises:
+        DataError: one is missing; the message names the extra to install.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            package = PACKAGES.get(error.name or "", error.name or module)
+            raise DataError(
+                f"this command needs {package}, which is not installed: pip install 'qmf-fusion[examples]'"
+            ) from error
+
+
+def file_inside(root: Path, name: str) -> Path:
+    """The file ``name``, relative to ``root``, that lies in ``root`` whatever links lead to it.
+
+    Raises:
+        DataError: an absolute path, one that climbs out of the folder by ``..`` or by a link, or no file.
+    """
+    if not name or "\0" in name or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        raise DataError(f"the path must be relative to the data folder, got {name!r}")
+    if ".." in PurePosixPath(name.replace("\\", "/")).parts:
+        raise DataError(f"the path leads out of the data folder: {name!r}")
+    path = root / name
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise DataError(f"the path leads out of the data folder by a link: {name!r}")
+        if not path.exists():
+            raise DataError(f"no such file: {name}")
+        if not path.is_file():
+            raise DataError(f"not a file: {name}")
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
+        raise DataError(f"cannot look up {name!r}: {getattr(error, 'strerror', None) or error}") from error
+    return path
+
+
+def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> "Image":
+    """The image, decoded whole.
+
+    Raises:
+        DataError: it cannot be read, is truncated, is none of ``FORMATS``, or has more than ``max_pixels`` pixels.
+    """
+    with _image_errors(path):
+        image = _open(path, max_pixels)
+        image.load()
+    return image
+
+
+def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Its width and height, after reading all of it, for a JPEG at an eighth of its size, which takes a fraction.
+
+    Raises:
+        DataError: see ``open_image``.
+    """
+    with _image_errors(path), _open(path, max_pixels) as image:
+        size = image.size
+        image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
+        image.load()
+    return size
+
+
+def _open(path: Path, max_pixels: int) -> "Image":
+    from PIL import Image
+
+    # The reader's own bound stands in for Pillow's, which warns before it refuses.
+    if path.stat().st_size == 0:
+        raise DataError(f"an empty file: {path.name}")
+    image = Image.open(path, formats=FORMATS)
+    if image.size[0] * image.size[1] > max_pixels:
+        width, height = image.size
+        image.close()
+        raise DataError(f"refused: {path.name} has {width} x {height} pixels, more than {max_pixels:,}")
+    return image
+
+
+@contextlib.contextmanager
+def _image_errors(path: Path) -> Iterator[None]:
+    """Every way in which reading an image fails, as a ``DataError`` in one line."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"not an image of {', '.join(FORMATS)}: {path.name}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"refused, too many pixels: {path.name}") from error
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"cannot be read: {path.name} ({reason})") from error
