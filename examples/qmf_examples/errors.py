@@ -3,7 +3,22 @@
 import importlib
 from collections.abc import Iterable
 
-EXTRAS = {"matplotlib": "matplotlib", "numpy": "numpy", "rich": "rich", "sklearn": "scikit-learn", "typer": "typer"}
+EXTRAS = {
+    "PIL": "pillow",
+    "h5py": "h5py",
+    "lightning": "lightning",
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "rich": "rich",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
+    "torchmetrics": "torchmetrics",
+    "torchvision": "torchvision",
+    "transformers": "transformers",
+    "typer": "typer",
+    "yaml": "pyyaml",
+}
 """The packages of the extra ``[examples]``, by the module's name."""
 
 

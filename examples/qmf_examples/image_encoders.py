@@ -90,7 +90,7 @@ def build_backbone(name: str, weights: str) -> Any:
 
 def stage_width(stage: nn.Sequential) -> int:
     """Channels that a ResNet's stage returns."""
-    last = stage[-1]
+    last: Any = stage[-1]
     norm = getattr(last, "bn3", None) or last.bn2
     return int(norm.num_features)
 

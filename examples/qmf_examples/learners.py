@@ -39,7 +39,7 @@ class Learner(nn.Module):
         raise NotImplementedError
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, epoch: int) -> Tensor:
-        """The loss of a batch in training; ``index`` is each sample's place in the training set, epochs count from 0."""
+        """The loss of a batch in training; ``index`` is each one's place in the training set, epochs count from 0."""
         losses = [F.cross_entropy(x.float(), target) for x in (answer.scores, *answer.unimodal_logits)]
         return torch.stack(losses).sum()
 
@@ -50,7 +50,7 @@ def give(module: nn.Module, given: Any) -> Any:
 
 
 def classifier(width: int, num_classes: int, hidden: int, dropout: float) -> nn.Sequential:
-    """A linear layer, or with ``hidden`` a hidden one before it; dropout acts on the hidden layer alone, as released."""
+    """A linear layer, or with ``hidden`` a hidden one before it and dropout on that, as released."""
     if not hidden:
         return nn.Sequential(nn.Linear(width, num_classes))
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, num_classes))
@@ -148,13 +148,14 @@ class Trusted(Learner):
 
     def __init__(self, heads: Mapping[str, Head], pseudo: nn.Module | None = None) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict(heads)
+        self.parts = nn.ModuleDict(encoders_of(heads))
+        self.classifiers = nn.ModuleDict({name: head.classifier for name, head in heads.items()})
         self.pseudo = pseudo
         self.encoders = encoders_of(heads)
 
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
-        features = {name: give(head.encoder, inputs[name]) for name, head in self.heads.items()}
-        logits = [self.heads[name].classifier(x) for name, x in features.items()]
+        features = {name: give(encoder, inputs[name]) for name, encoder in self.encoders.items()}
+        logits = [self.classifiers[name](x) for name, x in features.items()]
         if self.pseudo is not None:
             logits.append(self.pseudo(torch.cat(list(features.values()), 1)))
         combined = evidence(logits[0].float())

@@ -1,4 +1,4 @@
-"""Every setting of a training run: the released defaults per data set, a YAML file, and the command line, in that order."""
+"""Every setting of a training run: the released defaults, then a YAML file, then the command line."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace

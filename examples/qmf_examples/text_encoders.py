@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import CommandError
 from .text_vocabulary import Vocabulary
 
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -66,17 +66,18 @@ def read_vectors(path: Path, vocabulary: Vocabulary) -> Tensor:
         CommandError: a file that is not there, or a line that is no word and numbers.
     """
     found: dict[int, list[float]] = {}
-    number = 0
+    line_number = 0
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+            for line in lines:
+                line_number += 1
                 word, _, rest = line.partition(" ")
                 if word in vocabulary.numbers:
                     found[vocabulary.numbers[word]] = [float(value) for value in rest.split()]
     except OSError as error:
         raise CommandError(f"--word-vectors: {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise CommandError(f"--word-vectors: {path}, line {number}: must be a word and numbers") from error
+        raise CommandError(f"--word-vectors: {path}, line {line_number}: must be a word and numbers") from error
     widths = {len(vector) for vector in found.values()}
     if len(widths) != 1 or 0 in widths:
         raise CommandError(f"--word-vectors: {path}: vectors of one width for the texts' words, got {sorted(widths)}")

@@ -1,11 +1,13 @@
 """The training loop's two halves that Lightning asks for: what a step does, and where batches come from."""
 
 import math
-from typing import Any
+from collections.abc import Iterator, Sized
+from functools import partial
+from typing import Any, cast
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from .learners import Learner
@@ -61,17 +63,13 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         s = self.settings
-        named = list(self.learner.parameters())
+        parameters = list(self.learner.parameters())
         # Biases and normalisations are not decayed by AdamW, as in the released text-image code.
-        groups = (
-            [{"params": named}]
-            if s.optimizer == "adam"
-            else [
-                {"params": [p for p in named if p.dim() > 1]},
-                {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
-            ]
-        )
-        make = torch.optim.Adam if s.optimizer == "adam" else torch.optim.AdamW
+        adamw = s.optimizer == "adamw"
+        plain = [p for p in parameters if adamw and p.dim() <= 1]
+        decayed = [p for p in parameters if not (adamw and p.dim() <= 1)]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        make = torch.optim.AdamW if adamw else torch.optim.Adam
         optimizer = make([g for g in groups if g["params"]], lr=s.learning_rate, weight_decay=s.weight_decay)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, mode="max", factor=s.plateau_factor, patience=s.plateau_patience
@@ -96,6 +94,21 @@ class TrainingModule(L.LightningModule):
             self.plateau.load_state_dict(saved)
 
 
+class Shuffled(Sampler[int]):
+    """``0..num - 1`` in the order that ``seed`` draws, however often it is asked: Lightning starts the iterator of an
+    epoch twice, and of one that it resumes once.
+    """
+
+    def __init__(self, num: int, seed: int) -> None:
+        self.num, self.seed = num, seed
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.num, generator=torch.Generator().manual_seed(self.seed)).tolist())
+
+
 class Batches(L.LightningDataModule):
     """The loaders; the order of an epoch depends on the seed and the epoch alone."""
 
@@ -106,8 +119,9 @@ class Batches(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
-        generator = torch.Generator().manual_seed(_epoch_seed(self.settings.seed, self.trainer.current_epoch))
-        return self._load(self.train, shuffle=True, generator=generator)
+        seed = _epoch_seed(self.settings.seed, self.trainer.current_epoch)
+        order = Shuffled(len(cast(Sized, self.train)), seed)
+        return self._load(self.train, sampler=order, worker_init_fn=partial(_seed_worker, seed))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._load(self.select)
@@ -122,6 +136,10 @@ class Batches(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             **options,
         )
+
+
+def _seed_worker(seed: int, worker: int) -> None:
+    L.seed_everything((seed + 7919 * (worker + 1)) % 2**32, verbose=False)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
