@@ -34,7 +34,7 @@ def combine(first: Tensor, second: Tensor) -> Tensor:
         >>> combine(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 1.0]))
         tensor([10.,  1.])
     """
-    return first * second / first.shape[-1] + first + second
+    return first * second / first.shape[-1] + (first + second)
 
 
 def evidential_loss(given: Tensor, target: Tensor, annealing: float) -> Tensor:

@@ -132,7 +132,8 @@ def sentence(known: DataSet, name: str, rng: np.random.Generator) -> str:
 
 
 def _write_label_file(known: DataSet, out: Path) -> None:
-    rows = [json.loads(line) for split in known.splits for line in (out / f"{split}.jsonl").open(encoding="utf-8")]
+    lines = [line for split in known.splits for line in (out / f"{split}.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in lines]
     # Two more pairs, as the release has them: one that contradicts itself and one with a neutral text.
     extra = [("9000001", "positive", "negative"), ("9000002", "neutral", "positive")]
     pairs = [(row["id"], row["label"], row["label"]) for row in rows] + extra

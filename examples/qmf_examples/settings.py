@@ -1,7 +1,7 @@
 """Every setting of a training run: the released defaults, then a YAML file, then the command line."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Settings:
     """The share of all steps over which the learning rate rises."""
     plateau_factor: float = 0.3
     plateau_patience: int = 10
-    freeze: Mapping[str, int] | None = None
+    freeze: Mapping[str, int] = field(default_factory=dict)
     """For how many epochs the encoder of each modality named is frozen."""
     # The objective of QMF (Eq. 18)
     ranking_weight: float = 0.1
@@ -147,7 +147,7 @@ QUICK: dict[str, Any] = {
     "accumulate": 2,
     "epochs": 2,
     "learning_rate": 3e-3,
-    "freeze": None,
+    "freeze": {},
     "workers": 0,
     "accelerator": "cpu",
     "limit_batches": 6,
@@ -164,7 +164,7 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
     given: dict[str, Any] = {}
     for layer in layers:
         given.update({name: value for name, value in layer.items() if value is not None})
-    known = {field.name for field in fields(Settings)}
+    known = {f.name for f in fields(Settings)}
     unknown = sorted(set(given) - known)
     if unknown:
         raise CommandError(f"no such setting: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
@@ -179,17 +179,17 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Values as the fields declare them: YAML reads ``1e-4`` as text and ``1`` for a float."""
     kinds = {"int": int, "float": float, "str": str, "bool": bool, "int | None": int, "str | None": str}
     made = dict(given)
-    for field in fields(Settings):
-        kind = kinds.get(str(getattr(field.type, "__name__", field.type)))
-        value = made.get(field.name)
+    for known in fields(Settings):
+        kind = kinds.get(str(getattr(known.type, "__name__", known.type)))
+        value = made.get(known.name)
         if value is None or kind is None or (kind is not str and isinstance(value, kind)):
             continue
         try:
             if kind is bool or (kind is int and isinstance(value, float)):
                 raise ValueError
-            made[field.name] = kind(value)
+            made[known.name] = kind(value)
         except (TypeError, ValueError) as error:
-            raise CommandError(f"{field.name} must be of type {kind.__name__}, got {value!r}") from error
+            raise CommandError(f"{known.name} must be of type {kind.__name__}, got {value!r}") from error
     freeze = made.get("freeze")
     if isinstance(freeze, str):
         made["freeze"] = parse_freeze(freeze)
@@ -241,7 +241,7 @@ def _check(settings: Settings) -> None:
             raise CommandError(f"{name} must lie between 0 and 1, got {getattr(settings, name)}")
     if settings.image_size > settings.load_size:
         raise CommandError(f"image_size must be at most load_size, got {settings.image_size} > {settings.load_size}")
-    strangers = sorted(set(settings.freeze or {}) - set(modalities))
+    strangers = sorted(set(settings.freeze) - set(modalities))
     if strangers:
         raise CommandError(f"freeze names {', '.join(strangers)}; {settings.data_set} has {', '.join(modalities)}")
 
@@ -270,7 +270,7 @@ def write_settings(path: Path, settings: Settings) -> None:
     import yaml
 
     content = asdict(settings)
-    content["freeze"] = dict(settings.freeze or {})
+    content["freeze"] = dict(settings.freeze)
     text = yaml.safe_dump(content, sort_keys=False)
     write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -291,8 +291,7 @@ def load_run(folder: Path) -> Settings:
 def differences(ours: Settings, theirs: Settings) -> list[str]:
     """What of two runs' settings is not the same, in words; what the machine decides is left out."""
     return [
-        f"{field.name} {getattr(theirs, field.name)}, not {getattr(ours, field.name)}"
-        for field in fields(Settings)
-        if field.name not in ours.machine
-        and (getattr(ours, field.name) or None) != (getattr(theirs, field.name) or None)
+        f"{f.name} {getattr(theirs, f.name)}, not {getattr(ours, f.name)}"
+        for f in fields(Settings)
+        if f.name not in ours.machine and (getattr(ours, f.name) or None) != (getattr(theirs, f.name) or None)
     ]

@@ -36,7 +36,7 @@ class TrainingModule(L.LightningModule):
         # Dropout and crops draw from generators that depend on the seed and the epoch alone, so that a resumed run
         # needs no generator's state.
         L.seed_everything(_epoch_seed(self.settings.seed, self.current_epoch), verbose=False)
-        for name, epochs in (self.settings.freeze or {}).items():
+        for name, epochs in self.settings.freeze.items():
             # A modality that the method does not look at has nothing to freeze, and what is fixed anyway stays so.
             encoder = self.learner.encoders.get(name)
             if encoder is not None and getattr(encoder, "learned", True):
@@ -134,6 +134,8 @@ class Batches(L.LightningDataModule):
             num_workers=s.workers,
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
+            # Or else every iterator that is started would draw from the generator that crops and dropout draw from.
+            generator=torch.Generator().manual_seed(s.seed),
             **options,
         )
 
