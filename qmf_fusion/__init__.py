@@ -5,16 +5,19 @@ from .fusion import FusionOutput, QualityAwareFusion
 from .model import FusionModel
 from .objective import QMFLoss
 from .ranking import TrajectoryRankingLoss
+from .theory import FusionReport, fusion_report
 from .trajectory import LossTrajectory
 from .version import __version__
 
 __all__ = [
     "FusionModel",
     "FusionOutput",
+    "FusionReport",
     "LossTrajectory",
     "QMFLoss",
     "QualityAwareFusion",
     "TrajectoryRankingLoss",
     "__version__",
     "functional",
+    "fusion_report",
 ]

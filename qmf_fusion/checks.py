@@ -42,7 +42,7 @@ def unpack_logits(logits: Logits, names: Sequence[str] | None = None) -> list[Te
         if logits.dim() < 2:
             raise ValueError(f"logits must be stacked [M, *, K] when given as one tensor, got {_shape(logits)}")
         given: list[Tensor | None] = list(logits.unbind(0))
-    elif isinstance(logits, Sequence) and not isinstance(logits, str):
+    elif isinstance(logits, Sequence):
         given = list(logits)
     else:
         raise TypeError(
@@ -143,7 +143,9 @@ def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
     if tuple(index.shape) != (batch,):
         raise ValueError(f"index must be [{batch}], one dataset index per sample, got {_shape(index)}")
     if index.is_cpu and not torch.compiler.is_compiling():
-        low, high = (x.item() for x in torch.aminmax(index))
+        # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
+        values = index.tolist() if batch <= 128 else [x.item() for x in torch.aminmax(index)]
+        low, high = min(values), max(values)
         if low < 0 or high >= num_samples:
             raise IndexError(f"index must be within the trajectory's {num_samples} samples, got {low} to {high}")
     return index.long()

@@ -107,6 +107,8 @@ def fuse(logits: Logits, weights: Tensor, present: Tensor | None = None) -> Tens
     """
     rows, there = check_logits(logits)
     shape = (len(rows), *rows[0].shape[:-1])
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if tuple(weights.shape) != shape:
         raise ValueError(f"weights must be {shape} for these logits, got {tuple(weights.shape)}")
     mask = check_present(present, there, shape, rows[0].device)
@@ -237,6 +239,10 @@ def qmf_objective(
     )
     options = LossOptions(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
     check_loss_options(options, rows[0].shape[-1])
+    if kappa is not None and not isinstance(kappa, Tensor):
+        raise TypeError(f"kappa must be a tensor or None, got {type(kappa).__name__}")
+    if kappa is not None and kappa.device != device:
+        raise ValueError(f"kappa must be on the logits' device {device}, got {kappa.device}")
     if kappa is not None and tuple(kappa.shape) != shape[:2]:
         raise ValueError(f"kappa must be {shape[:2]}, one per modality and sample, got {tuple(kappa.shape)}")
     mask = check_present(present, there, shape, device)
@@ -255,6 +261,10 @@ def objective_with(
     """Eq. 18 of checked inputs: M of ``[B, *, K]``, ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None."""
     check_backend(backend)
     *rule, detach_weights = weight_options
+    if torch.compiler.is_compiling() and backend is None and rows[0].device.type == "cpu":
+        # Open to the compiler, which has no kernel to call here and fuses the passes over the logits itself.
+        rules = qmf_kernels.WeightRule(*weight_options[:6]), qmf_kernels.LossRule(*options)
+        return ObjectiveOutput(*qmf_kernels.objective_expression(rows, target, kappa, present, *rules, detach_weights))
     out = qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, detach_weights, *rows)
     return ObjectiveOutput(*out)
 
@@ -273,6 +283,8 @@ def check_loss_options(options: LossOptions, num_classes: int | None = None) -> 
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {options.label_smoothing}")
     weight = options.class_weight
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"class_weight must be a tensor [K] or None, got {type(weight).__name__}")
     if weight is not None and (weight.dim() != 1 or num_classes not in (None, len(weight))):
         raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
 
@@ -288,7 +300,10 @@ def _coefficient(name: str, value: float | Sequence[float] | Tensor, num: int, l
         if not holds(value):
             raise ValueError(f"{name} must be {demand}, got {value}")
         return torch.full((num,), value, dtype=torch.float64, device=like.device)
-    given = value if isinstance(value, Tensor) else torch.tensor(list(value), dtype=torch.float64)
+    try:
+        given = value if isinstance(value, Tensor) else torch.tensor(list(value), dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, a sequence or a tensor, got {value!r}") from error
     if given.numel() not in (1, num) or given.dim() > 1:
         raise ValueError(f"{name} must be a number or one per modality ({num}), got shape {tuple(given.shape)}")
     if given.is_cpu and not torch.compiler.is_compiling() and not bool(holds(given).all()):

@@ -6,6 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .checks import check_logits, check_present
+from .dropout import ModalityDropout
 from .fusion import FusionOutput, QualityAwareFusion
 
 
@@ -16,6 +18,9 @@ class FusionModel(nn.Module):
         heads: by modality's name, modules that return logits ``[B, *, K]``, or an object with ``.logits``, as
             Transformers' models do.
         fusion: the layer; by default ``QualityAwareFusion(list(heads), **options)``.
+        modality_dropout: in training, leave out each modality of each sample with this probability, never all of a
+            sample's; below 1.
+        dropout_seed: of those draws, which continue from ``state_dict``.
         options: passed to that default layer.
 
     A head's input may be a tensor, a tuple of positional or a mapping of keyword arguments. A head whose input is
@@ -34,7 +39,13 @@ class FusionModel(nn.Module):
     """
 
     def __init__(
-        self, heads: Mapping[str, nn.Module], fusion: QualityAwareFusion | None = None, **options: Any
+        self,
+        heads: Mapping[str, nn.Module],
+        fusion: QualityAwareFusion | None = None,
+        *,
+        modality_dropout: float = 0.0,
+        dropout_seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not isinstance(heads, Mapping) or not heads:
@@ -49,6 +60,7 @@ class FusionModel(nn.Module):
             raise ValueError(f"fusion must be of the modalities {list(heads)}, in this order, got {list(fusion.names)}")
         self.heads = nn.ModuleDict(heads)
         self.fusion = fusion
+        self.dropout = ModalityDropout(modality_dropout, dropout_seed) if modality_dropout else None
         self._frozen: set[str] = set()
 
     @property
@@ -75,6 +87,8 @@ class FusionModel(nn.Module):
         if unknown:
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
         logits = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
+        if self.dropout is not None and self.training:
+            present = self._drop(self.dropout, logits, present, self.fusion.class_dim)
         out = self.fusion(logits, present)
         if out.present is None:
             return out
@@ -84,6 +98,16 @@ class FusionModel(nn.Module):
             for there, x in zip(out.present, out.unimodal_logits, strict=True)
         ]
         return out._replace(unimodal_logits=tuple(shown))
+
+    @staticmethod
+    def _drop(dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None, class_dim: int) -> Tensor:
+        rows, there = check_logits(logits, class_dim=class_dim)
+        if there is None:
+            there = torch.ones(len(rows), dtype=torch.bool, device=rows[0].device)
+        mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device)
+        assert mask is not None
+        stays = dropout(mask if mask.dim() == 2 else mask.flatten(2).any(2))
+        return mask & stays.view(*stays.shape, *(1,) * (mask.dim() - 2))
 
     @staticmethod
     def _run(name: str, head: nn.Module, given: Any) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from . import functional
+from . import composed, functional
 from .checks import Logits, check_index, check_logits, check_present, check_target
 from .functional import LossOptions, ObjectiveOutput
 from .fusion import QualityAwareFusion
@@ -29,6 +29,7 @@ class QMFLoss(nn.Module):
         TypeError, ValueError: an argument out of the above, naming it.
 
     Example:
+        >>> import torch
         >>> fusion = QualityAwareFusion(2)
         >>> criterion = QMFLoss(fusion, num_samples=100)
         >>> heads = [torch.randn(8, 5, requires_grad=True) for _ in range(2)]
@@ -69,13 +70,9 @@ class QMFLoss(nn.Module):
         functional.check_loss_options(self._options())
 
     def _options(self) -> LossOptions:
+        rank = self.ranking
         return LossOptions(
-            self.weight,
-            self.label_smoothing,
-            self.ignore_index,
-            self.ranking_weight,
-            self.ranking.form,
-            self.ranking.pairs,
+            self.weight, self.label_smoothing, self.ignore_index, self.ranking_weight, rank.form, rank.pairs
         )
 
     def forward(
@@ -96,28 +93,34 @@ class QMFLoss(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, count, shape, dtype, device or range.
         """
-        fusion, options = self.fusion, self._options()
+        fusion, options, trajectory = self.fusion, self._options(), self.ranking.trajectory
         rows, there = check_logits(logits, fusion.names, fusion.class_dim)
         if rows[0].dim() < 2:
             raise ValueError(f"logits must be [B, *, K], got {tuple(rows[0].shape)}")
         shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
         target = check_target(target, shape[1:], device)
         mask = check_present(present, there, shape, device)
-        if self.weight is not None and len(self.weight) != rows[0].shape[-1]:
+        if options.class_weight is not None and len(options.class_weight) != rows[0].shape[-1]:
             functional.check_loss_options(options, rows[0].shape[-1])
 
         kappa = None
         if index is not None:
-            index = check_index(index, shape[1], self.ranking.num_samples)
+            index = check_index(index, shape[1], trajectory.num_samples)
             if self.ranking_weight:
-                kappa = self.ranking.trajectory.kappa_checked(index, self.ranking.rescale)
+                kappa = trajectory.kappa_checked(index, self.ranking.rescale)
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
-        out = functional.objective_with(
-            rows, target, kappa, mask, fusion.weight_options(rows, mask), options, self.backend
-        )
+        rows = fusion.prepare(rows)
+        if fusion.combine == "logits":
+            out = functional.objective_with(
+                rows, target, kappa, mask, fusion.weight_options(rows, mask), options, self.backend
+            )
+        else:
+            out = composed.objective(fusion, rows, target, kappa, mask, options, plain=self.training)
         if self.training and index is not None:
-            self.ranking.trajectory.record_checked(out.sample_losses, index)
+            trajectory.record_checked(out.sample_losses, index)
+        if self.training:
+            fusion.observe(rows, target, mask, self.ignore_index)
         if fusion.class_dim != -1:
             out = out._replace(logits=out.logits.movedim(-1, fusion.class_dim))
         return out

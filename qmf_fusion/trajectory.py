@@ -1,16 +1,15 @@
 """The loss trajectory ``kappa`` (Eq. 14): the mean of each sample's past unimodal losses, kept with the model."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling as compiling
 
+import qmf_kernels
+
 from .checks import check_index
 from .precision import KeepsPrecision
-
-# Entries, M * N, up to which looking at all of them is cheaper than finding out whether that is needed.
-_SCAN_BELOW = 16_384
 
 
 class LossTrajectory(KeepsPrecision):
@@ -35,11 +34,10 @@ class LossTrajectory(KeepsPrecision):
         tensor([[0., nan, 1.]], dtype=torch.float64)
     """
 
-    total: Tensor
-    count: Tensor
+    history: Tensor
+    low: Tensor
+    span: Tensor
     visits: Tensor | None
-    extremes: Tensor
-    extreme_samples: Tensor
 
     def __init__(self, num_samples: int, num_modalities: int, start_epoch: int = 1) -> None:
         super().__init__()
@@ -51,20 +49,31 @@ class LossTrajectory(KeepsPrecision):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         self.start_epoch = start_epoch
-        self.register_buffer("total", torch.zeros(num_modalities, num_samples, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros(num_modalities, num_samples, dtype=torch.int64))
+        # Sums and counts in one tensor, [2, M, N], for one gather and one scatter a step; counts stay exact to 2^53.
+        self.register_buffer("history", torch.zeros(2, num_modalities, num_samples, dtype=torch.float64))
+        # The smallest mean loss per modality, over the samples that have one, and the largest's distance from it.
+        self.register_buffer("low", torch.full((num_modalities, 1), torch.inf, dtype=torch.float64))
+        self.register_buffer("span", torch.ones(num_modalities, 1, dtype=torch.float64))
+        qmf_kernels.find_range(self.history, self.low, self.span)
         self.register_buffer("visits", torch.zeros(num_samples, dtype=torch.int64) if start_epoch > 1 else None)
-        # The smallest mean loss per modality and the largest, over the samples that have one, and whose: [2, M].
-        self.register_buffer("extremes", torch.zeros(2, num_modalities, dtype=torch.float64))
-        self.register_buffer("extreme_samples", torch.zeros(2, num_modalities, dtype=torch.int64))
 
     @property
     def num_samples(self) -> int:
-        return self.total.shape[1]
+        return self.history.shape[2]
 
     @property
     def num_modalities(self) -> int:
-        return self.total.shape[0]
+        return self.history.shape[1]
+
+    @property
+    def total(self) -> Tensor:
+        """Sums of the losses recorded, ``[M, N]`` float64."""
+        return self.history[0]
+
+    @property
+    def count(self) -> Tensor:
+        """How many losses are recorded, ``[M, N]`` float64."""
+        return self.history[1]
 
     def record(self, losses: Tensor, index: Tensor) -> None:
         """Add a batch of losses ``[M, B]`` at the dataset indices ``[B]``, repeated ones each counted.
@@ -78,38 +87,10 @@ class LossTrajectory(KeepsPrecision):
 
     def record_checked(self, losses: Tensor, index: Tensor) -> None:
         """``record`` without its checks."""
-        dtype = self.total.dtype
-        if self.visits is None and losses.is_cpu and not compiling() and math.isfinite(losses.sum().item()):
-            self.total.index_add_(1, index, losses.to(dtype))
-            self.count.index_add_(1, index, index.new_ones(losses.shape))
-        else:
-            counted = torch.isfinite(losses)
-            if self.visits is not None:
-                counted = counted & (self.visits[index] >= self.start_epoch - 1)
-                self.visits.index_add_(0, index, torch.ones_like(index))
-            self.total.index_add_(1, index, torch.where(counted, losses, 0).to(dtype))
-            self.count.index_add_(1, index, counted.to(self.count.dtype))
-        if not self._extremes_hold(index):
-            self._find_extremes()
-
-    def _find_extremes(self) -> None:
-        mean = self.total / self.count  # 0 / 0, NaN, where nothing is recorded
-        low, where_low = torch.nan_to_num(mean, nan=torch.inf).min(1)
-        high, where_high = torch.nan_to_num(mean, nan=-torch.inf).max(1)
-        self.extremes.copy_(torch.stack([low, high]))
-        self.extreme_samples.copy_(torch.stack([where_low, where_high]))
-
-    def _extremes_hold(self, index: Tensor) -> bool:
-        """Whether the samples just updated are known to leave the extremes as they were: a batch rarely moves them,
-        and a pass over all N samples would cost more than the rest of a small batch's step.
-        """
-        if not index.is_cpu or compiling() or self.total.numel() < _SCAN_BELOW:
-            return False
-        if (index.view(-1, 1, 1) == self.extreme_samples).any().item():
-            return False
-        mean = self.total.index_select(1, index) / self.count.index_select(1, index)
-        low, high = torch.nan_to_num(mean, nan=torch.inf).amin(1), torch.nan_to_num(mean, nan=-torch.inf).amax(1)
-        return not ((low < self.extremes[0]) | (high > self.extremes[1])).any().item()
+        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
+        # In the host's memory a call to the operator would cost half of what it does.
+        add = qmf_kernels.record if losses.is_cpu and not compiling() else qmf_kernels.ops.record.default
+        add(buffers["history"], buffers["low"], buffers["span"], buffers["visits"], self.start_epoch, losses, index)
 
     def kappa(self, index: Tensor, rescale: str | None = "minmax") -> Tensor:
         """``kappa`` of the samples ``index`` ``[B]``: ``[M, B]``, NaN where nothing is recorded.
@@ -124,12 +105,8 @@ class LossTrajectory(KeepsPrecision):
 
     def kappa_checked(self, index: Tensor, rescale: str | None) -> Tensor:
         """``kappa`` without its checks."""
-        mean = self.total.index_select(1, index) / self.count.index_select(1, index)
-        if rescale is None:
-            return mean
-        low, high = self.extremes.unsqueeze(2).unbind(0)
-        # Where all means are equal, or there are none, 0 / 0 would follow: their distance to the smallest is 0 or NaN.
-        return (mean - low) / (high - low).clamp(min=torch.finfo(mean.dtype).tiny)
+        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
+        return qmf_kernels.kappa(buffers["history"], buffers["low"], buffers["span"], index, rescale is not None)
 
     def resize(self, num_samples: int) -> None:
         """Grow to ``num_samples``, with no history for the new ones.
@@ -140,10 +117,11 @@ class LossTrajectory(KeepsPrecision):
         added = num_samples - self.num_samples
         if added < 0:
             raise ValueError(f"num_samples must be at least the present {self.num_samples}, got {num_samples}")
-        for name in ("total", "count", "visits"):
+        for name in ("history", "visits"):
             old = getattr(self, name)
             if old is not None:
                 setattr(self, name, torch.cat([old, old.new_zeros(*old.shape[:-1], added)], -1))
+        qmf_kernels.find_range(self.history, self.low, self.span)
 
     def extra_repr(self) -> str:
         return f"num_samples={self.num_samples}, num_modalities={self.num_modalities}, start_epoch={self.start_epoch}"

@@ -71,10 +71,13 @@ def entropy_uncertainty(logits: Tensor) -> Tensor:
         >>> entropy_uncertainty(torch.zeros(1, 4))
         tensor([1.])
     """
+    if logits.shape[-1] == 1:
+        return 0 * logits.squeeze(-1)
+    # Shifted to a maximum of 0: the two terms below would lose large logits' digits in their difference.
+    logits = logits - logits.detach().amax(-1, keepdim=True)
     # H = logsumexp(x) - <p, x>, whose gradient stays finite where a probability is 0.
     mean = (torch.softmax(logits, -1) * logits.masked_fill(logits == -torch.inf, 0)).sum(-1)
-    most = torch.logsumexp(torch.zeros_like(logits), -1)
-    return (torch.logsumexp(logits, -1) - mean) / most.clamp(min=torch.finfo(logits.dtype).tiny)
+    return (torch.logsumexp(logits, -1) - mean) / torch.logsumexp(torch.zeros_like(logits), -1)
 
 
 def evidence_uncertainty(logits: Tensor) -> Tensor:

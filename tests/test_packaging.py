@@ -52,7 +52,8 @@ def test_wheel_contents(built: Path) -> None:
     for requirement in ("torch", "einops", "triton", "Requires-Python: >=3.11"):
         assert requirement in metadata
     core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert len(core) == 3 and any("triton" in line and "linux" in line for line in core)
+    assert len(core) == 3
+    assert any("triton" in line and "linux" in line for line in core)
 
 
 def test_sdist_contents(built: Path) -> None:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, commands.Abort):
-        return _fail("interrupted; what was finished is kept, --resume goes on from there", 130)
+        return _fail("interrupted; what was finished is kept: run it again to go on (a training, with --resume)", 130)
     except BrokenPipeError:
         # The reader of a pipe has gone; a closed standard output keeps Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import data_cli, evaluation_cli, train_cli
+from . import data_cli, evaluation_cli, report_cli, robustness_cli, train_cli
 from .errors import require_extras
 from .output_folder import disk_errors, prepare_output
 
@@ -28,6 +28,8 @@ app.add_typer(train, name="train")
 train_cli.attach(train)
 evaluation_cli.attach(app)
 data_cli.attach(app)
+app.command("bench-robustness", help=robustness_cli.HELP)(robustness_cli.bench_robustness)
+app.command("report", help=report_cli.HELP)(report_cli.report)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

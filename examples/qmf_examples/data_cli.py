@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .data_faults import DataError, Fault, require_packages, summary
+from .data_faults import DataError, Fault, summary
 from .data_sets import DATA_SETS
+from .errors import require_extras
 
 
 class Name(StrEnum):
@@ -47,7 +48,7 @@ class Rule(StrEnum):
 prepare = typer.Typer(help="Turn a data set's official release into what the trainers read.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes. (default: one per core)")]
 Size = Annotated[int, typer.Option(min=0, help="Pixels to each side of each half; 0 keeps the frame's own size.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of a split that has to be drawn.")]
 
@@ -57,15 +58,6 @@ def attach(app: typer.Typer) -> None:
     app.command("inspect")(inspect)
     app.command("sample")(sample)
     app.add_typer(prepare, name="prepare")
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        typer.echo(f"qmf-fusion: error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @contextlib.contextmanager
@@ -89,15 +81,14 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count a data set's rows and read all its images, before any training; exit code 1 if training could not run."""
-    with _one_line_errors():
-        require_packages(("numpy", "PIL", "rich"))
-        from .inspect_data import inspect_data
+    require_extras(("numpy", "PIL", "rich"))
+    from .inspect_data import inspect_data
 
-        known = DATA_SETS[data_set]
-        if known.paired and text_only:
-            raise DataError(f"--text-only: {known.title} has no texts")
-        with _progress(f"reading {data_root}", None) as done:
-            report = inspect_data(known, data_root, images=not text_only, done=done)
+    known = DATA_SETS[data_set]
+    if known.paired and text_only:
+        raise DataError(f"--text-only: {known.title} has no texts")
+    with _progress(f"reading {data_root}", None) as done:
+        report = inspect_data(known, data_root, images=not text_only, done=done)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(report), "can_train": report.can_train(skip_bad)}, indent=1))
     else:
@@ -151,14 +142,13 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same files.")] = 0,
 ) -> None:
     """Write a small made-up data set in a set's exact layout, from which a model can learn."""
-    with _one_line_errors():
-        require_packages(("numpy", "PIL", "rich"))
-        from .sample_data import write_sample
+    require_extras(("numpy", "PIL", "rich"))
+    from .sample_data import write_sample
 
-        known = DATA_SETS[data_set]
-        counts = {split: {"train": train, "dev": dev, "test": test}[split] for split in known.splits}
-        with _progress(f"writing {folder}", sum(counts.values()) * len(known.classes)) as done:
-            count = write_sample(known, folder, per_class=counts, image_size=image_size, seed=seed, done=done)
+    known = DATA_SETS[data_set]
+    counts = {split: {"train": train, "dev": dev, "test": test}[split] for split in known.splits}
+    with _progress(f"writing {folder}", sum(counts.values()) * len(known.classes)) as done:
+        count = write_sample(known, folder, per_class=counts, image_size=image_size, seed=seed, done=done)
     typer.echo(f"{folder}: {count:,} samples of {len(known.classes)} classes, laid out as {known.title}")
 
 
@@ -169,43 +159,43 @@ def sunrgbd(
     depth: Annotated[Depth, typer.Option(help="How depth is encoded.")] = Depth.hha,
     gravity: Annotated[Gravity, typer.Option(help="Estimated as published, or the release's.")] = Gravity.estimate,
     splits: Annotated[
-        Path | None, typer.Option(help="allsplit.mat. [default: the toolbox's, in or beside --raw]")
+        Path | None, typer.Option(help="allsplit.mat. (default: the toolbox's, in or beside --raw)")
     ] = None,
     size: Size = 256,
     workers: Workers = None,
     seed: Seed = 0,
 ) -> None:
     """SUN RGB-D: frames of the 19 scenes as RGB and HHA, in the published split. Run it again to go on."""
-    with _one_line_errors():
-        require_packages(("numpy", "scipy", "PIL", "rich"))
-        from .prepare_sunrgbd import plan_sunrgbd, sunrgbd_converter
+    require_extras(("numpy", "scipy", "PIL", "rich"))
+    from .prepare_sunrgbd import plan_sunrgbd, sunrgbd_converter
 
-        plan = plan_sunrgbd(raw, splits, seed)
-        typer.echo(f"split: {plan.split_source}")
-        if not plan.published:
-            typer.echo("  not the published split: figures on it do not compare with the paper's")
-        if plan.other_scenes:
-            most = ", ".join(f"{scene} {count}" for scene, count in plan.other_scenes.most_common(5))
-            typer.echo(f"of other scenes than the 19, left out: {plan.other_scenes.total():,} frames ({most})")
-        if plan.unsplit:
-            typer.echo(f"in neither half of the split, left out: {plan.unsplit:,} frames")
-        settings: dict[str, object] = {
-            "set": "sunrgbd",
-            "depth": str(depth),
-            "gravity": str(gravity),
-            "split": _split_name(plan, seed),
-        }
-        _convert(plan.frames, sunrgbd_converter(raw, depth, gravity), out, settings, size, workers, plan.faults)
+    plan = plan_sunrgbd(raw, splits, seed)
+    typer.echo(f"split: {plan.split_source}")
+    if not plan.published:
+        typer.echo("  not the published split: figures on it do not compare with the paper's")
+    if plan.other_scenes:
+        most = ", ".join(f"{scene} {count}" for scene, count in plan.other_scenes.most_common(5))
+        typer.echo(f"of other scenes than the 19, left out: {plan.other_scenes.total():,} frames ({most})")
+    if plan.unsplit:
+        typer.echo(f"in neither half of the split, left out: {plan.unsplit:,} frames")
+    settings: dict[str, object] = {
+        "set": "sunrgbd",
+        "depth": str(depth),
+        "gravity": str(gravity),
+        "split": _split_name(plan, seed),
+    }
+    _convert(plan.frames, sunrgbd_converter(raw, depth, gravity), out, settings, size, workers, plan.faults)
 
 
 def _split_name(plan: Any, seed: int) -> str:
-    return "published" if plan.published else f"seed {seed}"
+    # A drawn split depends on the frames it is drawn from: with others, a frame might change sides.
+    return "published" if plan.published else f"seed {seed} of {len(plan.frames)} frames"
 
 
 @prepare.command()
 def nyud2(
     mat: Annotated[Path, typer.Option(help="nyu_depth_v2_labeled.mat.")],
-    splits: Annotated[Path | None, typer.Option(help="splits.mat.")],
+    splits: Annotated[Path, typer.Option(help="splits.mat.")],
     out: Out,
     depth: Annotated[Depth, typer.Option(help="How depth is encoded.")] = Depth.hha,
     crop: Annotated[bool, typer.Option("--crop/--no-crop", help="Cut off the white border.")] = True,
@@ -213,13 +203,12 @@ def nyud2(
     workers: Workers = None,
 ) -> None:
     """NYU Depth V2: images of the 10 classes as RGB and HHA, in the published split. Run it again to go on."""
-    with _one_line_errors():
-        require_packages(("numpy", "h5py", "scipy", "PIL", "rich"))
-        from .prepare_nyud2 import nyud2_converter, plan_nyud2
+    require_extras(("numpy", "scipy", "PIL", "rich", "h5py"))
+    from .prepare_nyud2 import nyud2_converter, plan_nyud2
 
-        frames = plan_nyud2(mat, splits)
-        settings: dict[str, object] = {"set": "nyud2", "depth": str(depth), "crop": crop}
-        _convert(frames, nyud2_converter(mat, depth, crop), out, settings, size, workers, [])
+    frames = plan_nyud2(mat, splits)
+    settings: dict[str, object] = {"set": "nyud2", "depth": str(depth), "crop": crop}
+    _convert(frames, nyud2_converter(mat, depth, crop), out, settings, size, workers, [])
 
 
 def _convert(
@@ -246,22 +235,21 @@ def _convert(
 @prepare.command()
 def mvsa(
     raw: Annotated[Path, typer.Option(help="MVSA_Single: labelResultAll.txt and data/.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the .jsonl files. [default: --raw]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the .jsonl files. (default: --raw)")] = None,
     rule: Annotated[
         Rule, typer.Option(help="agree: both labels the same, as published; polarity: neutral gives way.")
     ] = Rule.agree,
     splits: Annotated[
-        Path | None, typer.Option(help="A folder with published .jsonl splits. [default: draw 60/20/20]")
+        Path | None, typer.Option(help="A folder with published .jsonl splits. (default: draw 60/20/20)")
     ] = None,
     seed: Seed = 0,
 ) -> None:
     """MVSA-Single: one label per pair, in train.jsonl, dev.jsonl and test.jsonl."""
-    with _one_line_errors():
-        require_packages(("numpy", "rich"))
-        from .prepare_mvsa import prepare_mvsa
+    require_extras(("numpy", "rich"))
+    from .prepare_mvsa import prepare_mvsa
 
-        target = out if out is not None else raw
-        outcome = prepare_mvsa(raw, target, rule, splits, seed)
+    target = out if out is not None else raw
+    outcome = prepare_mvsa(raw, target, rule.value, splits, seed)
     if outcome.agreement is None:
         typer.echo(f"split: drawn with seed {seed}, not the published one; --splits takes that one's .jsonl files")
     else:
@@ -276,4 +264,4 @@ def mvsa(
     for split, counts in outcome.counts.items():
         shares = ", ".join(f"{label} {count:,}" for label, count in sorted(counts.items()))
         typer.echo(f"{target / split}.jsonl: {counts.total():,} rows ({shares})")
-    typer.echo(f"dropped by the rule {rule}: {outcome.dropped:,} pairs")
+    typer.echo(f"dropped by the rule {rule.value}: {outcome.dropped:,} pairs")

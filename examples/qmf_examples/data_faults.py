@@ -1,11 +1,12 @@
 """What is wrong with a data set, told with the file and the line; and opening what others wrote without trusting it."""
 
 import contextlib
-import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
+
+from .errors import CommandError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,10 +16,9 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 NAMED = 5
 """How many faults a message names; all are counted."""
-PACKAGES = {"PIL": "pillow", "h5py": "h5py", "numpy": "numpy", "rich": "rich", "scipy": "scipy"}
 
 
-class DataError(Exception):
+class DataError(CommandError):
     """Ends a command with its message: what is wrong with the data, or with where it was looked for.
 
     ``faults`` are those that the message sums up.
@@ -57,22 +57,6 @@ def summary(faults: Sequence[Fault]) -> str:
     return "\n".join([str(fault) for fault in faults[:NAMED]] + more)
 
 
-def require_packages(modules: Iterable[str]) -> None:
-    """Import the modules now.
-
-    Raises:
-        DataError: one is missing; the message names the extra to install.
-    """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            package = PACKAGES.get(error.name or "", error.name or module)
-            raise DataError(
-                f"this command needs {package}, which is not installed: pip install 'qmf-fusion[examples]'"
-            ) from error
-
-
 def file_inside(root: Path, name: str) -> Path:
     """The file ``name``, relative to ``root``, that lies in ``root`` whatever links lead to it.
 
@@ -102,8 +86,8 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> "Image":
     Raises:
         DataError: it cannot be read, is truncated, is none of ``FORMATS``, or has more than ``max_pixels`` pixels.
     """
-    with _image_errors(path):
-        image = _open(path, max_pixels)
+    with _image_errors(path), path.open("rb") as file:
+        image = _decoder(file, path.name, max_pixels)
         image.load()
     return image
 
@@ -114,24 +98,24 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     Raises:
         DataError: see ``open_image``.
     """
-    with _image_errors(path), _open(path, max_pixels) as image:
+    with _image_errors(path), path.open("rb") as file:
+        image = _decoder(file, path.name, max_pixels)
         size = image.size
         image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
         image.load()
     return size
 
 
-def _open(path: Path, max_pixels: int) -> "Image":
+def _decoder(file: BinaryIO, name: str, max_pixels: int) -> "Image":
     from PIL import Image
 
-    # The reader's own bound stands in for Pillow's, which warns before it refuses.
-    if path.stat().st_size == 0:
-        raise DataError(f"an empty file: {path.name}")
-    image = Image.open(path, formats=FORMATS)
+    if not file.read(1):
+        raise DataError(f"an empty file: {name}")
+    file.seek(0)
+    image = Image.open(file, formats=FORMATS)
+    # A bound of the reader's own: Pillow's warns first and refuses at twice as many.
     if image.size[0] * image.size[1] > max_pixels:
-        width, height = image.size
-        image.close()
-        raise DataError(f"refused: {path.name} has {width} x {height} pixels, more than {max_pixels:,}")
+        raise DataError(f"refused: {name} has {image.size[0]} x {image.size[1]} pixels, more than {max_pixels:,}")
     return image
 
 

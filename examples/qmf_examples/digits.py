@@ -95,15 +95,16 @@ def _labels(split: Split, device: torch.device) -> Tensor:
     return torch.from_numpy(split.labels).to(device)
 
 
-def build_model(widths: dict[str, int], hidden: int, seed: int) -> FusionModel:
-    """One small MLP per view, fused by ``QualityAwareFusion``; the same first weights for the same seed."""
+def build_model(widths: dict[str, int], hidden: int, seed: int, training: Training) -> FusionModel:
+    """One small MLP per view, fused by the training's layer; the same first weights for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FusionModel(
             {
                 view: nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, NUM_CLASSES))
                 for view, width in widths.items()
-            }
+            },
+            training.fusion(tuple(widths)),
         )
 
 
@@ -132,7 +133,7 @@ def train_heads(
     """
     device = torch.device(config.device)
     num = len(data.train_labels)
-    model = build_model({view: x.shape[1] for view, x in data.train.items()}, config.hidden, seed).to(device)
+    model = build_model({view: x.shape[1] for view, x in data.train.items()}, config.hidden, seed, training).to(device)
     criterion = QMFLoss(model.fusion, num, **training.options).to(device)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.learning_rate, fused=True if device.type in ("cpu", "cuda") else None

@@ -7,7 +7,7 @@ import typer
 
 from .errors import CommandError, require_extras
 from .output_folder import disk_errors, prepare_output
-from .train_cli import PACKAGES, data_errors
+from .train_cli import PACKAGES
 
 
 def attach(app: typer.Typer) -> None:
@@ -46,7 +46,7 @@ def evaluate(
     target = output if output is not None else runs[0] / "evaluation"
     prepare_output(target)
     conditions = Conditions(kinds, epsilons, protocol, noise_seed)
-    with disk_errors(), data_errors():
+    with disk_errors():
         tested = evaluate_runs(found, conditions, data_root, device, batch_size, workers, typer.echo)
         write_report(tested, conditions, target)
     typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png")

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import CommandError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -26,15 +27,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """``torch.save``, atomically."""
+    import torch
+
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path: Path, made_with: dict[str, str], device: torch.device) -> dict[str, Any] | None:
+def load_checkpoint(path: Path, made_with: dict[str, str], device: "torch.device") -> dict[str, Any] | None:
     """The state saved at ``path``, or None where there is none; tensors and plain values alone are unpickled.
 
     Raises:
         CommandError: a file that cannot be read, or that was written under other settings than ``made_with``.
     """
+    import torch
+
     if not path.exists():
         return None
     try:

@@ -25,12 +25,13 @@ ASSUMED_HEIGHT = 1.3
 
 
 def hha(depth: Array, camera: Array, missing: NDArray[np.bool_] | None = None, gravity: Array | None = None) -> Pixels:
-    """Encode a depth map; what is missing is filled from its nearest known pixel and left out of the estimates.
+    """Encode a depth map.
 
     Args:
-        depth: ``[H, W]`` in metres.
-        camera: ``[3, 3]``, the intrinsics in pixels, of an image that starts at (0, 0).
-        missing: bool ``[H, W]``; where None, every depth that is not positive and finite.
+        depth: ``[H, W]`` in metres; what is not positive and finite is filled from its nearest pixel that is.
+        camera: ``[3, 3]``, the intrinsics in pixels.
+        missing: bool ``[H, W]``: depths that were not measured but inpainted. They are shown, and left out of the
+            estimates of normals, gravity and ground, as the filled ones are.
         gravity: ``[3]``, the direction downwards where it is known; estimated where None.
 
     Returns:
@@ -45,7 +46,7 @@ def hha(depth: Array, camera: Array, missing: NDArray[np.bool_] | None = None, g
         [155, 176, 128]
     """
     known = check_depth(depth, camera, missing)
-    filled = fill_nearest(depth, known)
+    filled = fill_nearest(depth, np.isfinite(depth) & (depth > 0))
     normals = surface_normals(filled, camera, NORMAL_RADIUS, known)
     if gravity is None:
         gravity = gravity_direction(surface_normals(filled, camera, GRAVITY_RADIUS, known))
@@ -62,7 +63,7 @@ def hha(depth: Array, camera: Array, missing: NDArray[np.bool_] | None = None, g
 
 
 def check_depth(depth: Array, camera: Array, missing: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """Which pixels' depth is known, bool ``[H, W]``.
+    """Which pixels' depth was measured, bool ``[H, W]``.
 
     Raises:
         ValueError: see ``hha``.
@@ -166,13 +167,13 @@ def gravity_direction(normals: Array, start: tuple[float, float, float] = (0.0, 
     return down
 
 
-def grey(depth: Array, missing: NDArray[np.bool_] | None = None, limit: float = 10.0) -> Pixels:
+def grey(depth: Array, limit: float = 10.0) -> Pixels:
     """Depth as grey, uint8 ``[H, W, 3]``: 0 at the camera, 255 at ``limit`` metres and beyond; the missing are filled.
 
     Raises:
         ValueError: see ``hha``.
     """
-    known = check_depth(depth, np.eye(3), missing)
+    known = check_depth(depth, np.eye(3), None)
     level = np.rint(255 * np.minimum(fill_nearest(depth, known), limit) / limit).astype(np.uint8)
     image: Pixels = np.repeat(level[..., None], 3, axis=-1)
     return image

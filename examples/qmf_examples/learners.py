@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qmf_fusion import FusionModel, QMFLoss
+from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
 
-from .evidential import combine, evidence, evidential_loss
+from .baselines import evidential_loss
+from .evidential import combine, evidence
 from .image_encoders import ImageEncoder
 from .mmtm import TwoStreams
 
@@ -166,7 +167,7 @@ class Trusted(Learner):
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, epoch: int) -> Tensor:
         annealing = min(1.0, epoch / ANNEALING_EPOCHS)
-        views = [answer.scores.exp() - 1, *(evidence(x.float()) for x in answer.unimodal_logits)]
+        views = [torch.expm1(answer.scores), *(evidence(x.float()) for x in answer.unimodal_logits)]
         return torch.stack([evidential_loss(view, target, annealing) for view in views]).sum()
 
 
@@ -177,14 +178,14 @@ class QualityAware(Learner):
         heads: by modality.
         num_samples: of the training set.
         objective: options of ``QMFLoss``.
-        fusion: options of ``QualityAwareFusion``.
+        fusion: the layer.
     """
 
     def __init__(
-        self, heads: Mapping[str, Head], num_samples: int, objective: Mapping[str, Any], fusion: Mapping[str, Any]
+        self, heads: Mapping[str, Head], num_samples: int, objective: Mapping[str, Any], fusion: QualityAwareFusion
     ) -> None:
         super().__init__()
-        self.model = FusionModel(heads, **fusion)
+        self.model = FusionModel(heads, fusion)
         self.criterion = QMFLoss(self.model.fusion, num_samples, **objective)
         self.encoders = encoders_of(heads)
 
@@ -220,17 +221,24 @@ class Whole(Learner):
         return Answer(self.classifier(self.network(*tensors, **named)))
 
 
-def weighting(method: str, ranking_weight: float, form: str, pairs: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of ``QMFLoss`` and of ``QualityAwareFusion`` for QMF and for the rules of the paper's Figure 3.
+WEIGHTINGS: dict[str, dict[str, Any]] = {
+    "qmf": {},
+    "energy": {},
+    "msp": {"uncertainty": "msp"},
+    "entropy": {"uncertainty": "entropy"},
+    "evidence": {"uncertainty": "evidence"},
+}
+"""Options of ``QualityAwareFusion``: QMF, and the rules of the paper's Figure 3, which are weights alone."""
 
-    The rules are weights alone, without the ranking loss. A further rule of the package is one more line here.
-    """
-    if method == "qmf":
-        return {"ranking_weight": ranking_weight, "form": form, "pairs": pairs}, {}
-    rules: dict[str, dict[str, Any]] = {
-        "energy": {},
-        "msp": {"uncertainty": "msp"},
-        "entropy": {"uncertainty": "entropy"},
-        "evidence": {"uncertainty": "evidence"},
-    }
-    return {"ranking_weight": 0.0}, rules[method]
+
+def make_fusion(method: str, names: Sequence[str], num_classes: int, detach_weights: bool) -> QualityAwareFusion:
+    """The layer of a method that weights modalities per sample; ``robust`` is the package's recommended rule."""
+    if method == "robust":
+        return QualityAwareFusion.robust(names, num_classes=num_classes)
+    return QualityAwareFusion(names, detach_weights=detach_weights, **WEIGHTINGS[method])
+
+
+def objective_options(method: str, ranking_weight: float, form: str, pairs: str) -> dict[str, Any]:
+    """Options of ``QMFLoss``: the rules of Figure 3 go without the ranking."""
+    ranked = method in ("qmf", "robust")
+    return {"ranking_weight": ranking_weight if ranked else 0.0, "form": form, "pairs": pairs}

@@ -17,6 +17,8 @@ class Training(NamedTuple):
     """Minimise the sum of the unimodal cross-entropies, each head on its own, in place of the whole of Eq. 18."""
     options: Mapping[str, Any] = {}
     """Passed to ``QMFLoss``."""
+    fusion: Callable[[Sequence[str]], QualityAwareFusion] = QualityAwareFusion
+    """Makes the layer from the views' names."""
 
 
 class Evidence(NamedTuple):
@@ -50,12 +52,18 @@ class Method(NamedTuple):
     """``"single"`` view, plain ``"average"``, ``"fusion"`` (to be held against the averages) or ``"oracle"``."""
 
 
+def _logitnorm(views: Sequence[str]) -> QualityAwareFusion:
+    return QualityAwareFusion(views, normalize_logits=0.1, combine="probabilities")
+
+
 TRAININGS: tuple[Training, ...] = (
     Training("unimodal", unimodal_only=True, options={"ranking_weight": 0.0}),
     Training("qmf-no-ranking", options={"ranking_weight": 0.0}),
     Training("qmf-paper", options={"form": "paper"}),
     Training("qmf-margin", options={"form": "margin"}),
     Training("qmf-released", options={"form": "released"}),
+    Training("logitnorm", options={"ranking_weight": 0.0}, fusion=_logitnorm),
+    Training("robust", fusion=QualityAwareFusion.robust),
 )
 
 
@@ -98,5 +106,7 @@ def list_methods(views: Sequence[str]) -> tuple[Method, ...]:
         Method("QMF, paper", "qmf-paper", trained_layer, "fusion"),
         Method("QMF, margin", "qmf-margin", trained_layer, "fusion"),
         Method("QMF, released", "qmf-released", trained_layer, "fusion"),
+        Method("energy of LogitNorm", "logitnorm", trained_layer, "fusion"),
+        Method("robust", "robust", trained_layer, "fusion"),
         Method("oracle: clean views only", "unimodal", oracle, "oracle"),
     )

@@ -165,7 +165,7 @@ def split_pair(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     if reason:
         raise DataError(reason)
     half = image.size[0] // 2
-    rgb = image.convert("RGB")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
     halves = [rgb.crop((left, 0, left + half, image.size[1])) for left in (0, half)]
     if half > SHRINK_ABOVE and halves[0].size != (LOAD_SIZE, LOAD_SIZE):
         halves = [side.resize((LOAD_SIZE, LOAD_SIZE), Image.Resampling.BICUBIC) for side in halves]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,16 +13,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from .data_faults import DataError, Fault
+from .files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 SETTINGS_FILE = "prepared.json"
-PART = ".part"
 _CHUNK = 4
 
 
@@ -79,7 +80,7 @@ def prepare_frames(
     with _write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         _claim(out, settings)
-        for part in out.rglob(f"*{PART}"):
+        for part in out.rglob("*.part"):
             part.unlink()
         todo = [frame for frame in frames if not (out / frame.target).exists()]
     for _ in range(len(frames) - len(todo)):
@@ -94,20 +95,6 @@ def prepare_frames(
         done()
     outcome.faults.sort(key=lambda fault: fault.file)
     return outcome
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, and give it that name once it is on disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _claim(out: Path, settings: dict[str, object]) -> None:
@@ -131,7 +118,7 @@ def _run(job: Callable[[Frame], Fault | None], todo: Sequence[Frame], workers: i
         return
     # Fresh processes: forked ones would copy whatever threads and locks the caller's libraries hold.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_obey_parent)
     try:
         chunks = [todo[start : start + _CHUNK] for start in range(0, len(todo), _CHUNK)]
         for future in as_completed([pool.submit(_each, job, chunk) for chunk in chunks]):
@@ -148,8 +135,9 @@ def _each(job: Callable[[Frame], Fault | None], chunk: Sequence[Frame]) -> list[
     return [job(frame) for frame in chunk]
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def _obey_parent() -> None:
+    """Leave interrupts to the parent; and end with it: a worker whose parent was killed would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from .data_faults import DataError, Fault
 from .data_sets import data_set
-from .prepare_frames import write_atomically
+from .files import write_atomically
 from .stratified_split import stratified_split
-from .text_images import read_rows
+from .text_images import Row, read_rows
 
 RULES = ("agree", "polarity")
 SPLITS = ("train", "dev", "test")
@@ -82,29 +82,27 @@ class Agreement:
     left_out: int = 0
 
 
-def check_splits(
-    splits: Mapping[str, Sequence[tuple[str, str]]], labels: Mapping[str, tuple[str, str]], rule: str
-) -> Agreement:
-    """Compare splits, ``(ID, label)`` by split, with the label file.
+def check_splits(splits: Mapping[str, Sequence[Row]], labels: Mapping[str, tuple[str, str]], rule: str) -> Agreement:
+    """Compare splits with the label file.
 
     ``left_out`` counts the pairs that the rule keeps and no split has.
     """
     result = Agreement()
-    for identifier, label in (row for rows in splits.values() for row in rows):
+    for row in (row for rows in splits.values() for row in rows):
         result.rows += 1
-        if identifier not in labels:
-            result.unlisted.append(identifier)
-        elif joint_label(*labels[identifier], rule) == label:
+        if row.id not in labels:
+            result.unlisted.append(row.id)
+        elif joint_label(*labels[row.id], rule) == row.label:
             result.same += 1
         else:
-            result.differ.append(identifier)
-    given = {identifier for rows in splits.values() for identifier, _ in rows}
+            result.differ.append(row.id)
+    given = {row.id for rows in splits.values() for row in rows}
     result.left_out = sum(i not in given for i in labels if joint_label(*labels[i], rule) is not None)
     return result
 
 
-def read_splits(folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """ID and label of each row of the .jsonl splits in ``folder``.
+def read_splits(folder: Path) -> dict[str, list[Row]]:
+    """The rows of the .jsonl splits in ``folder``.
 
     Raises:
         DataError: one is missing, or has a line that does not parse.
@@ -114,7 +112,7 @@ def read_splits(folder: Path) -> dict[str, list[tuple[str, str]]]:
         rows, faults = read_rows(data_set("mvsa"), folder / f"{split}.jsonl")
         if faults:
             raise DataError(f"{folder}: {faults[0]}")
-        splits[split] = [(row.id, row.label) for row in rows]
+        splits[split] = rows
     return splits
 
 
@@ -135,8 +133,8 @@ def prepare_mvsa(raw: Path, out: Path, rule: str = "agree", splits: Path | None 
         raw: the folder with labelResultAll.txt and data/.
         out: the folder to write to, usually ``raw``: ``img`` is ``data/ID.jpg``.
         rule: "agree" or "polarity".
-        splits: a folder with the published .jsonl files, whose IDs then say which pair is in which split; a stratified
-            60/20/20 split is drawn where None.
+        splits: a folder with the published .jsonl files, which then say which pair is in which split, and its text; a
+            stratified 60/20/20 split is drawn, and texts are read from ``data/ID.txt``, where None.
         seed: of that split.
 
     A pair without its text is left out, and told in the outcome. A file that is there already with other content is
@@ -148,10 +146,12 @@ def prepare_mvsa(raw: Path, out: Path, rule: str = "agree", splits: Path | None 
     labels, faults = read_labels(raw / "labelResultAll.txt")
     joint = {i: label for i, both in labels.items() if (label := joint_label(*both, rule)) is not None}
     agreement = None
+    texts: dict[str, str] = {}
     if splits is not None:
         given = read_splits(splits)
         agreement = check_splits(given, labels, rule)
-        chosen = {split: [i for i, _ in rows if i in joint] for split, rows in given.items()}
+        chosen = {split: [row.id for row in rows if row.id in joint] for split, rows in given.items()}
+        texts = {row.id: row.text for rows in given.values() for row in rows}
     else:
         identifiers = sorted(joint, key=int)
         parts = stratified_split([joint[i] for i in identifiers], SHARES, seed)
@@ -162,7 +162,7 @@ def prepare_mvsa(raw: Path, out: Path, rule: str = "agree", splits: Path | None 
         lines = []
         counts[split] = Counter()
         for identifier in members:
-            text = _read_text(raw, identifier)
+            text = texts[identifier] if identifier in texts else _read_text(raw, identifier)
             if isinstance(text, Fault):
                 faults.append(text)
                 continue

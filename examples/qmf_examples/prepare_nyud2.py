@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .data_faults import DataError
 from .data_sets import NYUD2_COMMON
 from .hha import grey, hha
+from .matlab_files import read_mat
 from .prepare_frames import Frame
 
 CAMERA = np.array([[518.85790117, 0, 325.58244941], [0, 519.46961112, 253.73616633], [0, 0, 1]])
@@ -94,20 +95,14 @@ def read_splits(splits: Path) -> dict[str, list[int]]:
     Raises:
         DataError: it cannot be read, lacks one of them, or both name an image.
     """
-    from scipy.io import loadmat
-
+    content = read_mat(splits, ("trainNdxs", "testNdxs"), "--splits")
     try:
-        content = loadmat(splits)
         found = {
-            split: [int(number) for number in content[name].ravel()]
+            split: [int(number) for number in np.asarray(content[name]).ravel()]
             for split, name in (("train", "trainNdxs"), ("test", "testNdxs"))
         }
-    except FileNotFoundError as error:
-        raise DataError(f"--splits: no file {splits}") from error
-    except KeyError as error:
-        raise DataError(f"--splits: {splits} has no variable {error.args[0]!r}") from error
-    except Exception as error:  # whatever a damaged file makes loadmat raise
-        raise DataError(f"--splits: {splits} cannot be read as a MATLAB file ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"--splits: {splits} must hold numbers ({error})") from error
     both = set(found["train"]) & set(found["test"])
     if both:
         raise DataError(f"--splits: {splits} has {len(both)} images in both splits, image {min(both)} for one")
@@ -139,4 +134,4 @@ def convert_image(mat: Path, depth: str, crop: bool, number: str) -> tuple[NDArr
         camera[:2, 2] -= (columns.start or 0, rows.start or 0)
         return np.ascontiguousarray(rgb), hha(metres, camera, missing=~(raw > 0))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot be read ({error})") from error
+        raise DataError(f"cannot be used ({error})") from error

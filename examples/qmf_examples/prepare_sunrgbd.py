@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .data_faults import DataError, Fault, open_image
 from .data_sets import SUNRGBD_SCENES
 from .hha import grey, hha
+from .matlab_files import read_mat
 from .prepare_frames import Frame
 from .stratified_split import stratified_split
 
@@ -116,21 +117,12 @@ def published_split(file: Path) -> dict[str, str]:
     Raises:
         DataError: it cannot be read, or has no ``alltrain`` and ``alltest``.
     """
-    from scipy.io import loadmat
-
-    try:
-        content = loadmat(file, simplify_cells=True)
-        return {
-            split_key(str(folder)): part
-            for part, name in (("train", "alltrain"), ("test", "alltest"))
-            for folder in np.atleast_1d(content[name]).tolist()
-        }
-    except FileNotFoundError as error:
-        raise DataError(f"--splits: no file {file}") from error
-    except KeyError as error:
-        raise DataError(f"--splits: {file} has no variable {error.args[0]!r}") from error
-    except Exception as error:  # whatever a damaged file makes loadmat raise
-        raise DataError(f"--splits: {file} cannot be read as a MATLAB file ({error})") from error
+    content = read_mat(file, ("alltrain", "alltest"), "--splits")
+    return {
+        split_key(str(folder)): part
+        for part, name in (("train", "alltrain"), ("test", "alltest"))
+        for folder in np.atleast_1d(content[name]).tolist()
+    }
 
 
 def sunrgbd_converter(raw: Path, depth: str, gravity: str) -> "partial[tuple[NDArray[np.uint8], NDArray[np.uint8]]]":

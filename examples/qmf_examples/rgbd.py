@@ -11,7 +11,18 @@ from torchvision.transforms import v2
 
 from .data_sets import DATA_SETS
 from .image_encoders import ImageEncoder
-from .learners import Head, Joint, LateFusion, Learner, MMTMFusion, QualityAware, Trusted, classifier, weighting
+from .learners import (
+    Head,
+    Joint,
+    LateFusion,
+    Learner,
+    MMTMFusion,
+    QualityAware,
+    Trusted,
+    classifier,
+    make_fusion,
+    objective_options,
+)
 from .paired_images import PairedImages
 from .settings import Settings
 from .stratified_split import stratified_split
@@ -52,8 +63,9 @@ def build_learner(settings: Settings, num_classes: int, num_samples: int, pretra
         return LateFusion(heads)
     if method in ("tmc", "etmc"):
         return Trusted(heads, head(2 * rgb.width) if method == "etmc" else None)
-    objective, fusion = weighting(method, settings.ranking_weight, settings.form, settings.pairs)
-    return QualityAware(heads, num_samples, objective, {**fusion, "detach_weights": settings.detach_weights})
+    fusion = make_fusion(method, NAMES, num_classes, settings.detach_weights)
+    objective = objective_options(method, settings.ranking_weight, settings.form, settings.pairs)
+    return QualityAware(heads, num_samples, objective, fusion)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from .data_faults import DataError
 from .data_sets import DataSet
-from .prepare_frames import write_atomically
+from .files import write_atomically
 from .sample_scenes import dish, room
 
 FILLER = [

@@ -60,7 +60,7 @@ def verdict_tables(verdicts: Sequence[Verdict]) -> list[Table]:
     tables = []
     for average in dict.fromkeys(verdict.average for verdict in verdicts):
         against = [verdict for verdict in verdicts if verdict.average == average]
-        table = _bare_table(f"Against the plain {average}, in points of mean accuracy")
+        table = bare_table(f"Against the plain {average}, in points of mean accuracy")
         table.add_column("method")
         conditions = list(dict.fromkeys(condition for condition, _ in against[0].gaps))
         for condition in conditions:
@@ -76,12 +76,12 @@ def verdict_tables(verdicts: Sequence[Verdict]) -> list[Table]:
     return tables
 
 
-def _bare_table(title: str) -> Table:
+def bare_table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
 
 
 def _table(title: str, grouped: Grouped) -> Table:
-    table = _bare_table(title)
+    table = bare_table(title)
     table.add_column("method")
     for condition, levels in next(iter(grouped.values()), {}).items():
         shown = ", ".join(f"{row.level:g}" for row in levels)

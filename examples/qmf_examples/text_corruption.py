@@ -27,7 +27,7 @@ class TextCorruption:
     Example:
         >>> blank = TextCorruption(level=10)
         >>> [blank("so good", index) for index in range(4)]
-        ['_ _', '_ _', '_ _', 'so good']
+        ['_ _', '_ _', 'so good', 'so good']
     """
 
     def __init__(

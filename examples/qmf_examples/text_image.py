@@ -10,7 +10,18 @@ from torchvision.transforms import v2
 
 from .data_sets import DATA_SETS
 from .image_encoders import ImageEncoder
-from .learners import Head, Joint, LateFusion, Learner, QualityAware, Trusted, Whole, classifier, weighting
+from .learners import (
+    Head,
+    Joint,
+    LateFusion,
+    Learner,
+    QualityAware,
+    Trusted,
+    Whole,
+    classifier,
+    make_fusion,
+    objective_options,
+)
 from .mmbt import MultimodalBert
 from .settings import Settings
 from .text_encoders import BagOfWords, BertEncoder, Numbering, WordNumbers, load_bert, load_numbering, pad
@@ -61,8 +72,9 @@ def build_learner(
         return LateFusion(heads)
     if method in ("tmc", "etmc"):
         return Trusted(heads, head(text.width + pictures.width) if method == "etmc" else None)
-    objective, fusion = weighting(method, settings.ranking_weight, settings.form, settings.pairs)
-    return QualityAware(heads, num_samples, objective, {**fusion, "detach_weights": settings.detach_weights})
+    fusion = make_fusion(method, tuple(heads), num_classes, settings.detach_weights)
+    objective = objective_options(method, settings.ranking_weight, settings.form, settings.pairs)
+    return QualityAware(heads, num_samples, objective, fusion)
 
 
 @dataclass(frozen=True)

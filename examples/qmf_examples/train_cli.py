@@ -1,13 +1,10 @@
 """The commands `train nyud2`, `sunrgbd`, `food101`, `mvsa`; ``attach(train)`` adds them to the typer app of `train`."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .data_faults import DataError
 from .errors import CommandError, require_extras
 from .output_folder import disk_errors, prepare_output
 from .settings import DEFAULTS, METHODS, QUICK, Settings, read_settings, resolve
@@ -105,7 +102,7 @@ def train_set(
     plan = [resolve(data_set, _as_layer(base), {"method": m, "seed": s}) for m in methods for s in _seeds(first, count)]
     folder = output if output is not None else Path("runs") / data_set
     prepare_output(folder)
-    with disk_errors(), data_errors():
+    with disk_errors():
         _train_all(plan, folder, resume)
     typer.echo(f"to test: qmf-fusion evaluate {folder}")
 
@@ -131,15 +128,6 @@ def _methods(data_set: str, given: Any) -> tuple[str, ...]:
     if strangers:
         raise CommandError(f"--method: {', '.join(strangers)} is none of {data_set}'s: {', '.join(known)}, all")
     return names
-
-
-@contextlib.contextmanager
-def data_errors() -> Iterator[None]:
-    """What is wrong with the data, said by the command as its own error."""
-    try:
-        yield
-    except DataError as error:
-        raise CommandError(str(error)) from error
 
 
 def _train_all(plan: list[Settings], folder: Path, resume: bool) -> None:

@@ -1,7 +1,8 @@
 """Energies, weights and fused logits (Eq. 13, 9, 11), forward and backward, in plain PyTorch.
 
 Shape contract: ``logits`` holds M tensors ``[*, K]`` of one shape, any strides, any floating dtypes; ``alpha``,
-``beta`` and ``temperature`` are ``[M]``; per-row scalars are modality-first and keep the class dimension, ``[M, *, 1]``.
+``beta`` and ``temperature`` are ``[M]``; per-row scalars are modality-first and keep the class dimension,
+``[M, *, 1]``.
 Arithmetic is in float32, or in float64 if any head's logits are.
 
 A row (one modality of one sample) counts when it is present and its log-sum-exp is finite, that is, when it holds no
@@ -24,7 +25,7 @@ _STACK_BELOW = 16_384
 
 
 class WeightRule(NamedTuple):
-    """How weights come from energies (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` instead of ``alpha * E + beta``."""
+    """How weights come from energies (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` for ``alpha * E + beta``."""
 
     weights: Tensor | None
     alpha: Tensor
@@ -94,7 +95,7 @@ def per_modality(value: Tensor, like: Tensor) -> Tensor:
 
 def split_like(values: Tensor, groups: Sequence[Tensor]) -> Sequence[Tensor]:
     """``[M, ...]`` in the groups' sizes."""
-    return [values] if len(groups) == 1 else values.split([len(group) for group in groups])
+    return [values] if len(groups) == 1 else torch.split_with_sizes(values, [len(group) for group in groups])
 
 
 def join(groups: Sequence[Tensor]) -> Tensor:
@@ -187,6 +188,19 @@ def _weighted_sum(groups: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
+def _row_products(x: Tensor, groups: Sequence[Tensor]) -> Tensor:
+    """``<x, y>`` over the classes for each modality's y, ``[M, *, 1]``."""
+    if len(groups) == 1:
+        return (x * groups[0]).sum(-1, keepdim=True)
+    scratch = torch.empty_like(groups[0])  # one for all: to touch fresh memory costs more than the product
+    return torch.cat([torch.mul(x, y, out=scratch).sum(-1, keepdim=True) for y in groups])
+
+
+def forget_ruled_out(grad_fused: Tensor, fused: Fused) -> Tensor:
+    """No gradient passes through the fused logit of a class that is ruled out: it is -inf whatever the others say."""
+    return grad_fused if fused.rows.counted is None else grad_fused.masked_fill(fused.logits == -torch.inf, 0)
+
+
 def weigh_backward(
     grad_fused: Tensor | None, grad_weights: Tensor | None, grad_energy: Tensor | None, fused: Fused, rule: WeightRule
 ) -> tuple[Tensor, Tensor]:
@@ -194,7 +208,7 @@ def weigh_backward(
     counted = fused.rows.counted
     grad = grad_weights
     if grad_fused is not None:
-        grad = add(join([(grad_fused * x).sum(-1, keepdim=True) for x in fused.finite]), grad)
+        grad = add(_row_products(grad_fused, fused.finite), grad)
     if grad is None:
         grad = torch.zeros_like(fused.weights)
     grad = keep_counted(grad, counted)
@@ -248,6 +262,7 @@ def fuse_backward(
     """From the gradients of fused logits, weights and energies to those of the logits and of what made the weights."""
     grad_fused, grad_weights, grad_energy = grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)
     fused = fuse_rows(logits, present, rule)
+    grad_fused = forget_ruled_out(grad_fused, fused)
     d_weights, d_energy = weigh_backward(None if detach_weights else grad_fused, grad_weights, grad_energy, fused, rule)
     sizes = fused.finite
     d_groups = [

@@ -10,7 +10,7 @@ passes over the logits once more.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .fusion import (
     MakerGrads,
     WeightRule,
     add,
+    forget_ruled_out,
     fuse_rows,
     maker_grads,
     per_modality,
@@ -56,7 +57,7 @@ class Losses(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the forward leaves for the backward; ``S`` is ``[M + 1, B, *, 1]``, the modalities and then the fused row."""
+    """What the forward leaves for the backward; ``S`` is ``[M + 1, B, *, 1]``, the modalities, then the fused row."""
 
     fused: Fused
     fused_probs: Tensor  # [B, *, K]
@@ -98,8 +99,8 @@ def objective_backward(
     loss_rule: LossRule,
     detach_weights: bool,
 ) -> tuple[list[Tensor], MakerGrads]:
-    """From gradients of the first seven of ``Losses`` (None is zero) to those of the logits and of the weights' makers."""
-    out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
+    """From gradients of the first seven of ``Losses`` (None is zero) to those of logits and of the weights' makers."""
+    _, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
     d_logits, d_makers = _backward(grads, kept, weight_rule, loss_rule, detach_weights, True)
     assert d_makers is not None
     return d_logits, d_makers
@@ -163,7 +164,7 @@ def _forward(
 
 
 def _backward(
-    grads: Sequence[Tensor | float | None],
+    grads: Sequence[Any],  # Tensor or None; the loss's may be 1.0
     kept: _Kept,
     weight_rule: WeightRule,
     loss_rule: LossRule,
@@ -182,7 +183,7 @@ def _backward(
 
     d_fused = kept.fused_probs.mul_(share[-1])
     _subtract_labels(d_fused.unsqueeze(0), kept.label, hard[-1:], None if soft is None else soft[-1:], loss_rule)
-    d_fused = add(d_fused, grad_fused)
+    d_fused = forget_ruled_out(add(d_fused, grad_fused), fused)
 
     d_weights = None if grad_weights is None else grad_weights.unsqueeze(-1)
     if kept.ranking_grad is not None:

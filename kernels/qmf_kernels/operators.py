@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fusion, objective
+from . import fusion, objective, trajectory
 from .fusion import WeightRule, accumulate_dtype
 from .objective import Losses, LossRule
 from .ranking import ranking
 from .small import small_objective
 
-_OPERATORS = ("fuse", "fuse_backward", "objective", "objective_backward", "ranking")
+_OPERATORS = ("fuse", "fuse_backward", "objective", "objective_backward", "ranking", "record")
 
 
 def _free_namespace() -> str:
@@ -32,8 +32,10 @@ def _free_namespace() -> str:
 
 NAMESPACE = _free_namespace()
 ops: Any = getattr(torch.ops, NAMESPACE)
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_registry: Any = torch.library
+_library = _registry.Library(NAMESPACE, "FRAGMENT")
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that has a say in what an operator does
 _RULE = "Tensor? weights, Tensor alpha, Tensor beta, Tensor? temperature, bool nonnegative, bool normalize"
 _LOSS_RULE = "Tensor? class_weight, float label_smoothing, int ignore_index, float ranking_weight, str form, str pairs"
 _LOSS_GRADS = ", ".join(f"Tensor? grad_{name}" for name in Losses._fields[:7])
@@ -54,8 +56,23 @@ def _define(schema: str, implementation: Any, fake: Any) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
+def _once_differentiable(backward: Any) -> Any:
+    """PyTorch's decorator of that name, at no cost where nobody asks for a second derivative."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Tensor | None) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return once
+
+
 def _fake_makers(per_row: Tensor) -> list[Tensor]:
     return [per_row.new_empty(per_row.shape), *(per_row.new_empty((len(per_row),)) for _ in range(3))]
+
+
+def _per_row(logits: Sequence[Tensor]) -> Tensor:
+    return logits[0].new_empty((len(logits), *logits[0].shape[:-1]), dtype=accumulate_dtype(logits))
 
 
 def _where_given(grads: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -77,15 +94,26 @@ class Ranking(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, kappa: Tensor, form: str, pairs: str) -> Tensor:
+        loss: Tensor
         loss, grad = ops.ranking.default(weights, kappa, form, pairs)
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad_loss * grad, None, None, None
+
+
+# The loss history (Eq. 14)
+
+_define(
+    "record(Tensor(a!) history, Tensor(b!) low, Tensor(c!) span, Tensor(d!)? visits, int start_epoch, Tensor losses, "
+    "Tensor index) -> ()",
+    trajectory.record,
+    lambda *_: None,
+)
 
 
 # Fusion alone (Eq. 13, 9, 11)
@@ -132,10 +160,11 @@ class Fuse(torch.autograd.Function):
         others, logits = inputs[:8], inputs[8:]
         ctx.flags = others[5:]
         ctx.save_for_backward(*others[:5], *logits)
-        return ops.fuse.default(logits, *others[:7])
+        fused, weights, energy = ops.fuse.default(logits, *others[:7])
+        return fused, weights, energy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         tensors, logits = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         d_logits, d_makers = ops.fuse_backward.default(*grads, logits, *tensors, *ctx.flags)
@@ -152,6 +181,11 @@ def _objective(
     inputs = (logits, target, kappa, present, *rules, *flags)
     out, d_logits, d_makers = small_objective(*inputs) or objective.objective(*inputs)
     return *out, d_logits, d_makers
+
+
+def _directly(*inputs: Any) -> tuple[Any, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _objective(*inputs)
 
 
 def _objective_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
@@ -174,16 +208,25 @@ def _objective_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
 
 
 def _objective_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    grads, (logits, *others), rest = inputs[:7], inputs[7:11], inputs[11:]
-    rules, detach_weights = (WeightRule(*rest[:6]), LossRule(*rest[6:12])), rest[12]
-    d_logits, d_makers = objective.objective_backward(grads, logits, *others, *rules, detach_weights)
+    grads, logits, rest, of_loss = inputs[:7], inputs[7], inputs[11:-2], inputs[-2:]
+    scale, d_logits, d_makers = grads[0], *of_loss
+    if d_logits and scale is not None and not any(_may_differ_from_zero(grad) for grad in grads[1:]):
+        d_logits, d_makers = [d * scale for d in d_logits], [d * scale for d in d_makers]
+        d_makers = d_makers or [torch.zeros_like(x) for x in _fake_makers(_per_row(logits))]
+    else:
+        rules: Any = (WeightRule(*rest[:6]), LossRule(*rest[6:12]), rest[12])
+        d_logits, d_makers = objective.objective_backward(grads, *inputs[7:11], *rules)
     return [grad.to(x.dtype) for grad, x in zip(d_logits, logits, strict=True)], list(d_makers)
+
+
+def _may_differ_from_zero(grad: Tensor | None) -> bool:
+    """Under torch.compile, unused outputs have gradients of zeros; on a device, looking would mean waiting."""
+    return grad is not None and not (grad.is_cpu and all(x.item() == 0 for x in torch.aminmax(grad)))
 
 
 def _objective_backward_fake(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     logits = inputs[7]
-    per_row = logits[0].new_empty((len(logits), *logits[0].shape[:-1]), dtype=accumulate_dtype(logits))
-    return [x.new_empty(x.shape) for x in logits], _fake_makers(per_row)
+    return [x.new_empty(x.shape) for x in logits], _fake_makers(_per_row(logits))
 
 
 _define(
@@ -193,7 +236,8 @@ _define(
     _objective_fake,
 )
 _define(
-    f"objective_backward({_LOSS_GRADS}, {_INPUTS}, bool detach_weights) -> (Tensor[], Tensor[])",
+    f"objective_backward({_LOSS_GRADS}, {_INPUTS}, bool detach_weights, Tensor[] d_logits, Tensor[] d_makers) "
+    "-> (Tensor[], Tensor[])",
     _objective_backward,
     _objective_backward_fake,
 )
@@ -209,7 +253,10 @@ class Objective(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         others, logits, needed = inputs[:16], inputs[16:], ctx.needs_input_grad
-        *losses, d_logits, d_makers = ops.objective.default(logits, *others, any(needed), any(needed[3:7]))
+        inputs = (logits, *others, any(needed), any(needed[3:7]))
+        # On a CPU, handing these arguments to the dispatcher costs a tenth of a small batch's step.
+        direct = others[0].is_cpu and not torch.compiler.is_compiling() and all(type(x) in _PLAIN for x in logits)
+        *losses, d_logits, d_makers = (_directly if direct else ops.objective.default)(*inputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses[7])
         ctx.flags = others[7:9] + others[10:]
@@ -218,7 +265,7 @@ class Objective(torch.autograd.Function):
         return tuple(losses)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         given, class_weight, logits = tensors[:7], tensors[7], tensors[8:]
@@ -229,11 +276,11 @@ class Objective(torch.autograd.Function):
             # Scaled in the accumulating dtype, so that a loss scale reaches gradients too small for the logits' own.
             if not (scale.is_cpu and scale.item() == 1):
                 d_logits, d_makers = [d * scale for d in d_logits], [d * scale for d in d_makers]
-            d_logits = [d.to(x.dtype) for d, x in zip(d_logits, logits, strict=True)]
+            d_logits = [d if d.dtype == x.dtype else d.to(x.dtype) for d, x in zip(d_logits, logits, strict=True)]
             d_makers = d_makers or [None] * 4
         else:
             flags = ctx.flags
             d_logits, d_makers = ops.objective_backward.default(
-                *grads[:7], logits, *given, *flags[:2], class_weight, *flags[2:]
+                *grads[:7], logits, *given, *flags[:2], class_weight, *flags[2:], d_logits or [], d_makers or []
             )
         return None, None, None, *_where_given(d_makers, given[3:]), *(None,) * 9, *d_logits

@@ -5,7 +5,7 @@ orders a pair (``o``) and what is compared (``s``). Since ``s`` always holds the
 gradient with respect to the weight is the gradient with respect to ``s``, and ``o`` needs none.
 
 Shape contract: ``weights`` and ``kappa`` are ``[M, B]``, float32 or float64; a NaN in ``kappa`` marks a sample that
-takes part in no pair. The result is the mean over pairs, summed over modalities, and its gradient ``[M, B]``.
+takes part in no pair. The loss is the mean over pairs, summed over modalities.
 """
 
 import torch
@@ -14,14 +14,23 @@ from torch import Tensor
 FORMS = ("paper", "margin", "released")
 PAIRS = ("adjacent", "all")
 
+_BLOCK = 32
+_COUNT_SHIFT = 32
+
 
 def ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tensor, Tensor]:
     """Return the ranking loss, a scalar, and its gradient with respect to ``weights``, ``[M, B]``."""
+    total, grad, num_pairs = hinges(weights, kappa, form, pairs)
+    return total / num_pairs, grad / num_pairs
+
+
+def hinges(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tensor, Tensor, int]:
+    """The hinges' sum over pairs and modalities, its gradient ``[M, B]``, and the number of pairs."""
     order = weights if form == "paper" else kappa
     score = weights - kappa if form == "released" else weights + kappa
     if pairs == "adjacent":
-        return _adjacent(order, score)
-    return _all_pairs(order, score)
+        return *_adjacent(order, score), score.shape[1]
+    return *_all_pairs(order, score), max(1, score.shape[1] * (score.shape[1] - 1) // 2)
 
 
 def _adjacent(order: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,19 +38,17 @@ def _adjacent(order: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     both = torch.stack([order, score])
     # A sample without a history makes its gaps NaN, here 0.
     order_gap, score_gap = torch.nan_to_num_(both - both.roll(-1, 2)).unbind(0)
-    sign = order_gap.sign() / score.shape[1]
-    gap = (sign * score_gap).relu_()
-    slope = gap.sign() * sign
-    return gap.sum(), slope - slope.roll(1, 1)
+    sign = order_gap.sign()
+    hinge = (score_gap * sign).relu_()
+    slope = hinge.sign().mul_(sign)
+    return hinge.sum(), slope - slope.roll(1, 1)
 
 
 def _all_pairs(order: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     """Every unordered pair, exactly, in O(B log B) operations and O(B) memory.
 
     With ``net_i`` = #{j: o_j < o_i, s_j < s_i} - #{j: o_j > o_i, s_j > s_i}, the loss is ``sum_i s_i * net_i`` and its
-    gradient is ``net``. Both counts come from one descent through the bits of each score's rank, highest first: the
-    elements stand in the order of ``o``, split into blocks that share the higher bits, and at each bit an element
-    whose bit is 1 counts the zeros before it in its block, one whose bit is 0 the ones after it.
+    gradient is ``net``. ``_net_counts`` finds both counts from the scores' ranks in the order of ``o``.
     """
     num_modalities, batch = score.shape
     net = torch.zeros_like(score)
@@ -59,30 +66,44 @@ def _all_pairs(order: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     backwards = low.gather(1, perm).flip(1).argsort(dim=1, stable=True)
     place = torch.arange(batch, device=score.device).expand(num_modalities, batch)
     rank = torch.empty_like(perm).scatter_(1, batch - 1 - backwards, place)
-
-    sequence, count = rank, torch.zeros_like(rank)
-    for level in range((batch - 1).bit_length() - 1, -1, -1):
-        # The ranks are a permutation of 0 .. B - 1, so the blocks are aligned and only the last may be short.
-        start = (place >> (level + 1)) << (level + 1)
-        size = (batch - start).clamp(max=2 << level)
-        zeros = size.clamp(max=1 << level)
-        bit = (sequence >> level) & 1
-        running = bit.cumsum(1) - bit
-        ones_before = running - running.gather(1, start)
-        zeros_before = place - start - ones_before
-        count = count + torch.where(bit == 1, zeros_before, ones_before + zeros - size)
-        if level == 0:
-            target = start + torch.where(bit == 1, zeros, 0)
-        else:
-            target = start + torch.where(bit == 1, zeros + ones_before, zeros_before)
-        sequence = torch.empty_like(sequence).scatter_(1, target, sequence)
-        count = torch.empty_like(count).scatter_(1, target, count)
-
-    net.scatter_(1, perm, count.gather(1, rank).to(score.dtype))
+    net.scatter_(1, perm, _net_counts(rank).gather(1, rank).to(score.dtype))
     net = torch.where(valid, net, 0)
     # Up to B^2 terms cancel in this sum, hence float64 (and a shift that keeps it well conditioned).
     shifted = torch.where(valid, score, 0).double()
     shifted = shifted - shifted.mean(1, keepdim=True)
-    num_pairs = batch * (batch - 1) / 2
-    loss = (shifted * net.double()).sum() / num_pairs
-    return loss.to(score.dtype), net / num_pairs
+    return (shifted * net.double()).sum().to(score.dtype), net
+
+
+def _net_counts(rank: Tensor) -> Tensor:
+    """For a permutation of 0 to B - 1 in each row of ``rank`` ``[M, B]``: by rank, how many lower ranks stand before it
+    less how many higher ones stand after it, ``[M, B]``.
+
+    A descent through the bits of the ranks, highest first: at each, the elements stand in blocks that share the higher
+    bits, one whose bit is 1 counts the zeros before it in its block, one whose bit is 0 the ones after it, and then the
+    zeros move before the ones. Blocks of ``_BLOCK`` count every pair.
+    """
+    num_modalities, batch = rank.shape
+    # Padded to full blocks by ranks that stand behind and above all others: each counts them all, undone below.
+    padded = max(_BLOCK, 1 << (batch - 1).bit_length())
+    more = torch.arange(batch, padded, device=rank.device).expand(num_modalities, -1)
+    # The count so far stands in the bits above the rank's, so that one scatter moves both.
+    packed = torch.cat([rank, more], 1)
+    size = padded
+    while size > _BLOCK:
+        half = size // 2
+        blocks = packed.view(num_modalities, -1, size)
+        bit = (blocks & half).ne(0)
+        ones_before = bit.cumsum(2).sub_(bit.long())
+        zeros_before = torch.arange(size, device=rank.device) - ones_before
+        ones_before -= half  # less those after
+        blocks = torch.where(bit, zeros_before, ones_before).bitwise_left_shift_(_COUNT_SHIFT).add_(blocks)
+        place = torch.where(bit, ones_before.add_(size), zeros_before)
+        packed = torch.empty_like(blocks).scatter_(2, place, blocks)
+        size = half
+    blocks = packed.view(-1, _BLOCK)
+    rank = (blocks & ((1 << _COUNT_SHIFT) - 1)).to(torch.int32)
+    earlier = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=rank.device).tril(-1)
+    above = ((rank.unsqueeze(2) > rank.unsqueeze(1)) & earlier).float()
+    count = (blocks >> _COUNT_SHIFT) + (above.sum(2) - above.sum(1)).long()
+    count = torch.empty_like(count).scatter_(1, (rank & (_BLOCK - 1)).long(), count)  # each block's ranks are its own
+    return count.view(num_modalities, padded)[:, :batch] + (padded - batch)

@@ -16,7 +16,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(operators, "small_objective", lambda *_: None)
     if request.param == "masked":
         monkeypatch.setattr(fusion, "all_finite", lambda _: False)
-    yield request.param
+    return request.param
 
 
 def step(options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
@@ -42,9 +42,7 @@ def step(options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int
 @pytest.mark.parametrize(
     "options", [{}, {"normalize": True}, {"nonnegative": True, "temperature": 2.0}, {"learnable": True}]
 )
-def test_same_numbers(
-    options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int, ...], path: str
-) -> None:
+def test_same_numbers(options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int, ...], path: str) -> None:
     with pytest.MonkeyPatch.context() as undo:
         undo.setattr(operators, "small_objective", SMALL)
         undo.setattr(fusion, "all_finite", ALL_FINITE)

@@ -1,0 +1,1 @@
+"""Benchmarks, each a module that prints a table: ``python -m qmf_examples.benchmarks.<name>``."""

@@ -1,0 +1,154 @@
+"""Rules that the fused operator does not know, and Eq. 18 for them, in plain differentiable PyTorch.
+
+The same semantics as the operator's: what is absent or ignored counts in no mean, a mean over nothing is 0, and a
+sample's weight in the ranking is its mean over positions. One difference: a row counts only if all of it is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .functional import LossOptions, ObjectiveOutput
+from .mixture import ContaminatedProduct
+
+if TYPE_CHECKING:
+    from .fusion import QualityAwareFusion
+
+
+def normalize_logits(logits: Tensor, temperature: float) -> Tensor:
+    """``x / (temperature * |x|)`` over the classes (LogitNorm, Wei et al., ICML 2022); NaN where not finite.
+
+    Args:
+        logits: ``[*, K]``, floating point; float32 at least inside.
+        temperature: positive.
+
+    Example:
+        >>> normalize_logits(torch.tensor([3.0, 4.0]), 0.1)
+        tensor([6., 8.])
+    """
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    finite = torch.isfinite(x).all(-1, keepdim=True)
+    x = torch.where(finite, x, 0)
+    # By its largest value first, whose square may be out of range; a row of zeros stays one.
+    x = x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(finite, x / (temperature * torch.where(norm > 0, norm, 1)), torch.nan)
+
+
+def stack_rows(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows as one ``[M, *, K]`` in the accumulating dtype, 0 where they do not count, and where they do, ``[M, *]``."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in rows) else torch.float32
+    x = torch.stack([x.to(dtype) for x in rows])
+    counted = torch.isfinite(x).all(-1)
+    counted = counted if present is None else counted & present
+    return torch.where(counted.unsqueeze(-1), x, 0), counted
+
+
+def fuse(
+    fusion: QualityAwareFusion, rows: Sequence[Tensor], present: Tensor | None, *, plain: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused log-probabilities ``[*, K]`` (0 where nothing counts), weights and energies ``[M, *]`` of prepared rows."""
+    with torch.autocast(rows[0].device.type, enabled=False):
+        x, counted = stack_rows(rows, present)
+        return _fuse(fusion, x, counted, plain)
+
+
+def _fuse(fusion: QualityAwareFusion, x: Tensor, counted: Tensor, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if fusion.mixture is not None:
+        fused, weights = fusion.mixture(x, counted, fusion.calibration.held, plain=plain)
+        energy = torch.where(counted, -torch.logsumexp(x, -1), torch.inf)
+    else:
+        rows = list(x.unbind(0))
+        options = fusion.weight_options(rows, counted)._replace(nonnegative=True)
+        _, weights, energy = functional.fuse_with(rows, counted, options)
+        pull = weights.detach() if fusion.detach_weights else weights
+        # Where all weights are 0, the floor makes shares equal.
+        share = torch.where(counted, pull.clamp_min(1e-12), 0)
+        share = share / share.sum(0).clamp_min(1e-12)
+        log_share = torch.where(counted, share.clamp_min(1e-30).log(), -1e30)
+        fused = torch.logsumexp(log_share.unsqueeze(-1) + torch.log_softmax(x, -1), 0)
+    return torch.where(counted.any(0).unsqueeze(-1), fused, 0), weights, energy
+
+
+def objective(
+    fusion: QualityAwareFusion,
+    rows: Sequence[Tensor],
+    target: Tensor,
+    kappa: Tensor | None,
+    present: Tensor | None,
+    options: LossOptions,
+    *,
+    plain: bool,
+) -> ObjectiveOutput:
+    """Eq. 18 of prepared rows, M of ``[B, *, K]``; ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None."""
+    with torch.autocast(rows[0].device.type, enabled=False):
+        x, there = stack_rows(rows, present)
+        fused, weights, energy = _fuse(fusion, x, there, plain)
+        valid = _valid(target, x.shape[-1], options.ignore_index)
+        label = torch.where(valid, target, 0)
+        counted = torch.cat([there, there.any(0, keepdim=True)]) & valid
+        log_probs = torch.log_softmax(torch.cat([x, fused.unsqueeze(0)]), -1)
+        entropies = -log_probs.gather(-1, label.expand(len(counted), *label.shape).unsqueeze(-1)).squeeze(-1)
+        losses = _means(log_probs, entropies, counted, label, options)
+
+        sample_losses = _sample_means(entropies[:-1].detach(), counted[:-1])
+        ranking = losses.new_zeros(())
+        if kappa is not None:
+            sample_weights = torch.nan_to_num(_sample_means(weights, there))
+            history = torch.where(torch.isnan(sample_losses), torch.nan, kappa.to(losses.dtype))
+            ranking = functional.ranking_loss(sample_weights, history, form=options.form, pairs=options.pairs)
+        loss = losses.sum() + options.ranking_weight * ranking
+    return ObjectiveOutput(loss, losses[-1], losses[:-1], ranking, fused, weights, energy, sample_losses)
+
+
+def observe(
+    mixture: ContaminatedProduct, rows: Sequence[Tensor], target: Tensor, present: Tensor | None, ignore_index: int
+) -> None:
+    """Count a batch in the mixture's running statistics."""
+    with torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
+        x, counted = stack_rows([row.detach() for row in rows], present)
+        valid = target != ignore_index
+        mixture.running.update(x.flatten(1, -2), torch.where(valid, target, 0).flatten(), (counted & valid).flatten(1))
+
+
+def _valid(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    valid = target != ignore_index
+    if target.is_cpu and not torch.compiler.is_compiling():
+        low, high = (v.item() for v in torch.aminmax(torch.where(valid, target, 0)))
+        if low < 0 or high >= num_classes:
+            raise IndexError(
+                f"target must hold classes 0 to {num_classes - 1} (or ignore_index={ignore_index}), "
+                f"got values from {low} to {high}"
+            )
+    return valid
+
+
+def _means(log_probs: Tensor, entropies: Tensor, counted: Tensor, label: Tensor, options: LossOptions) -> Tensor:
+    """Each row set's mean cross-entropy as in ``torch.nn.CrossEntropyLoss``, ``[M + 1]``; 0 over nothing."""
+    weight, smoothing, dims = options.class_weight, options.label_smoothing, tuple(range(1, counted.dim()))
+    mass = counted.to(entropies.dtype)
+    if weight is not None:
+        mass = mass * weight.to(entropies.dtype)[label]
+    total = mass.sum(dims)
+    total = torch.where(total > 0, total, 1)
+    losses = (1 - smoothing) * (mass * torch.where(counted, entropies, 0)).sum(dims) / total
+    if smoothing:
+        every = log_probs if weight is None else log_probs * weight.to(log_probs.dtype)
+        smooth = torch.where(counted, -every.mean(-1), 0)
+        losses = losses + smoothing * smooth.sum(dims) / total
+    return losses
+
+
+def _sample_means(values: Tensor, counted: Tensor) -> Tensor:
+    """``[M, B, *]`` to ``[M, B]``: the mean over the positions that count; NaN where none does."""
+    if values.dim() == 2:
+        return torch.where(counted, values, torch.nan)
+    values, counted = values.flatten(2), counted.flatten(2)
+    number = counted.sum(-1)
+    total = torch.where(counted, values, 0).sum(-1)
+    return torch.where(number > 0, total / number.clamp_min(1), torch.nan)

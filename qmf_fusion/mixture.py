@@ -1,0 +1,168 @@
+"""The contaminated product of experts: the rule of ``QualityAwareFusion.robust``.
+
+Every modality is clean or broken, independently, with odds ``rho`` (broken : clean) that rise with its
+untypicality ``u``. A clean modality speaks for class y with the likelihood ratio ``r(y)``; a broken one says nothing
+about the class, whatever it shows: noise, a blank, another sample's data. Hence, exactly,
+
+    ``p(y | all)  ~  prior(y) * prod_m (r_m(y) + rho_m)``
+    ``w_m = P(m is clean | all) = sum_y p(y | all) * r_m(y) / (r_m(y) + rho_m)``
+
+Small odds give a product of experts, large ones a linear pool with weights 1 / rho. A modality's vote is bounded by
+``log(1 + max r / rho)``, so that the others can outvote it: agreement needs no leave-one-out sums and any M will do.
+``w_m`` has the form ``A / (A + rho_m * B)`` with A and B free of rho_m, and so never rises with u (the place of Eq. 9).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .typicality import ClassStatistics, RunningStatistics, Statistics, class_distances, untypicality
+
+
+class Evidence(NamedTuple):
+    """What each modality says on its own."""
+
+    ratio: Tensor
+    """``[M, *, K]``: the likelihood ratio r of each class; its mean over the prior is 1."""
+    untypical: Tensor
+    """``[M, *]``: u, at least 0."""
+    odds: Tensor
+    """``[M, *]``: rho, broken : clean, before the others are heard."""
+
+
+class ContaminatedProduct(nn.Module):
+    """Fuse logits as a product of experts of which any may be broken; every ingredient has its switch.
+
+    Evidence ``r(y) = (1 - a) * softmax(x)_y / prior_y + a * t(y) / sum_k prior_k t(k)`` with the class-distance
+    likelihood ``t(y) ~ (1 + d_y / s) ** -sharpness`` (a Student's t around each class mean, whose heavy tails say
+    little about a row far from every class); odds ``rho = odds * (1 + exp(min(u, ceiling) - onset))``.
+
+    Args:
+        num_modalities: M.
+        typicality_norm: u sees the two-sided z-score of the log-norm.
+        typicality_distance: u sees the z-score of the distance to the nearest class.
+        distance_evidence: a, the share of the class-distance likelihood in r, from 0 to 1; 0 leaves the softmax.
+        class_prior: divide the class frequencies out of every modality and put them back once.
+        agreement: the mixture above. False: a weighted product, ``prod_m r_m ** (1 / (1 + rho_m))``, in which no
+            modality can outvote another.
+        odds, onset, ceiling: rho at u far below ``onset``, where it starts to rise, and where it stops.
+        sharpness: the tail's exponent.
+        spread, floor: the least variance within a class (a share of that between classes) and the least standard
+            deviation of a logarithm that the statistics are believed to have.
+        gather: let ``QMFLoss`` gather running statistics in training, at the cost of factorising a ``[K, K]`` matrix
+            per modality and step. False leaves them to ``calibrate``.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        num_modalities: int,
+        *,
+        typicality_norm: bool = True,
+        typicality_distance: bool = True,
+        distance_evidence: float = 0.5,
+        class_prior: bool = True,
+        agreement: bool = True,
+        odds: float = 0.3,
+        onset: float = 3.0,
+        ceiling: float = 6.0,
+        sharpness: float = 5.0,
+        spread: float = 0.1,
+        floor: float = 0.3,
+        gather: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value, most in (
+            ("odds", odds, torch.inf),
+            ("sharpness", sharpness, torch.inf),
+            ("floor", floor, torch.inf),
+            ("spread", spread, torch.inf),
+            ("distance_evidence", distance_evidence, 1),
+        ):
+            least = 0 if name in ("distance_evidence", "spread", "floor") else 1e-12
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be {'from 0 to 1' if most == 1 else 'positive'}, got {value}")
+        self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
+        self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
+        self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor
+        self.gather = gather
+        self.running = RunningStatistics(num_modalities, spread)
+        self.fitted = ClassStatistics(num_modalities, spread)
+
+    def statistics(self) -> Statistics | None:
+        """The calibrated ones, else those gathered in training, else None."""
+        fitted = self.fitted.statistics()
+        return self.running.statistics() if fitted is None else fitted
+
+    def evidence(self, logits: Tensor, statistics: Statistics | None) -> Evidence:
+        """What each modality says: logits ``[M, *, K]``, finite. Without statistics, r = K softmax and u = 0."""
+        probs = torch.softmax(logits, -1)
+        if statistics is None:
+            ratio, u = probs * logits.shape[-1], torch.zeros_like(logits[..., 0])
+            return Evidence(ratio, u, self._odds(u))
+        per_modality = (-1, *(1,) * (logits.dim() - 1))
+        prior = self.prior(logits, statistics)
+        ratio = probs / prior
+        distances = class_distances(logits, statistics)
+        known = statistics.scale > 0
+        if self.distance_evidence:
+            usable = statistics.seen.any(-1) & known
+            # A class never seen has no distance; where none has been, all are at 0, and nothing is made of it.
+            finite = torch.where(usable.view(per_modality), distances, 0)
+            scale = torch.where(known, statistics.scale, 1).to(logits).view(per_modality)
+            tail = torch.softmax(-self.sharpness * torch.log1p(finite / scale), -1)
+            share = self.distance_evidence * usable.to(logits.dtype).view(per_modality)
+            ratio = (1 - share) * ratio + share * tail / (tail * prior).sum(-1, keepdim=True)
+        u = untypicality(
+            logits,
+            distances,
+            statistics,
+            norm=self.typicality_norm,
+            distance=self.typicality_distance,
+            floor=self.floor,
+        )
+        return Evidence(ratio, u, self._odds(u))
+
+    def _odds(self, u: Tensor) -> Tensor:
+        return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
+
+    def prior(self, logits: Tensor, statistics: Statistics | None) -> Tensor:
+        """``[K]``; uniform without statistics or ``class_prior``."""
+        if statistics is None or not self.class_prior:
+            return logits.new_full(logits.shape[-1:], 1 / logits.shape[-1])
+        return statistics.prior.to(logits)
+
+    def forward(
+        self, logits: Tensor, counted: Tensor, static: Tensor | None = None, *, plain: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse.
+
+        Args:
+            logits: ``[M, *, K]``, finite; what they are where they do not count does not matter.
+            counted: bool ``[M, *]``; False drops the modality, exactly.
+            static: ``[M]``; where not NaN, the modality has this constant weight (odds ``1 / weight - 1``) instead.
+            plain: do without statistics, as in training.
+
+        Returns:
+            Fused log-probabilities ``[*, K]``, and ``P(clean | all)`` ``[M, *]``, 0 where a modality does not count.
+        """
+        statistics = None if plain else self.statistics()
+        ratio, _, odds = self.evidence(logits, statistics)
+        if static is not None:
+            fixed = static.to(logits).view(-1, *(1,) * (odds.dim() - 1))
+            odds = torch.where(torch.isnan(fixed), odds, 1 / fixed.clamp(1e-6, 1) - 1).clamp_min(1e-6)
+        odds = odds.unsqueeze(-1)
+        votes = torch.log1p(ratio / odds) if self.agreement else ratio.clamp_min(1e-12).log() / (1 + odds)
+        votes = torch.where(counted.unsqueeze(-1), votes, 0)
+        fused = torch.log_softmax(self.prior(logits, statistics).log() + votes.sum(0), -1)
+        weights = (fused.exp() * ratio / (ratio + odds)).sum(-1) if self.agreement else 1 / (1 + odds.squeeze(-1))
+        if static is not None:
+            weights = torch.where(torch.isnan(fixed), weights, fixed)
+        return fused, torch.where(counted, weights, 0)
+
+    def extra_repr(self) -> str:
+        names = ("typicality_norm", "typicality_distance", "distance_evidence", "class_prior", "agreement")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

@@ -1,0 +1,117 @@
+"""Correlation of weights and losses over a stream larger than memory, in the style of torchmetrics."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .precision import KeepsPrecision
+
+
+class Correlation(NamedTuple):
+    """``[M]`` each, float64."""
+
+    samples: Tensor
+    mean_weight: Tensor
+    mean_loss: Tensor
+    covariance: Tensor
+    """Divided by n."""
+    pearson: Tensor
+    """0 where weight or loss is constant."""
+
+
+class WeightLossCorrelation(KeepsPrecision):
+    """Accumulate Pearson's r of weight and loss, per modality, batch by batch and across processes.
+
+    ``update`` / ``compute`` / ``reset`` / ``merge_state``, and states declared with their reduction, as in torchmetrics
+    (which is not needed). Counts, means and co-moments are merged by Chan et al.'s pairwise update, in float64, so that
+    neither the order nor the size of the batches matters.
+
+    Args:
+        num_modalities: M.
+
+    Example:
+        >>> metric = WeightLossCorrelation(num_modalities=1)
+        >>> metric.update(torch.tensor([[0.1, 0.2]]), torch.tensor([[3.0, 2.0]]))
+        >>> metric.update(torch.tensor([[0.3, 0.4]]), torch.tensor([[1.0, 0.0]]))
+        >>> metric.compute().pearson.round(decimals=6)
+        tensor([-1.], dtype=torch.float64)
+    """
+
+    moments: Tensor
+
+    def __init__(self, num_modalities: int) -> None:
+        super().__init__()
+        if num_modalities < 1:
+            raise ValueError(f"num_modalities must be at least 1, got {num_modalities}")
+        self._reductions: dict[str, str | None] = {}
+        # n, mean w, mean loss, and the sums of squared and mixed deviations; not a sum over processes, so kept apart.
+        self.add_state("moments", torch.zeros(num_modalities, 6, dtype=torch.float64), dist_reduce_fx=None)
+
+    def add_state(self, name: str, default: Tensor, dist_reduce_fx: str | None) -> None:
+        """Declare a state: ``"sum"`` adds up over processes, None stacks what each has for ``compute`` to merge."""
+        self.register_buffer(name, default)
+        self._reductions[name] = dist_reduce_fx
+
+    @torch.no_grad()
+    def update(self, weights: Tensor, losses: Tensor, counted: Tensor | None = None) -> None:
+        """Weights and losses ``[M, *]``, and where they count, bool ``[M, *]``; what is not finite never does.
+
+        Raises:
+            ValueError: shapes that differ, or another number of modalities.
+        """
+        if weights.shape != losses.shape or len(weights) != len(self.moments):
+            raise ValueError(
+                f"weights and losses must both be [{len(self.moments)}, *], got {tuple(weights.shape)} and "
+                f"{tuple(losses.shape)}"
+            )
+        c = torch.isfinite(weights) & torch.isfinite(losses)
+        c = (c if counted is None else c & counted).flatten(1)
+        w, v = (torch.where(c, x.flatten(1).to(self.moments), 0) for x in (weights, losses))
+        n = c.sum(1).to(self.moments.dtype)
+        mean_w, mean_v = w.sum(1) / n.clamp_min(1), v.sum(1) / n.clamp_min(1)
+        dw, dv = (torch.where(c, x - mean.unsqueeze(1), 0) for x, mean in ((w, mean_w), (v, mean_v)))
+        batch = torch.stack([n, mean_w, mean_v, (dw * dw).sum(1), (dv * dv).sum(1), (dw * dv).sum(1)], 1)
+        self.moments.copy_(_merge(self.moments, batch))
+
+    def merge_state(self, other: "WeightLossCorrelation") -> None:
+        """Count what another accumulator has seen."""
+        self.moments.copy_(_merge(self.moments, other.moments.to(self.moments)))
+
+    def compute(self) -> Correlation:
+        """Over everything seen, in all processes where ``torch.distributed`` is initialised."""
+        moments = self.moments
+        for gathered in self._gather(moments):
+            moments = _merge(moments, gathered)
+        n, mean_w, mean_v, ww, vv, wv = moments.unbind(1)
+        size = (ww * vv).sqrt()
+        # Deviations that are rounding alone count as none.
+        constant = (ww <= n * (1e-12 * mean_w).square()) | (vv <= n * (1e-12 * mean_v).square()) | (size == 0)
+        pearson = torch.where(constant, 0, wv / torch.where(constant, 1, size))
+        return Correlation(n, mean_w, mean_v, wv / n.clamp_min(1), pearson.clamp(-1, 1))
+
+    def reset(self) -> None:
+        self.moments.zero_()
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        self.update(*args, **kwargs)
+
+    @staticmethod
+    def _gather(moments: Tensor) -> list[Tensor]:
+        """The other processes' states."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+            return []
+        every = [torch.empty_like(moments) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(every, moments.contiguous())
+        return [m for rank, m in enumerate(every) if rank != distributed.get_rank()]
+
+
+def _merge(a: Tensor, b: Tensor) -> Tensor:
+    """Two ``[M, 6]`` into one (Chan, Golub and LeVeque 1983)."""
+    n = a[:, 0] + b[:, 0]
+    share = b[:, 0] / n.clamp_min(1)
+    dw, dv = b[:, 1] - a[:, 1], b[:, 2] - a[:, 2]
+    cross = a[:, 0] * share
+    out = torch.stack([dw * dw * cross, dv * dv * cross, dw * dv * cross], 1) + a[:, 3:] + b[:, 3:]
+    return torch.cat([torch.stack([n, a[:, 1] + dw * share, a[:, 2] + dv * share], 1), out], 1)

@@ -1,0 +1,120 @@
+"""What the checks call and how they compare: one face for a layer, a wrapped model and a user's own callable."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ..fusion import QualityAwareFusion
+from ..model import FusionModel
+from ..uncertainty import Uncertainty, energy_score
+from .strategies import logits
+
+DEFAULTS = hypothesis.settings(
+    max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+"""The settings of a check that is given none."""
+
+
+class Output(NamedTuple):
+    logits: Tensor  # [*, K]
+    weights: Tensor  # [M, *]
+    energy: Tensor | None  # [M, *]
+
+
+class Subject:
+    """A fusion, called with logits ``[*, K]`` wherever it wants its classes."""
+
+    def __init__(self, fusion: Any, num_modalities: int | None = None) -> None:
+        if not callable(fusion):
+            raise TypeError(f"fusion must be callable with a list of logits, got {type(fusion).__name__}")
+        self.fusion = fusion
+        self.layer: QualityAwareFusion | None = fusion.fusion if isinstance(fusion, FusionModel) else None
+        if isinstance(fusion, QualityAwareFusion):
+            self.layer = fusion
+        count: Any = getattr(self.layer or fusion, "num_modalities", 3) if num_modalities is None else num_modalities
+        self.num_modalities = int(count)
+        self.class_dim: int = getattr(self.layer or fusion, "class_dim", -1)
+
+    def __call__(self, logits: Sequence[Tensor | None], present: Tensor | None = None) -> Output:
+        given: Any = [None if x is None else x.movedim(-1, self.class_dim) for x in logits]
+        if isinstance(self.fusion, FusionModel):
+            given = dict(zip(self.fusion.names, given, strict=True))
+        out = self.fusion(given) if present is None else self.fusion(given, present=present)
+        return Output(out.logits.movedim(self.class_dim, -1), out.weights, getattr(out, "energy", None))
+
+    def uncertainties(self, logits: Sequence[Tensor], measure: Uncertainty | None) -> Tensor:
+        layer = self.layer if self.layer is not None else self.fusion
+        if measure is None and hasattr(layer, "uncertainties"):
+            moved = [x.movedim(-1, self.class_dim) for x in logits]
+            return torch.as_tensor(layer.uncertainties(moved)).detach()
+        return torch.stack([(measure or energy_score)(x) for x in logits])
+
+    def select(self, order: Sequence[int]) -> "Subject":
+        """The same with these modalities in this order; a callable of unknown making is taken as it is."""
+        if self.layer is None:
+            return Subject(self.fusion, len(order))
+        layer = copy.deepcopy(self.layer)
+        layer.names = tuple(layer.names[m] for m in order)
+        for name in ("raw_alpha", "raw_beta", "raw_temperature"):
+            value = getattr(layer, name).detach()[list(order)]
+            setattr(layer, name, nn.Parameter(value) if layer.learnable else value)
+        if not isinstance(self.fusion, FusionModel):
+            return Subject(layer)
+        names = [self.fusion.names[m] for m in order]
+        layer.names = tuple(names)
+        return Subject(FusionModel({name: self.fusion.heads[name] for name in names}, layer))
+
+    def draws(self, num_classes: int | None, dtype: torch.dtype, **options: Any) -> st.SearchStrategy[list[Tensor]]:
+        return logits(
+            num_modalities=self.num_modalities,
+            num_classes=num_classes or st.integers(2, 6),
+            batch=options.pop("batch", None),
+            dtype=dtype,
+            **options,
+        )
+
+
+def verify(
+    settings: hypothesis.settings | None, body: Callable[..., None], *strategies: st.SearchStrategy[Any]
+) -> None:
+    chosen = hypothesis.settings(settings or DEFAULTS, report_multiple_bugs=False)
+    try:
+        chosen(hypothesis.given(*strategies)(body))()
+    except hypothesis.errors.Flaky as error:
+        raise AssertionError("repeated calls must agree: an example failed once and then passed") from error
+
+
+def tolerance(*values: Tensor) -> float:
+    size = max((float(x.detach().abs().max()) for x in values), default=0.0)
+    return 256 * max(torch.finfo(x.dtype).eps for x in values) * (1 + size)
+
+
+def size_of(given: Sequence[Tensor], out: Output | None = None) -> float:
+    """How large the terms of a sum over modalities are, which bounds its rounding error."""
+    if out is None:
+        return max(float(x.abs().max()) for x in given)
+    return max(float((w.detach().unsqueeze(-1) * x).abs().max()) for w, x in zip(out.weights, given, strict=True))
+
+
+def agree(got: Tensor, expected: Tensor, what: str, given: Sequence[Tensor], size: float = 0.0) -> None:
+    got, expected = got.detach(), expected.detach()
+    assert got.shape == expected.shape, f"{what}: the shape is {tuple(got.shape)}, not {tuple(expected.shape)}"
+    bound = max(torch.finfo(x.dtype).eps for x in (got, expected)) * 256 * (1 + size + size_of(given))
+    error = (got - expected).abs().max()
+    assert error <= bound, (
+        f"{what}: got {got.tolist()}, expected {expected.tolist()} (off by {float(error):.3g}), logits={show(given)}"
+    )
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    both = (torch.nan_to_num(x, nan=0.5), torch.nan_to_num(y, nan=0.5))
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(*both)
+
+
+def show(given: Sequence[Tensor]) -> list[Any]:
+    return [x.tolist() for x in given]

@@ -1,0 +1,197 @@
+"""``calibrate``: Eq. 5 by Lemma 1, Eq. 6 or the static weight, monotone, idempotent, order-free, saved, undone."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qmf_fusion import QualityAwareFusion
+from qmf_fusion.calibration import pearson, sample_losses
+
+RULES = {
+    "energy": lambda m: QualityAwareFusion(m),
+    "nonnegative": lambda m: QualityAwareFusion(m, nonnegative=True),
+    "normalize": lambda m: QualityAwareFusion(m, normalize=True),
+    "entropy": lambda m: QualityAwareFusion(m, uncertainty="entropy", temperature=2.0),
+    "learnable": lambda m: QualityAwareFusion(m, learnable=True, temperature=0.7),
+    "probabilities": lambda m: QualityAwareFusion(m, combine="probabilities", normalize_logits=0.1),
+    "robust": lambda m: QualityAwareFusion.robust(m),
+}
+
+
+def data(seed=0, m=3, n=200, k=4, wrong=None, size=1.0):
+    """Logits of which ``wrong`` is large where it errs, as a head under noise is."""
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(k, (n,), generator=g)
+    right = torch.rand(m, n, generator=g) < 0.8
+    guess = torch.where(right, target, torch.randint(k, (m, n), generator=g))
+    scale = torch.where(guess == target, 4.0, 1.0)
+    if wrong is not None:
+        scale[wrong] = torch.where(guess[wrong] == target, 2.0, 9.0)
+    logits = scale.unsqueeze(-1).double() * nn.functional.one_hot(guess, k)
+    return size * (logits + 0.5 * torch.randn(m, n, k, generator=g, dtype=torch.float64)), target
+
+
+def quietly(fusion, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return fusion.calibrate(*args, **kwargs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rule=st.sampled_from(sorted(RULES)),
+    seed=st.integers(0, 10**6),
+    wrong=st.sampled_from([None, 0, 2]),
+    size=st.sampled_from([0.1, 1.0, 20.0]),
+)
+def test_both_conditions_hold_afterwards(rule, seed, wrong, size):
+    logits, target = data(seed, wrong=wrong, size=size)
+    fusion = RULES[rule](3)
+    static = None if rule == "robust" else torch.tensor([0.2, 0.3, 0.5])
+    quietly(fusion, logits, target, static)
+    weights = fusion(logits).weights.double()
+    torch.testing.assert_close(weights.mean(1), fusion.calibration.static, rtol=0, atol=1e-6)
+    if static is not None:
+        torch.testing.assert_close(fusion.calibration.static, static.double(), rtol=1e-6, atol=1e-6)
+    losses = sample_losses(fusion.prepare(list(logits)), target)
+    for w, loss in zip(weights, losses, strict=True):
+        r = pearson(w, loss)
+        assert math.atanh(min(max(r, -0.999999), 0.999999)) * math.sqrt(200 - 3) <= 1.645
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"robust", "probabilities"}))  # which look at more than size
+def test_a_violating_modality_is_held_with_a_warning(rule):
+    logits, target = data(wrong=1)
+    fusion = RULES[rule](3)
+    with pytest.warns(UserWarning, match=r"'1'.*Eq. 6"):
+        fusion.calibrate(logits, target)
+    if rule != "normalize":
+        other, _ = data(seed=5)
+        weights = fusion(other).weights
+        assert (weights[1] == weights[1, 0]).all()
+        assert not (weights[0] == weights[0, 0]).all()
+
+
+def test_robust_holds_a_modality_too():
+    """Held modalities of the mixture keep their vote, at constant odds."""
+    logits, target = data(m=2)
+    fusion = QualityAwareFusion.robust(2).calibrate(logits, target)
+    fusion.calibration.held = torch.tensor([torch.nan, 0.4], dtype=torch.float64)
+    out = fusion(logits)
+    torch.testing.assert_close(out.weights[1], torch.full((200,), 0.4, dtype=torch.float64))
+    evidence = fusion.mixture.evidence(logits, fusion.mixture.statistics())
+    votes = torch.log1p(evidence.ratio / torch.stack([evidence.odds[0], torch.full((200,), 1.5)]).unsqueeze(-1))
+    expected = (fusion.mixture.statistics().prior.log() + votes.sum(0)).log_softmax(-1)
+    torch.testing.assert_close(out.logits, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rule=st.sampled_from(["energy", "nonnegative", "normalize", "entropy"]), seed=st.integers(0, 10**6))
+def test_weights_still_never_rise_with_the_uncertainty(rule, seed):
+    logits, target = data(seed)
+    fusion = RULES[rule](3)
+    quietly(fusion, logits, target, torch.tensor([0.2, 0.3, 0.5]))
+    g = torch.Generator().manual_seed(seed)
+    changed = logits.clone()
+    changed[0] = logits[0][torch.randperm(200, generator=g)]
+    u, v = fusion.uncertainties(logits)[0], fusion.uncertainties(changed)[0]
+    w, x = fusion(logits).weights[0], fusion(changed).weights[0]
+    assert ((v < u) | (x <= w + 1e-9)).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_idempotent_order_free_saved_and_undone(rule):
+    logits, target = data(wrong=0)
+    fusion = RULES[rule](3)
+    before, fresh = copy.deepcopy(fusion.state_dict()), fusion(logits)
+    quietly(fusion, logits, target)
+    once, out = copy.deepcopy(fusion.state_dict()), fusion(logits)
+    quietly(fusion, logits, target)
+    torch.testing.assert_close(fusion.state_dict(), once, rtol=0, atol=0, equal_nan=True)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    quietly(fusion, logits[:, order], target[order])
+    torch.testing.assert_close(fusion.state_dict(), once, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+    loaded = RULES[rule](3)
+    loaded.load_state_dict(once)
+    assert torch.equal(loaded(logits).logits, out.logits)
+    loaded.load_state_dict(before)
+    assert torch.equal(loaded(logits).logits, fresh.logits)
+    fusion.reset_calibration()
+    assert fusion.state_dict().keys() == before.keys()
+    assert torch.equal(fusion(logits).logits, fresh.logits)
+
+
+def test_beta_is_lemma_1s():
+    logits, target = data()
+    fusion = QualityAwareFusion(3, alpha=-0.2).calibrate(logits, target, [1.0, 2.0, 3.0])
+    mean_u = -logits.logsumexp(-1).mean(1)
+    torch.testing.assert_close(fusion.beta, torch.tensor([1.0, 2, 3], dtype=torch.float64) + 0.2 * mean_u)
+    assert (fusion.alpha == -0.2).all()
+
+
+def test_default_static_weights_keep_the_scale():
+    logits, target = data()
+    fusion = QualityAwareFusion(3)
+    mean = fusion(logits).weights.mean()
+    fusion.calibrate(logits, target)
+    torch.testing.assert_close(fusion.calibration.static, mean.expand(3))
+
+
+def test_fitted_temperature_is_the_likeliest_and_alpha_helps():
+    logits, target = data(size=5.0)
+    fusion = quietly(QualityAwareFusion(3), logits, target, 0.5, fit=("temperature", "alpha"))
+
+    def loss(m, t):
+        return float(nn.functional.cross_entropy(logits[m] / t, target))
+
+    for m, t in enumerate(fusion.temperature.tolist()):
+        assert loss(m, t) <= min(loss(m, 0.98 * t), loss(m, 1.02 * t))
+    torch.testing.assert_close(fusion(logits).weights.mean(1), torch.full((3,), 0.5, dtype=torch.float64))
+    fused = nn.functional.cross_entropy(fusion(logits).logits, target)
+    plain = quietly(QualityAwareFusion(3), logits, target, 0.5, fit=["temperature"])
+    assert fused <= nn.functional.cross_entropy(plain(logits).logits, target)
+
+
+def test_absent_and_ignored_samples_do_not_count():
+    logits, target = data()
+    present = torch.ones(3, 200, dtype=torch.bool)
+    present[1, 50:] = False
+    for rule in RULES.values():
+        if rule(1).normalize:
+            continue
+        noisy = torch.where(present.unsqueeze(-1), logits, torch.nan)
+        a = quietly(rule(3), noisy, target)
+        b = quietly(rule(3), logits, target, present=present)
+        torch.testing.assert_close(a.state_dict(), b.state_dict(), equal_nan=True)
+        ignored = target.clone()
+        ignored[100:] = 7
+        c = quietly(rule(3), logits, ignored, ignore_index=7)
+        d = quietly(rule(3), logits[:, :100], target[:100])
+        torch.testing.assert_close(c.state_dict(), d.state_dict(), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments", "match"),
+    [
+        ("robust", {"static_weights": 0.5}, "static_weights must be None"),
+        ("robust", {"fit": ["alpha"]}, "fit"),
+        ("energy", {"fit": ["beta"]}, "fit"),
+        ("energy", {"static_weights": -1.0}, "static_weights"),
+        ("energy", {"static_weights": [1.0, 2.0]}, "static_weights"),
+        ("energy", {"confidence": 1.5}, "confidence"),
+        ("normalize", {"static_weights": 0.5}, "sum to 1"),
+    ],
+)
+def test_bad_arguments_are_named(rule, arguments, match):
+    logits, target = data()
+    with pytest.raises(ValueError, match=match):
+        RULES[rule](3).calibrate(logits, target, **arguments)
+    with pytest.raises(IndexError, match="target"):
+        RULES[rule](3).calibrate(logits, target + 2)

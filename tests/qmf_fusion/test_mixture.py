@@ -1,0 +1,331 @@
+"""The contaminated product of experts against a float64 computation from its definition, and its properties."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion.mixture import ContaminatedProduct
+
+
+def clean_data(m=3, n=240, k=5, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    target = torch.arange(n) % k
+    logits = 3 * nn.functional.one_hot(target, k) + torch.randn(m, n, k, generator=g, dtype=torch.float64)
+    return logits.to(dtype), target
+
+
+def from_definition(logits, odds, ratio, prior):
+    """Sum over all 2^M patterns of clean and broken modalities: posteriors of the class and of each being clean."""
+    num, k = ratio.shape
+    joint, clean = torch.zeros(k, dtype=torch.float64), torch.zeros(num, dtype=torch.float64)
+    for pattern in itertools.product([True, False], repeat=num):
+        mass = prior.clone()
+        for m, is_clean in enumerate(pattern):
+            mass = mass * (ratio[m] / (1 + odds[m]) if is_clean else odds[m] / (1 + odds[m]))
+        joint += mass
+        clean += torch.tensor(pattern) * mass.sum()
+    return joint / joint.sum(), clean / joint.sum()
+
+
+def test_posteriors_are_those_of_the_model_by_enumeration():
+    logits, target = clean_data()
+    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    test = 3 * torch.randn(3, 20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    out = fusion(test)
+    statistics = fusion.mixture.statistics()
+    evidence = fusion.mixture.evidence(test, statistics)
+    for i in range(20):
+        fused, clean = from_definition(test[:, i], evidence.odds[:, i], evidence.ratio[:, i], statistics.prior)
+        torch.testing.assert_close(out.logits[i].exp(), fused)
+        torch.testing.assert_close(out.weights[:, i], clean)
+
+
+def test_statistics_and_evidence_are_the_documented_formulas():
+    logits, target = clean_data(m=1, n=60, k=3)
+    fusion = QualityAwareFusion.robust(1).calibrate(logits, target)
+    x, n = logits[0], 60
+    prior = (torch.bincount(target) + 1) / (n + 3)
+    means = torch.stack([x[target == c].mean(0) for c in range(3)])
+    others = torch.stack([x[(target == target[i]) & (torch.arange(n) != i)].mean(0) for i in range(n)])
+    residual = x - others
+    overall = (prior[:, None] * means).sum(0)
+    between = (prior[:, None] * (means - overall) ** 2).sum() / 3
+    inverse = torch.linalg.inv(residual.T @ residual / n + 0.1 * between * torch.eye(3))
+
+    def distance(v, mean):
+        return (v - mean) @ inverse @ (v - mean)
+
+    own = torch.stack([distance(x[i], others[i]) for i in range(n)])
+    nearest = torch.stack(
+        [min(own[i] if c == target[i] else distance(x[i], means[c]) for c in range(3)) for i in range(n)]
+    )
+    v = torch.tensor([9.0, -4.0, 2.0], dtype=torch.float64)
+    d = torch.stack([distance(v, mean) for mean in means])
+    tail = (1 + d / own.mean()) ** -5
+    tail = tail / tail.sum()
+    ratio = 0.5 * v.softmax(0) / prior + 0.5 * tail / (prior * tail).sum()
+    size = x.norm(dim=1).log()
+    u = max(
+        abs(float((v.norm().log() - size.mean()) / max(size.std(unbiased=False), 0.3))),
+        float((d.min().log() - nearest.log().mean()) / max(nearest.log().std(unbiased=False), 0.3)),
+        0.0,
+    )
+    evidence = fusion.mixture.evidence(v.view(1, 1, 3), fusion.mixture.statistics())
+    torch.testing.assert_close(evidence.ratio[0, 0], ratio, rtol=1e-6, atol=1e-9)
+    assert float(evidence.untypical) == pytest.approx(u, rel=1e-6)
+    rho = 0.3 * (1 + torch.exp(torch.tensor(min(u, 6) - 3)))
+    assert float(evidence.odds) == pytest.approx(float(rho), rel=1e-6)
+
+
+def test_without_statistics_it_is_the_plain_form():
+    x = torch.randn(4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = QualityAwareFusion.robust(4)(x)
+    expected = torch.log1p(6 * x.softmax(-1) / (0.3 * (1 + torch.exp(torch.tensor(-3.0))))).sum(0).log_softmax(-1)
+    torch.testing.assert_close(out.logits, expected)
+    room = QualityAwareFusion.robust(4, num_classes=6)
+    torch.testing.assert_close(room(x).logits, expected, msg="statistics of nothing must change nothing")
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.floats(1e-3, 1e3), which=st.integers(0, 2))
+def test_absent_equals_dropped(seed, size, which):
+    logits, target = clean_data()
+    test = size * torch.randn(3, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    keep = [m for m in range(3) if m != which]
+    whole = QualityAwareFusion.robust(3).calibrate(logits, target)
+    part = QualityAwareFusion.robust(2).calibrate(logits[keep], target)
+    present = torch.tensor([m != which for m in range(3)])
+    for rows in (test, test.index_fill(0, torch.tensor([which]), torch.nan)):
+        out = whole(rows, present)
+        torch.testing.assert_close(out.logits, part(test[keep]).logits)
+        assert (out.weights[which] == 0).all()
+        torch.testing.assert_close(out.weights[keep], part(test[keep]).weights)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), rise=st.floats(0.01, 5))
+def test_a_weight_never_rises_with_its_uncertainty(seed, rise):
+    g = torch.Generator().manual_seed(seed)
+    mixture = ContaminatedProduct(3)
+    u = 6 * torch.rand(3, 10, generator=g, dtype=torch.float64)
+    x = 4 * torch.randn(3, 10, 5, generator=g, dtype=torch.float64)
+    ratio = mixture.evidence(x, None).ratio
+
+    def weights(u):
+        odds = mixture._odds(u).unsqueeze(-1)
+        fused = torch.log1p(ratio / odds).sum(0).softmax(-1)
+        return (fused * ratio / (ratio + odds)).sum(-1)
+
+    assert (weights(u + torch.tensor([[rise], [0], [0]]))[0] <= weights(u)[0] + 1e-12).all()
+
+
+def test_untypical_logits_lose_weight_and_votes():
+    logits, target = clean_data()
+    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    test, _ = clean_data(seed=1)
+    clean = fusion(test).weights[2].mean()
+    for broken in (30 * test[2], 0.01 * test[2]):
+        given = torch.stack([test[0], test[1], broken.roll(1, 0)])
+        out = fusion(given)
+        assert out.weights[2].mean() < 0.5 * clean
+        assert (out.logits.argmax(-1) == target).double().mean() > 0.97
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"typicality_norm": False},
+        {"typicality_distance": False},
+        {"typicality_norm": False, "typicality_distance": False},
+        {"distance_evidence": 0.0},
+        {"distance_evidence": 1.0},
+        {"class_prior": False},
+        {"agreement": False},
+        {"normalize_logits": 0.1},
+    ],
+    ids=str,
+)
+def test_every_switch_changes_the_rule_and_keeps_it_finite(switches):
+    logits, target = clean_data()
+    some = (target < 2) | (torch.arange(len(target)) % 4 == 0)  # unequal classes
+    logits, target = logits[:, some], target[some]
+    test = torch.randn(3, 40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * torch.tensor(
+        [0.05, 1, 40], dtype=torch.float64
+    ).view(3, 1, 1)
+    default = QualityAwareFusion.robust(3).calibrate(logits, target)(test)
+    out = QualityAwareFusion.robust(3, **switches).calibrate(logits, target)(test)
+    assert torch.isfinite(out.logits).all()
+    assert ((out.weights >= 0) & (out.weights <= 1)).all()
+    assert not torch.allclose(out.logits, default.logits)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e4, 1e19, 3e38])
+def test_extreme_finite_logits_stay_finite(value):
+    logits, target = clean_data(dtype=torch.float32)
+    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    test = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    test[1] = value
+    test[2] = test[2].sign() * value
+    out = fusion(test)
+    assert torch.isfinite(out.logits).all()
+    assert torch.isfinite(out.weights).all()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_state_pickle_and_copy(calibrated):
+    logits, target = clean_data()
+    fusion, other = QualityAwareFusion.robust(3), QualityAwareFusion.robust(3)
+    (fusion if calibrated else other).calibrate(logits, target)
+    expected = fusion(logits).logits
+    other.load_state_dict(fusion.state_dict())
+    for same in (other, pickle.loads(pickle.dumps(fusion)), copy.deepcopy(fusion)):
+        assert torch.equal(same(logits).logits, expected)
+
+
+def test_inputs_of_every_kind():
+    logits, target = clean_data()
+    image = logits.view(3, 4, 6, 10, 5)
+    fusion = QualityAwareFusion.robust(["a", "b", "c"]).calibrate(logits, target)
+    expected = fusion(logits).logits
+    torch.testing.assert_close(fusion(dict(zip("abc", logits, strict=True))).logits, expected)
+    torch.testing.assert_close(fusion(list(image)).logits, expected.view(4, 6, 10, 5))
+    wide = QualityAwareFusion.robust(3, class_dim=1).calibrate(image.movedim(-1, 2), target.view(4, 6, 10))
+    torch.testing.assert_close(wide(image.movedim(-1, 2)).logits, expected.view(4, 6, 10, 5).movedim(-1, 1))
+    one = QualityAwareFusion.robust(1).calibrate(logits[:1], target)
+    assert (one(logits[:1]).logits.argmax(-1) == logits[0].argmax(-1)).double().mean() > 0.9
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fusion(list(logits.bfloat16()))
+    assert out.logits.dtype == torch.float32
+    torch.testing.assert_close(out.logits, fusion(list(logits.bfloat16().float())).logits)
+
+
+def test_no_modality_gives_zeros_and_no_gradient():
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    present = torch.tensor([[True, False, True], [True, False, False]])
+    out = QualityAwareFusion.robust(2)(x, present)
+    assert (out.logits[1] == 0).all()
+    out.logits.logsumexp(-1).sum().backward()
+    assert (x.grad[~present] == 0).all()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_whole():
+    logits, target = clean_data(dtype=torch.float32)
+    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    torch.testing.assert_close(torch.compile(fusion, fullgraph=True, backend="aot_eager")(logits), fusion(logits))
+    plain, whole = (QMFLoss(QualityAwareFusion.robust(3), 240) for _ in range(2))
+    step = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    for i in range(0, 240, 80):
+        index = torch.arange(i, i + 80)
+        expected = plain(logits[:, index], target[index], index)
+        torch.testing.assert_close(step(logits[:, index], target[index], index).loss, expected.loss)
+    torch.testing.assert_close(whole.state_dict(), plain.state_dict())
+
+
+def test_running_statistics_come_near_the_fitted_ones():
+    logits, target = clean_data(n=4000, k=4)
+    fusion = QualityAwareFusion.robust(3)
+    criterion = QMFLoss(fusion, len(target))
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))
+    for index in order.split(50):
+        criterion(logits[:, index], target[index], index)
+    running = fusion.mixture.statistics()
+    test, _ = clean_data(n=500, k=4, seed=9)
+    test[1] *= 8
+    gathered = fusion(test)
+    fusion.calibrate(logits, target)
+    fitted = fusion.mixture.statistics()
+    torch.testing.assert_close(running.scale, fitted.scale, rtol=0.1, atol=0)
+    torch.testing.assert_close(running.norm, fitted.norm, rtol=0.1, atol=0.05)
+    torch.testing.assert_close(running.distance, fitted.distance, rtol=0.15, atol=0.05)
+    torch.testing.assert_close(gathered.weights, fusion(test).weights, rtol=0, atol=0.15)
+    criterion.eval()
+    before = copy.deepcopy(fusion.mixture.running.state_dict())
+    criterion(logits[:, :50], target[:50])
+    torch.testing.assert_close(fusion.mixture.running.state_dict(), before, rtol=0, atol=0)
+
+
+def test_gathering_can_be_left_to_calibrate():
+    logits, target = clean_data()
+    fusion = QualityAwareFusion.robust(3, gather=False)
+    QMFLoss(fusion, 240, ranking_weight=0)(logits, target)
+    assert fusion.mixture.statistics() is None
+    expected = QualityAwareFusion.robust(3).calibrate(logits, target)(logits)
+    torch.testing.assert_close(fusion.calibrate(logits, target)(logits).logits, expected.logits)
+
+
+def test_a_modality_never_seen_stays_plain():
+    logits, target = clean_data()
+    fusion = QualityAwareFusion.robust(3)
+    criterion = QMFLoss(fusion, len(target), ranking_weight=0)
+    for _ in range(3):
+        criterion([logits[0], None, logits[2]], target)
+    evidence = fusion.mixture.evidence(logits, fusion.mixture.statistics())
+    prior = fusion.mixture.statistics().prior
+    torch.testing.assert_close(evidence.ratio[1], logits[1].softmax(-1) / prior)
+    assert (evidence.untypical[1] == 0).all()
+    assert (evidence.untypical[0] > 0).any()
+
+
+def test_works_in_a_model_as_the_default_does():
+    heads = {"a": nn.Linear(6, 4), "b": nn.Linear(3, 4)}
+    model = FusionModel(heads, QualityAwareFusion.robust(["a", "b"]))
+    criterion = QMFLoss(model.fusion, 20)
+    out = model({"a": torch.randn(20, 6), "b": torch.randn(20, 3)})
+    result = criterion(out.unimodal_logits, torch.arange(20) % 4, torch.arange(20))
+    result.loss.backward()
+    torch.testing.assert_close(result.logits, out.logits)
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("switches", "match"),
+    [
+        ({"odds": 0.0}, "odds"),
+        ({"distance_evidence": 2.0}, "distance_evidence"),
+        ({"normalize_logits": -1.0}, "normal"),
+    ],
+)
+def test_bad_switches_are_named(switches, match):
+    with pytest.raises(ValueError, match=match):
+        QualityAwareFusion.robust(2, **switches)
+    with pytest.raises(TypeError, match="nonsense"):
+        QualityAwareFusion.robust(2, nonsense=1)
+
+
+@pytest.mark.parametrize(("classes", "samples"), [(1, 5), (3, 2), (5, 5)])
+def test_data_with_hardly_any_statistics_stays_finite(classes, samples):
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, samples, classes, generator=g), torch.arange(samples) % classes
+    criterion = QMFLoss(QualityAwareFusion.robust(2), samples)
+    for _ in range(4):
+        assert torch.isfinite(criterion(logits, target, torch.arange(samples)).loss)
+    for fusion in (criterion.fusion, QualityAwareFusion.robust(2).calibrate(logits, target)):
+        out = fusion(torch.randn(2, 4, classes, generator=g))
+        assert torch.isfinite(out.logits).all()
+        assert torch.isfinite(out.weights).all()
+
+
+def test_constant_logits_and_classes_without_samples_stay_finite():
+    test = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for logits, num in ((torch.zeros(2, 20, 6), 6), (torch.randn(2, 40, 6), 3)):
+        out = QualityAwareFusion.robust(2).calibrate(logits, torch.arange(logits.shape[1]) % num)(test)
+        assert torch.isfinite(out.logits).all()
+        (grad,) = torch.autograd.grad(out.logits.logsumexp(-1).sum() + out.weights.sum(), test)
+        assert torch.isfinite(grad).all()
+
+
+def test_casting_keeps_the_statistics_precise():
+    logits, target = clean_data(dtype=torch.float32)
+    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    expected = fusion(logits).logits
+    assert fusion.half().mixture.fitted.whiten.dtype == torch.float64
+    assert torch.equal(fusion(logits).logits, expected)

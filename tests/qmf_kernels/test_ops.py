@@ -1,0 +1,120 @@
+"""The operators: torch.library.opcheck, and their contracts on tensors of every kind."""
+
+import pytest
+import torch
+
+from qmf_kernels import FORMS, PAIRS, ops
+
+NUM, BATCH, CLASSES = 3, 4, 5
+MAKERS = [torch.tensor([-0.1, -0.5, -1.0]), torch.tensor([0.0, 1.0, 0.5])]
+HOT = torch.tensor([1.0, 2.0, 0.5])
+MASK = torch.tensor([[True, True, False, True], [True, False, False, True], [False, True, False, True]])
+LOSS_RULE = (None, 0.0, -100, 0.1, "paper", "adjacent")
+SMOOTH_RULE = (torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0]), 0.1, -100, 0.5, "margin", "all")
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def logits(dtype=torch.float32):
+    dtypes = [torch.float16, torch.bfloat16, torch.float32] if dtype is None else [dtype] * NUM
+    return [randn(BATCH, CLASSES, seed=m, dtype=d) for m, d in enumerate(dtypes)]
+
+
+def rules(dtype=torch.float32):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    given = randn(NUM, BATCH, seed=9, dtype=wide).abs()
+    return [
+        (None, *MAKERS, None, False, False),
+        (None, *MAKERS, HOT, True, False),
+        (None, *MAKERS, HOT, False, True),
+        (given, *MAKERS, None, False, True),
+    ]
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, None]
+
+
+# opcheck's comparison of outputs under AOTDispatcher takes no NaN for equal, and an absent modality's loss is one;
+# tests of torch.compile compare those.
+WITH_NAN = ("test_schema", "test_autograd_registration", "test_faketensor")
+RULES = pytest.mark.parametrize(("rule", "dtype"), [(i, dtype) for i, dtype in enumerate(DTYPES)])
+PRESENT = pytest.mark.parametrize("present", [None, MASK], ids=["all", "masked"])
+
+
+@RULES
+@PRESENT
+def test_opcheck_fuse(rule, dtype, present):
+    rule = rules(dtype)[rule]
+    torch.library.opcheck(ops.fuse.default, (logits(dtype), present, *rule))
+    fused, weights, energy = ops.fuse(logits(dtype), present, *rule)
+    grads = [torch.ones_like(x) for x in (fused, weights, energy)]
+    torch.library.opcheck(ops.fuse_backward.default, (*grads, logits(dtype), present, *rule, present is None))
+
+
+@RULES
+@PRESENT
+@pytest.mark.parametrize("loss_rule", [LOSS_RULE, SMOOTH_RULE], ids=["plain", "smooth"])
+def test_opcheck_objective(rule, dtype, present, loss_rule):
+    kappa = randn(NUM, BATCH, seed=5).abs()
+    inputs = (logits(dtype), torch.tensor([0, 1, 2, 4]), kappa, present, *rules(dtype)[rule], *loss_rule)
+    tests = WITH_NAN if present is not None else (*WITH_NAN, "test_aot_dispatch_dynamic")
+    for flags in ((False, True, False), (True, True, True)):
+        torch.library.opcheck(ops.objective.default, (*inputs, *flags), test_utils=tests)
+    out = ops.objective(*inputs, False, False, False)
+    grads = [torch.ones_like(x) for x in out[:7]]
+    for given in (grads, [None, *grads[1:3], None, None, None, grads[6]]):
+        torch.library.opcheck(ops.objective_backward.default, (*given, *inputs, False, [], []))
+    kept = ops.objective(*inputs, False, True, True)[8:]
+    torch.library.opcheck(ops.objective_backward.default, (grads[0], *[None] * 6, *inputs, False, *kept))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck_ranking(form, pairs, dtype):
+    kappa = randn(NUM, 6, seed=2, dtype=dtype)
+    kappa[1, 2] = torch.nan
+    torch.library.opcheck(ops.ranking.default, (randn(NUM, 6, dtype=dtype), kappa, form, pairs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_share_no_storage_with_inputs_or_each_other(dtype):
+    """As PyTorch asks of operators whose schema declares no alias."""
+    given = logits(dtype)
+    before = [x.clone() for x in given]
+    out = ops.objective(
+        given, torch.arange(BATCH), None, None, None, *MAKERS, None, False, False, *LOSS_RULE, False, True, True
+    )
+    flat = [*out[:8], *out[8], *out[9]]
+    places = [x.untyped_storage().data_ptr() for x in (*flat, *given) if x.numel()]
+    assert len(set(places)) == len(places)
+    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
+
+
+def test_gradients_are_those_of_autograd():
+    """The fused forward's gradients, against differentiating the operators' own definition in float64."""
+    leaves = [x.double().requires_grad_() for x in logits()]
+    alpha, beta = (x.double() for x in MAKERS)
+    target = torch.tensor([0, 1, 2, 4])
+    *_, d_logits, d_makers = ops.objective(
+        [x.detach() for x in leaves],
+        *(target, None, None, None, alpha, beta, HOT.double(), False, False, *LOSS_RULE, False, True, True),
+    )
+    makers = [x.clone().requires_grad_() for x in (alpha, beta, HOT.double())]
+    a, b, t = makers
+    energy = torch.stack([-t[m] * torch.logsumexp(x / t[m], -1) for m, x in enumerate(leaves)])
+    weights = a[:, None] * energy + b[:, None]
+    fused = sum(w[:, None] * x for w, x in zip(weights, leaves, strict=True))
+    total = sum(torch.nn.functional.cross_entropy(x, target) for x in (*leaves, fused))
+    expected = torch.autograd.grad(total, [*leaves, *makers])
+    for x, y in zip([*d_logits, *d_makers[1:]], expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_meta_tensors_say_the_shapes():
+    given = [x.to("meta") for x in logits()]
+    fused, weights, energy = ops.fuse(given, None, None, *(x.to("meta") for x in MAKERS), None, False, False)
+    assert (fused.shape, weights.shape, energy.shape) == ((BATCH, CLASSES), (NUM, BATCH), (NUM, BATCH))
+    assert fused.device.type == "meta"
