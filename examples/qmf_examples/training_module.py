@@ -23,12 +23,14 @@ class TrainingModule(L.LightningModule):
         learner: the method.
         settings: of the run.
         num_classes: K.
+        num_samples: N, saved with K, so that a run can be rebuilt without its training data.
     """
 
-    def __init__(self, learner: Learner, settings: Settings, num_classes: int) -> None:
+    def __init__(self, learner: Learner, settings: Settings, num_classes: int, num_samples: int) -> None:
         super().__init__()
         self.learner = learner
         self.settings = settings
+        self.sizes = {"num_classes": num_classes, "num_samples": num_samples}
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
 
@@ -82,6 +84,7 @@ class TrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rise, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["sizes"] = self.sizes
         if self.plateau is not None:
             checkpoint["plateau"] = self.plateau.state_dict()
 

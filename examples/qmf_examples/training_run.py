@@ -18,7 +18,7 @@ from . import rgbd, text_image
 from .errors import CommandError
 from .files import save_checkpoint, write_atomically
 from .learners import Learner
-from .settings import FILE, RGBD_METHODS, Settings, differences, load_run, write_settings
+from .settings import FILE, Settings, differences, load_run, write_settings
 from .training_module import ACCURACY, Batches, TrainingModule
 
 BEST, LAST, FINISHED = "best.ckpt", "last.ckpt", "finished.json"
@@ -93,7 +93,7 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
     trainer = make_trainer(settings, folder, stopping)
     if state is None or not _is_over(state, settings):
-        module = TrainingModule(learner, settings, data.num_classes)
+        module = TrainingModule(learner, settings, data.num_classes, data.num_samples)
         batches = Batches(data.train, data.select, collate, settings)
         trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
         if trainer.interrupted:
@@ -176,13 +176,11 @@ def load_learner(folder: Path) -> tuple[Settings, Learner, Any]:
         CommandError: no such run, or weights that do not fit.
     """
     settings = load_run(folder)
-    state = read_checkpoint(folder / BEST)["state_dict"]
-    weights = {key.removeprefix("learner."): x for key, x in state.items() if key.startswith("learner.")}
-    # The checkpoint says how many classes and samples there were, so that evaluation needs no training images.
-    num_samples = next((x.shape[-1] for key, x in weights.items() if key.endswith("trajectory.total")), 1)
-    num_classes = [x.shape[0] for key, x in weights.items() if "classifier" in key and key.endswith("weight")][-1]
+    state = read_checkpoint(folder / BEST)
+    weights = {key.removeprefix("learner."): x for key, x in state["state_dict"].items() if key.startswith("learner.")}
+    num_classes, num_samples = (int(state.get("sizes", {}).get(name, 1)) for name in ("num_classes", "num_samples"))
     numbering = None
-    if settings.method in RGBD_METHODS and settings.data_set in ("nyud2", "sunrgbd"):
+    if settings.data_set in ("nyud2", "sunrgbd"):
         learner = rgbd.build_learner(settings, num_classes, num_samples, pretrained=False)
     else:
         numbering = text_image.load_texts_numbering(settings)
