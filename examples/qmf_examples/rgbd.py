@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from .data_sets import DATA_SETS
+from .errors import CommandError
 from .image_encoders import ImageEncoder
 from .learners import (
     Head,
@@ -85,6 +86,10 @@ def load_training(settings: Settings) -> RGBDData:
 
     With ``selection="held-out"``, a part of the training split is kept from training, class by class; with ``"test"``
     the epoch is chosen on the test split, as the released scripts do.
+
+    Raises:
+        DataError: data that cannot be used.
+        CommandError: so few samples of every class that none is held out.
     """
     known, root = DATA_SETS[settings.data_set], Path(settings.data_root)
     images = PairedImages(
@@ -111,6 +116,11 @@ def load_training(settings: Settings) -> RGBDData:
         same = copy.copy(images)
         same.transform = as_tested
         rest, held = stratified_split(images.labels, (1 - settings.validation, settings.validation), seed=0)
+        if not held or not rest:
+            raise CommandError(
+                f"--validation {settings.validation}: must hold out at least one sample of a class and leave one, got "
+                f"{len(held)} of {len(images)}"
+            )
         train, select = torch.utils.data.Subset(images, rest), torch.utils.data.Subset(same, held)
     return RGBDData(train, select, len(images.classes), len(images), tuple(images.classes), len(images.faults))
 

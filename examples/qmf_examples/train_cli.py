@@ -104,7 +104,6 @@ def train_set(
     prepare_output(folder)
     with disk_errors():
         _train_all(plan, folder, resume)
-    typer.echo(f"to test: qmf-fusion evaluate {folder}")
 
 
 def _first(*values: Any) -> Any:
@@ -131,19 +130,21 @@ def _methods(data_set: str, given: Any) -> tuple[str, ...]:
 
 
 def _train_all(plan: list[Settings], folder: Path, resume: bool) -> None:
-    from .training_run import train_run
+    from .training_run import is_first_process, train_run
 
+    say = typer.echo if is_first_process() else lambda _: None
     if plan[0].selection == "test":
-        typer.echo("--selection test: epochs are chosen on the test set, as published; their accuracies are flattered")
+        say("--selection test: epochs are chosen on the test set, as published; their accuracies are flattered")
     for settings in plan:
         place = folder / settings.method / f"seed{settings.seed}"
         finished = train_run(settings, place, resume)
         skipped = f", {finished.faults} bad rows skipped" if finished.faults else ""
         on = {"test": "test"}.get(settings.selection, "dev" if "text" in _modalities(settings) else "held-out")
-        typer.echo(
+        say(
             f"{settings.method}, seed {settings.seed}: {100 * finished.accuracy:.1f} % on {on} samples at best, "
             f"{finished.epochs} epochs{skipped}: {place}"
         )
+    say(f"to test: qmf-fusion evaluate {folder}")
 
 
 def _modalities(settings: Settings) -> tuple[str, ...]:

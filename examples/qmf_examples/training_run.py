@@ -42,7 +42,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         save_checkpoint(Path(path), checkpoint)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        return _load_plain(Path(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -51,16 +51,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CommandError: none is there, or it cannot be read so.
     """
+    content = _load_plain(path)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CommandError(f"{path}: not a checkpoint of a training run")
+    return content
+
+
+def _load_plain(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CommandError(f"no checkpoint {path}") from error
     except Exception as error:  # whatever a damaged zip or pickle makes torch.load raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CommandError(f"{path}: not a checkpoint of a training run")
-    return content
 
 
 def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finished:
@@ -76,9 +80,11 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
         DataError: data that cannot be used.
     """
     if (folder / FILE).exists():
-        if not resume:
+        # Of several processes, the first has written the settings by the time that the others look.
+        first = is_first_process()
+        if not resume and first:
             raise CommandError(f"{folder} holds a run: go on with it by --resume, or give another --output")
-        different = differences(settings, load_run(folder))
+        different = differences(settings, load_run(folder)) if first else []
         if different:
             raise CommandError(f"--resume: {folder} was made with {'; '.join(different)}")
         if (folder / FINISHED).exists():
@@ -104,6 +110,11 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
         text = json.dumps(finished._asdict(), indent=1) + "\n"
         write_atomically(folder / FINISHED, lambda file: file.write(text.encode()))
     return finished
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a run on this machine, or the one that speaks for it."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def build(settings: Settings) -> tuple[Any, Any, Learner]:

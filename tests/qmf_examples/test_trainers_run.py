@@ -20,7 +20,7 @@ SMALL = {"batch_size": 8, "limit_batches": 3}
 # Dropout, warm-up, a plateau, accumulation over an odd count of batches: whatever has a state is in play.
 LIVELY = {
     "batch_size": 8,
-    "limit_batches": None,
+    "limit_batches": 100,
     "epochs": 4,
     "hidden": 16,
     "dropout": 0.3,
@@ -105,6 +105,14 @@ def test_every_method_trains_and_loads(data_set, method, sample, tmp_path):
 def test_it_learns_what_the_sample_shows(sample, tmp_path):
     settings = resolve("mvsa", QUICK, {"data_root": str(sample("mvsa")), "method": "bow", "epochs": 12})
     assert train_run(settings, tmp_path / "run").accuracy >= 2 / 3
+
+
+@pytest.mark.skipif("QMF_DATA_ROOT" not in os.environ, reason="QMF_DATA_ROOT is not set: no real texts to train on")
+def test_the_bag_of_words_learns_from_mvsas_real_texts(tmp_path):
+    data = os.path.join(os.environ["QMF_DATA_ROOT"], "mvsa_single")
+    layers = [QUICK, {"data_root": data, "method": "bow", "limit_batches": 1000, "epochs": 5, "learning_rate": 0.02}]
+    # The largest class has 282 of dev's 518 texts.
+    assert train_run(resolve("mvsa", *layers, {"batch_size": 64}), tmp_path / "run").accuracy > 282 / 518 + 0.02
 
 
 def kill(data_set, layers, folder, where, number):
@@ -269,14 +277,15 @@ def test_command_and_config_file(sample, tmp_path, capsys):
         (["train", "mvsa", "--quick"], "--data-root: must name the data set's folder. MVSA-Single lies as"),
         (["train", "mvsa", "--quick", "--data-root", "none"], "no file none/train.jsonl"),
         (["train", "mvsa", "--data-root", ".", "--method", "rgb"], "--method: rgb is none of mvsa's: bow, image, bert"),
+        (["train", "nyud2", "--data-root", "NYUD2", "--quick", "--validation", "0.05"], "must hold out at least one"),
         (["train", "nyud2", "--data-root", ".", "--quick", "--weights", "imagenet"], "no folder train"),
         (["evaluate", "none"], "no folder none"),
         (["evaluate", "."], "no runs in ."),
     ],
 )
-def test_errors_are_one_message_and_a_code(arguments, message, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_message_and_a_code(arguments, message, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
+    assert main([str(sample("nyud2")) if argument == "NYUD2" else argument for argument in arguments]) == 1
     assert message in capsys.readouterr().err
 
 
