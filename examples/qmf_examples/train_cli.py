@@ -1,5 +1,6 @@
 """The commands `train nyud2`, `sunrgbd`, `food101`, `mvsa`; ``attach(train)`` adds them to the typer app of `train`."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,6 +99,7 @@ def train_set(
         from .data_sets import DATA_SETS, how_to_obtain
 
         raise CommandError(f"--data-root: must name the data set's folder. {how_to_obtain(DATA_SETS[data_set])}")
+    base = dataclasses.replace(base, **_absolute(base))
     methods = _methods(data_set, chosen)
     plan = [resolve(data_set, _as_layer(base), {"method": m, "seed": s}) for m in methods for s in _seeds(first, count)]
     folder = output if output is not None else Path("runs") / data_set
@@ -108,6 +110,14 @@ def train_set(
 
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
+
+
+def _absolute(settings: Settings) -> dict[str, Any]:
+    """The settings that are paths, from the root on, so that a run can be tested from any folder."""
+    names = ("data_root", "weights", "text_model", "word_vectors")
+    given = {name: getattr(settings, name) for name in names}
+    paths = {name: Path(value) for name, value in given.items() if value not in (None, "imagenet", "none", "tiny")}
+    return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 
 
 def _seeds(first: Any, count: Any) -> range:

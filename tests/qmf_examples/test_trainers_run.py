@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
+from transformers import BertConfig, BertModel
 
 from qmf_examples.cli import main
 from qmf_examples.errors import CommandError
@@ -105,6 +106,24 @@ def test_every_method_trains_and_loads(data_set, method, sample, tmp_path):
 def test_it_learns_what_the_sample_shows(sample, tmp_path):
     settings = resolve("mvsa", QUICK, {"data_root": str(sample("mvsa")), "method": "bow", "epochs": 12})
     assert train_run(settings, tmp_path / "run").accuracy >= 2 / 3
+
+
+@pytest.mark.parametrize("method", ["qmf", "mmbt"])
+def test_a_bert_from_a_folder_trains_and_is_tested_from_elsewhere(method, sample, tmp_path, monkeypatch, capsys):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sad", "happy", "the", "map", "##s"]
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "vocab.txt").write_text("\n".join(words) + "\n")
+    (bert / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(bert)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "mvsa", "--quick", "--method", method, "--text-model", "bert", "--limit-batches", "2"]
+    assert main([*arguments, "--data-root", str(sample("mvsa")), "--output", "runs"]) == 0, capsys.readouterr().err
+    monkeypatch.chdir(sample("mvsa"))
+    assert main(["evaluate", str(tmp_path / "runs"), "--levels", "0", "--noise", "gaussian"]) == 0
+    _, _, numbering = load_learner(tmp_path / "runs" / method / "seed1")
+    assert numbering("happy maps") == [2, 6, 8, 9, 3]
 
 
 @pytest.mark.skipif("QMF_DATA_ROOT" not in os.environ, reason="QMF_DATA_ROOT is not set: no real texts to train on")
@@ -278,7 +297,7 @@ def test_command_and_config_file(sample, tmp_path, capsys):
         (["train", "mvsa", "--quick", "--data-root", "none"], "no file none/train.jsonl"),
         (["train", "mvsa", "--data-root", ".", "--method", "rgb"], "--method: rgb is none of mvsa's: bow, image, bert"),
         (["train", "nyud2", "--data-root", "NYUD2", "--quick", "--validation", "0.05"], "must hold out at least one"),
-        (["train", "nyud2", "--data-root", ".", "--quick", "--weights", "imagenet"], "no folder train"),
+        (["train", "nyud2", "--data-root", ".", "--quick", "--weights", "imagenet"], "/train. NYU Depth V2 lies as"),
         (["evaluate", "none"], "no folder none"),
         (["evaluate", "."], "no runs in ."),
     ],
