@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from . import composed, functional
@@ -114,7 +115,11 @@ def calibrate(
     fusion.calibration.clear()
     try:
         if mixture is not None:
-            mixture.fitted.fit(torch.stack(rows).flatten(1, -2), target.flatten(), counted.flatten(1))
+            mixture.fitted.fit(
+                rearrange(torch.stack(rows), "m ... k -> m (...) k"),
+                rearrange(target, "... -> (...)"),
+                rearrange(counted, "m ... -> m (...)"),
+            )
             ones = torch.ones(len(rows), dtype=torch.float64, device=target.device)
             found = {"scale": ones, "shift": 0 * ones, "temper": ones}
             weights = layer_weights(fusion, rows, counted)

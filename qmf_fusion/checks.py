@@ -99,7 +99,8 @@ def check_logits(
         rows = [x.movedim(class_dim, -1) for x in rows]
     if len(there) == len(given):
         return rows, None
-    return rows, torch.tensor([x is not None for x in given], device=first.device)
+    # Filled where it lies: a tensor made of a list would have to be copied to the device, and waited for.
+    return rows, torch.stack([first.new_full((), x is not None, dtype=torch.bool) for x in given])
 
 
 def check_present(
@@ -142,6 +143,8 @@ def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
         raise TypeError(f"index must hold dataset indices (an integer dtype), got {index.dtype}")
     if tuple(index.shape) != (batch,):
         raise ValueError(f"index must be [{batch}], one dataset index per sample, got {_shape(index)}")
+    if batch == 0:
+        raise ValueError("index must not be empty: the batch has no samples")
     if index.is_cpu and not torch.compiler.is_compiling():
         # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
         values = index.tolist() if batch <= 128 else [x.item() for x in torch.aminmax(index)]
@@ -149,6 +152,11 @@ def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
         if low < 0 or high >= num_samples:
             raise IndexError(f"index must be within the trajectory's {num_samples} samples, got {low} to {high}")
     return index.long()
+
+
+def check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:

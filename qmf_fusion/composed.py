@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from . import functional
@@ -113,7 +114,12 @@ def observe(
     with torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
         x, counted = stack_rows([row.detach() for row in rows], present)
         valid = target != ignore_index
-        mixture.running.update(x.flatten(1, -2), torch.where(valid, target, 0).flatten(), (counted & valid).flatten(1))
+        label, counted = torch.where(valid, target, 0), counted & valid
+        mixture.running.update(
+            rearrange(x, "m b ... k -> m (b ...) k"),
+            rearrange(label, "b ... -> (b ...)"),
+            rearrange(counted, "m b ... -> m (b ...)"),
+        )
 
 
 def _valid(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -148,7 +154,7 @@ def _sample_means(values: Tensor, counted: Tensor) -> Tensor:
     """``[M, B, *]`` to ``[M, B]``: the mean over the positions that count; NaN where none does."""
     if values.dim() == 2:
         return torch.where(counted, values, torch.nan)
-    values, counted = values.flatten(2), counted.flatten(2)
+    values, counted = (rearrange(x, "m b ... -> m b (...)") for x in (values, counted))
     number = counted.sum(-1)
     total = torch.where(counted, values, 0).sum(-1)
     return torch.where(number > 0, total / number.clamp_min(1), torch.nan)

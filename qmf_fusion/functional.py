@@ -1,5 +1,6 @@
 """The stateless forms: each equation as a function of tensors. The modules hold state and call these."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -261,10 +262,6 @@ def objective_with(
     """Eq. 18 of checked inputs: M of ``[B, *, K]``, ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None."""
     check_backend(backend)
     *rule, detach_weights = weight_options
-    if torch.compiler.is_compiling() and backend is None and rows[0].device.type == "cpu":
-        # Open to the compiler, which has no kernel to call here and fuses the passes over the logits itself.
-        rules = qmf_kernels.WeightRule(*weight_options[:6]), qmf_kernels.LossRule(*options)
-        return ObjectiveOutput(*qmf_kernels.objective_expression(rows, target, kappa, present, *rules, detach_weights))
     out = qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, detach_weights, *rows)
     return ObjectiveOutput(*out)
 
@@ -278,10 +275,14 @@ def check_backend(backend: str | None) -> None:
 def check_loss_options(options: LossOptions, num_classes: int | None = None) -> None:
     check_choice("form", options.form, FORMS)
     check_choice("pairs", options.pairs, PAIRS)
-    if not options.ranking_weight >= 0:
-        raise ValueError(f"ranking_weight must be at least 0, got {options.ranking_weight}")
-    if not 0 <= options.label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {options.label_smoothing}")
+    for name, value, most in (
+        ("ranking_weight", options.ranking_weight, math.inf),
+        ("label_smoothing", options.label_smoothing, 1),
+    ):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0 <= value <= most or value == math.inf:
+            raise ValueError(f"{name} must be {'from 0 to 1' if most == 1 else 'finite and at least 0'}, got {value}")
     weight = options.class_weight
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"class_weight must be a tensor [K] or None, got {type(weight).__name__}")
@@ -289,8 +290,12 @@ def check_loss_options(options: LossOptions, num_classes: int | None = None) -> 
         raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
 
 
-_SIGNS = {"alpha": ("negative", lambda x: x < 0), "beta": ("at least 0", lambda x: x >= 0)}
-_SIGNS["temperature"] = ("positive", lambda x: x > 0)
+# Comparisons with infinity leave out what is not finite, NaN included.
+_SIGNS = {
+    "alpha": ("finite and negative", lambda x: (x < 0) & (x > -math.inf)),
+    "beta": ("finite and at least 0", lambda x: (x >= 0) & (x < math.inf)),
+    "temperature": ("finite and positive", lambda x: (x > 0) & (x < math.inf)),
+}
 
 
 def _coefficient(name: str, value: float | Sequence[float] | Tensor, num: int, like: Tensor) -> Tensor:

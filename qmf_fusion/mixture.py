@@ -46,10 +46,12 @@ class ContaminatedProduct(nn.Module):
         class_prior: divide the class frequencies out of every modality and put them back once.
         agreement: the mixture above. False: a weighted product, ``prod_m r_m ** (1 / (1 + rho_m))``, in which no
             modality can outvote another.
-        odds, onset, ceiling: rho at u far below ``onset``, where it starts to rise, and where it stops.
+        odds: rho at u far below ``onset``.
+        onset: the u at which rho has doubled and starts to rise.
+        ceiling: the u at which it stops.
         sharpness: the tail's exponent.
-        spread, floor: the least variance within a class (a share of that between classes) and the least standard
-            deviation of a logarithm that the statistics are believed to have.
+        spread: the least variance within a class that the statistics are believed to have, as a share of that between.
+        floor: the least standard deviation of a logarithm that they are believed to have.
         gather: let ``QMFLoss`` gather running statistics in training, at the cost of factorising a ``[K, K]`` matrix
             per modality and step. False leaves them to ``calibrate``.
 

@@ -53,6 +53,8 @@ class FusionModel(nn.Module):
         for name, head in heads.items():
             if not isinstance(head, nn.Module):
                 raise TypeError(f"heads[{name!r}] must be a module, got {type(head).__name__}")
+            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"heads must have names that a torch.nn.ModuleDict takes, got {name!r}")
         if fusion is not None and options:
             raise ValueError(f"options go to the default fusion; with fusion given, got {sorted(options)}")
         fusion = QualityAwareFusion(list(heads), **options) if fusion is None else fusion
@@ -160,8 +162,10 @@ class FusionModel(nn.Module):
         Example:
             >>> model = FusionModel({"rgb": nn.Linear(8, 3), "depth": nn.Linear(4, 3)})
             >>> groups = model.parameter_groups({"rgb": {"lr": 1e-5}}, lr=1e-3)
-            >>> [(group["name"], group["lr"]) for group in groups]
-            [('rgb', 1e-05), ('depth', 0.001)]
+            >>> for group in groups:
+            ...     print(group["name"], group["lr"])
+            rgb 1e-05
+            depth 0.001
         """
         options = dict(options or {})
         self._known(tuple(name for name in options if name != "fusion"))

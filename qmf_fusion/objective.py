@@ -16,9 +16,13 @@ class QMFLoss(nn.Module):
         fusion: the layer whose weights are to be trained; its options (uncertainty, normalisation, ...) hold here too.
         num_samples: N, the size of the training set.
         ranking_weight: lambda, at least 0; 0 leaves the ranking out.
-        form, pairs, rescale, start_epoch: see ``TrajectoryRankingLoss``.
+        form: see ``TrajectoryRankingLoss``.
+        pairs: see ``TrajectoryRankingLoss``.
+        rescale: see ``TrajectoryRankingLoss``.
+        start_epoch: see ``TrajectoryRankingLoss``.
         weight: class weights ``[K]``, as in ``torch.nn.CrossEntropyLoss``, for every cross-entropy.
-        label_smoothing, ignore_index: the same; but where nothing is left to average, the loss is 0 rather than NaN.
+        label_smoothing: the same.
+        ignore_index: the same; but where nothing is left to average, the loss is 0 rather than NaN.
         backend: None lets the operator choose by device; ``"torch"`` or ``"triton"`` forces one.
 
     A modality that is absent counts in no loss, and a sample with none in none. In dense prediction (``[B, *, K]``),

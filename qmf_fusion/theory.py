@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .calibration import counted_rows, layer_weights, pearson, sample_losses
@@ -208,8 +209,12 @@ def fusion_report(
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     rows, target, counted = counted_rows(fusion, logits, target, present, ignore_index)
-    weights, losses = layer_weights(fusion, rows, counted).flatten(1), sample_losses(rows, target).flatten(1)
-    pairs = [(w[c].cpu(), v[c].cpu()) for w, v, c in zip(weights, losses, counted.flatten(1), strict=True)]
+    weights = rearrange(layer_weights(fusion, rows, counted), "m ... -> m (...)")
+    losses = rearrange(sample_losses(rows, target), "m ... -> m (...)")
+    pairs = [
+        (w[c].cpu(), v[c].cpu())
+        for w, v, c in zip(weights, losses, rearrange(counted, "m ... -> m (...)"), strict=True)
+    ]
     means = torch.stack([w.mean() for w, _ in pairs])
     if static_weights is not None:
         static = coefficient("static_weights", static_weights, len(rows))

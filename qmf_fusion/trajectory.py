@@ -8,7 +8,7 @@ from torch.compiler import is_compiling as compiling
 
 import qmf_kernels
 
-from .checks import check_index
+from .checks import check_count, check_index
 from .precision import KeepsPrecision
 
 
@@ -46,8 +46,7 @@ class LossTrajectory(KeepsPrecision):
             ("num_modalities", num_modalities),
             ("start_epoch", start_epoch),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_count(name, value)
         self.start_epoch = start_epoch
         # Sums and counts in one tensor, [2, M, N], for one gather and one scatter a step; counts stay exact to 2^53.
         self.register_buffer("history", torch.zeros(2, num_modalities, num_samples, dtype=torch.float64))
@@ -81,8 +80,10 @@ class LossTrajectory(KeepsPrecision):
         A loss that is not finite (an absent modality's is NaN) is left out.
 
         Raises:
-            TypeError, ValueError, IndexError: an index of the wrong kind, shape or range.
+            TypeError, ValueError, IndexError: losses of the wrong shape, or an index of the wrong kind, shape or range.
         """
+        if losses.dim() != 2 or len(losses) != self.num_modalities:
+            raise ValueError(f"losses must be [{self.num_modalities}, B], got {tuple(losses.shape)}")
         self.record_checked(losses.detach(), check_index(index, losses.shape[1], self.num_samples))
 
     def record_checked(self, losses: Tensor, index: Tensor) -> None:
@@ -114,6 +115,7 @@ class LossTrajectory(KeepsPrecision):
         Raises:
             ValueError: fewer samples than there are.
         """
+        check_count("num_samples", num_samples)
         added = num_samples - self.num_samples
         if added < 0:
             raise ValueError(f"num_samples must be at least the present {self.num_samples}, got {num_samples}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .precision import KeepsPrecision
@@ -197,7 +198,7 @@ def class_distances(logits: Tensor, statistics: Statistics) -> Tensor:
     ``(x - mean_y)' S^-1 (x - mean_y)`` with the modality's pooled within-class covariance S (Mahalanobis; for
     detecting what lies outside of the training distribution, Lee et al., NeurIPS 2018).
     """
-    flat = logits.flatten(1, -2)
+    flat = rearrange(logits, "m ... k -> m (...) k")
     distances = _squared_distances(flat @ statistics.whiten.to(flat), statistics.centre.to(flat), statistics.seen)
     return distances.view(logits.shape)
 

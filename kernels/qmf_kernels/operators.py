@@ -269,18 +269,21 @@ class Objective(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         given, class_weight, logits = tensors[:7], tensors[7], tensors[8:]
+        others = (*given, *ctx.flags[:2], class_weight, *ctx.flags[2:])
         # The gradients of the loss are handed over once, which frees them; whoever comes again recomputes them.
         d_logits, d_makers, ctx.d_logits, ctx.d_makers = ctx.d_logits, ctx.d_makers, None, None
         scale = grads[0]
-        if d_logits and scale is not None and grads[1:7] == (None,) * 6:
+        if scale is not None and all(grad is None for grad in grads[1:7]):
+            if d_logits is None:
+                makers = any(ctx.needs_input_grad[3:7])
+                *_, d_logits, d_makers = ops.objective.default(logits, *others, True, makers)
             # Scaled in the accumulating dtype, so that a loss scale reaches gradients too small for the logits' own.
             if not (scale.is_cpu and scale.item() == 1):
                 d_logits, d_makers = [d * scale for d in d_logits], [d * scale for d in d_makers]
             d_logits = [d if d.dtype == x.dtype else d.to(x.dtype) for d, x in zip(d_logits, logits, strict=True)]
             d_makers = d_makers or [None] * 4
         else:
-            flags = ctx.flags
             d_logits, d_makers = ops.objective_backward.default(
-                *grads[:7], logits, *given, *flags[:2], class_weight, *flags[2:], d_logits or [], d_makers or []
+                *grads[:7], logits, *others, d_logits or [], d_makers or []
             )
         return None, None, None, *_where_given(d_makers, given[3:]), *(None,) * 9, *d_logits

@@ -69,7 +69,7 @@ CASES = {
     ),
     "no stack": (fuse(torch.zeros(4)), ValueError, r"logits must be stacked \[M, \*, K\] .* got \(4,\)"),
     "kind": (fuse(3), TypeError, r"logits must be a sequence, a mapping by name or a stacked tensor, got int"),
-    "string": (fuse("ab"), TypeError, r"logits must be a sequence.* got str"),
+    "string": (fuse("ab"), TypeError, r"must be a tensor, got str"),
     "not a tensor": (fuse([X, [1.0]]), TypeError, r"logits\[1\] must be a tensor, got list"),
     "integers": (fuse([X, X.long()]), TypeError, r"logits\[1\] must be floating point, got torch\.int64"),
     "integers by name": (
@@ -124,12 +124,12 @@ CASES = {
     "fusion_weights alpha": (
         lambda: functional.fusion_weights(X, 0.1),
         ValueError,
-        r"alpha must be negative, got 0\.1",
+        r"alpha must be finite and negative, got 0\.1",
     ),
     "fusion_weights beta": (
         lambda: functional.fusion_weights(X, -0.1, [0.0, -1.0, 0.0]),
         ValueError,
-        r"beta must be at least 0, got \[0\.0, -1\.0, 0\.0\]",
+        r"beta must be finite and at least 0, got \[0\.0, -1\.0, 0\.0\]",
     ),
     "fusion_weights count": (
         lambda: functional.fusion_weights(X, [-1.0, -1.0]),
@@ -169,18 +169,26 @@ CASES = {
     "class_weight kind": (objective(class_weight=[1.0]), TypeError, r"class_weight must be a tensor .* got list"),
     "fuse weights kind": (lambda: functional.fuse([X, X], [1.0]), TypeError, r"weights must be a tensor, got list"),
     "layer beta kind": (layer(2, beta="x"), TypeError, r"beta must be a number, a sequence .* got 'x'"),
-    "objective alpha": (objective(alpha=1), ValueError, r"alpha must be negative, got 1"),
+    "objective alpha": (objective(alpha=1), ValueError, r"alpha must be finite and negative, got 1"),
     "objective temperature": (
         objective(temperature=[1.0, 0.0]),
         ValueError,
-        r"temperature must be positive, got \[1\.0",
+        r"temperature must be finite and positive, got \[1\.0",
     ),
-    "objective beta": (objective(beta=torch.tensor(-1.0)), ValueError, r"beta must be at least 0, got -1\.0"),
+    "objective beta": (
+        objective(beta=torch.tensor(-1.0)),
+        ValueError,
+        r"beta must be finite and at least 0, got -1\.0",
+    ),
     "objective backend": (objective(backend="cuda"), ValueError, r"backend must be one of .*'torch'.* got 'cuda'"),
     "objective triton": (objective(backend="triton"), RuntimeError, r"backend='triton'"),
     "class_weight": (objective(class_weight=torch.ones(3)), ValueError, r"class_weight must be \[4\], .* got \(3,\)"),
     "label_smoothing": (objective(label_smoothing=1.5), ValueError, r"label_smoothing must be from 0 to 1, got 1\.5"),
-    "ranking_weight": (objective(ranking_weight=-1), ValueError, r"ranking_weight must be at least 0, got -1"),
+    "ranking_weight": (
+        objective(ranking_weight=-1),
+        ValueError,
+        r"ranking_weight must be finite and at least 0, got -1",
+    ),
     "ranking_weight nan": (objective(ranking_weight=float("nan")), ValueError, r"ranking_weight must be .* got nan"),
     "form": (objective(form="papers"), ValueError, r"form must be one of .*'margin'.* got 'papers'"),
     "pairs": (objective(pairs="some"), ValueError, r"pairs must be one of .*'adjacent'.* got 'some'"),
@@ -231,6 +239,21 @@ CASES = {
     "rank empty": (rank(X[:2, :0], X[:2, :0], INDEX[:0]), ValueError, r"weights must not be empty"),
     "rank index": (rank(index=INDEX * 9), IndexError, r"index must be within the trajectory's 10 .* got 0 to 18"),
     "trajectory": (lambda: LossTrajectory(5, 0), ValueError, r"num_modalities must be an integer .* got 0"),
+    "trajectory bool": (lambda: LossTrajectory(True, 1), ValueError, r"num_samples must be an integer .* got True"),
+    "resize float": (
+        lambda: LossTrajectory(5, 1).resize(6.0),
+        ValueError,
+        r"num_samples must be an integer .* got 6\.0",
+    ),
+    "record": (
+        lambda: LossTrajectory(5, 2).record(X[:1, :3], INDEX),
+        ValueError,
+        r"losses must be \[2, B\], got \(1, 3\)",
+    ),
+    "kappa empty": (lambda: LossTrajectory(5, 1).kappa(INDEX[:0]), ValueError, r"index must not be empty"),
+    "alpha -inf": (objective(alpha=-float("inf")), ValueError, r"alpha must be finite and negative, got -inf"),
+    "ranking_weight str": (objective(ranking_weight="x"), TypeError, r"ranking_weight must be a number, got 'x'"),
+    "head's name": (lambda: FusionModel({"a.b": nn.Identity()}), ValueError, r"heads must have names .* got 'a\.b'"),
     "trajectory float": (lambda: LossTrajectory(5.0, 1), ValueError, r"num_samples must be an integer .* got 5\.0"),
     # FusionModel
     "no heads": (lambda: FusionModel({}), TypeError, r"heads must be a mapping .* at least one, got \{\}"),
@@ -283,4 +306,4 @@ def test_a_failed_call_records_nothing():
     for target, index in ((Y + 1, INDEX), (Y, INDEX + 8)):
         with pytest.raises(IndexError):
             loss([X, X], target, index)
-    assert not loss.ranking.trajectory.visits.any()
+    assert not loss.ranking.trajectory.history.any()

@@ -314,9 +314,11 @@ def test_data_with_hardly_any_statistics_stays_finite(classes, samples):
         assert torch.isfinite(out.weights).all()
 
 
+@pytest.mark.filterwarnings("ignore:the weights of")  # labels that have nothing to do with the logits may violate Eq. 6
 def test_constant_logits_and_classes_without_samples_stay_finite():
-    test = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    for logits, num in ((torch.zeros(2, 20, 6), 6), (torch.randn(2, 40, 6), 3)):
+    g = torch.Generator().manual_seed(0)
+    test = torch.randn(2, 4, 6, generator=g, requires_grad=True)
+    for logits, num in ((torch.zeros(2, 20, 6), 6), (torch.randn(2, 40, 6, generator=g), 3)):
         out = QualityAwareFusion.robust(2).calibrate(logits, torch.arange(logits.shape[1]) % num)(test)
         assert torch.isfinite(out.logits).all()
         (grad,) = torch.autograd.grad(out.logits.logsumexp(-1).sum() + out.weights.sum(), test)

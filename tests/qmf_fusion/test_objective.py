@@ -282,7 +282,7 @@ def test_training_records_and_evaluation_does_not():
     index = torch.tensor([7, 7, 0, 1, 2])
     out = criterion(heads(2), targets(), index)
     trajectory = criterion.ranking.trajectory
-    assert trajectory.visits.tolist() == [1, 1, 1, 0, 0, 0, 0, 2, 0, 0]
+    assert trajectory.count[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 2, 0, 0]
     torch.testing.assert_close(trajectory.total[:, 7], out.sample_losses[:, :2].sum(1))
     before = copy.deepcopy(criterion.state_dict())
     criterion.eval()
@@ -324,7 +324,7 @@ def test_state_dict_round_trip_resumes_bit_for_bit():
         assert torch.equal(torch.stack(train(other, 3, 1)), torch.stack(expected))
         for name, x in criterion.state_dict().items():
             assert torch.equal(other.state_dict()[name], x)
-    assert any("trajectory.total" in name for name in criterion.state_dict())
+    assert any("trajectory.history" in name for name in criterion.state_dict())
 
 
 def test_casting_keeps_the_history_in_float64():
@@ -351,3 +351,21 @@ def test_narrow_targets_and_a_zero_ranking_weight():
     assert out.ranking_loss == 0
     assert functional.qmf_objective(heads(2), targets(), None, backend="torch").loss == out.loss
     assert "ranking_weight=0" in repr(criterion)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_no_gradient_passes_through_a_class_that_is_ruled_out(smoothing):
+    """Its fused logit is -inf whatever the other modality says."""
+    x, y = randn(2, 4).requires_grad_(), randn(2, 4, seed=1)
+    y[0, 2] = -torch.inf
+    y.requires_grad_()
+    target = torch.tensor([0, 1])
+    out = functional.qmf_objective([x, y], target, None, label_smoothing=smoothing)
+    (d_x,) = torch.autograd.grad(out.logits[0, 2], x, retain_graph=True)
+    assert not d_x.any()
+    (d_x,) = torch.autograd.grad(out.fused_loss, x)
+    assert d_x[0, 2] * 0 == 0
+    layer = QualityAwareFusion(2)([x, y])
+    assert layer.logits[0, 2] == -torch.inf
+    (d_x,) = torch.autograd.grad(layer.logits[0, 2], x)
+    assert not d_x.any()

@@ -143,7 +143,6 @@ def test_kappa_is_the_mean_of_past_losses():
     expected = torch.tensor([[3.0, torch.nan, torch.nan, 2.0], [5.0, torch.nan, torch.nan, 5.0]], dtype=torch.float64)
     torch.testing.assert_close(kappa, expected, equal_nan=True)
     assert trajectory.count.tolist() == [[3, 0, 0, 1], [2, 0, 0, 1]]
-    assert trajectory.visits.tolist() == [3, 0, 0, 1]
 
 
 def test_rescaling_is_over_the_samples_seen_per_modality():
@@ -184,7 +183,7 @@ def test_resize_keeps_history():
     assert rank.num_samples == 6
     for name in ("total", "count"):
         assert torch.equal(getattr(rank.trajectory, name)[:, :3], getattr(before, name))
-    assert rank.trajectory.visits.tolist() == [1, 1, 1, 0, 0, 0]
+    assert rank.trajectory.count[0].tolist() == [1, 1, 1, 0, 0, 0]
     assert rank.kappa(torch.arange(6))[:, 3:].isnan().all()
     rank(rand(2, 1), rand(2, 1), torch.tensor([5]))
     rank.resize(6)
