@@ -1,17 +1,16 @@
 """The subcommands and their options. The jobs themselves are imported when one runs."""
 
-import contextlib
 import importlib.util
 import runpy
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import data_cli, report_cli, robustness_cli
-from .errors import CommandError, require_extras
+from . import data_cli, evaluation_cli, report_cli, robustness_cli, train_cli
+from .errors import require_extras
+from .output_folder import disk_errors, prepare_output
 
 # Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
 UsageError: Any = typer.BadParameter.__mro__[2]
@@ -26,6 +25,8 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Train and compare fusions on a data set.", invoke_without_command=True)
 app.add_typer(train, name="train")
+train_cli.attach(train)
+evaluation_cli.attach(app)
 data_cli.attach(app)
 app.command("bench-robustness", help=robustness_cli.HELP)(robustness_cli.bench_robustness)
 app.command("report", help=report_cli.HELP)(report_cli.report)
@@ -92,21 +93,6 @@ def check_device(name: str) -> None:
         raise typer.BadParameter(f"{name!r} cannot be used here: {reason}", param_hint="'--device'") from error
 
 
-def prepare_output(folder: Path) -> None:
-    """Create the folder and try to write to it.
-
-    Raises:
-        typer.BadParameter: it is a file, or cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = "it is not a folder" if folder.is_file() else error.strerror or str(error)
-        raise typer.BadParameter(f"{str(folder)!r} cannot be written to: {reason}", param_hint="'--output'") from error
-
-
 @train.command(
     help="Four views of scikit-learn's handwritten digits, half of them damaged at test time: who fuses best?\n\n"
     "Nothing is downloaded. Trains small heads on clean views, damages half of each test image's views with Gaussian "
@@ -138,15 +124,5 @@ def digits(
 
     count = seeds or (2 if quick else 5)
     config = DigitsConfig(seeds=tuple(range(seed, seed + count)), epochs=epochs or (4 if quick else 40), device=device)
-    with _disk_errors():
+    with disk_errors():
         run_and_report(config, output, resume)
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Any:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise CommandError(f"{error.filename or 'output'}: {error.strerror or error}") from error

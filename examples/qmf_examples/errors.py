@@ -6,12 +6,18 @@ from collections.abc import Iterable
 EXTRAS = {
     "PIL": "pillow",
     "h5py": "h5py",
+    "lightning": "lightning",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "rich": "rich",
     "scipy": "scipy",
     "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
+    "torchmetrics": "torchmetrics",
+    "torchvision": "torchvision",
+    "transformers": "transformers",
     "typer": "typer",
+    "yaml": "pyyaml",
 }
 """The packages of the extra ``[examples]``, by the module's name."""
 

@@ -1,4 +1,4 @@
-"""One quick run of the digits job, shared by the tests that look at what it leaves behind."""
+"""What tests share: one quick run of the digits job, and a small made-up sample of each of the four data sets."""
 
 import contextlib
 import io
@@ -25,3 +25,24 @@ def quick_run(tmp_path_factory):
         code = main([*arguments, "--output", str(output)])
     assert code == 0
     return QuickRun(output, arguments, stdout.getvalue())
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """The folder of a sample of the data set of that name, written once; tests that damage it copy it first."""
+    written = {}
+
+    def folder(name):
+        if name not in written:
+            from qmf_examples.data_sets import DATA_SETS
+            from qmf_examples.sample_data import write_sample
+
+            known = DATA_SETS[name]
+            counts = {"train": 2 if name == "food101" else 5, "dev": 1, "test": 1 if name == "food101" else 2}
+            written[name] = tmp_path_factory.mktemp(name) / "data"
+            write_sample(
+                known, written[name], per_class={split: counts[split] for split in known.splits}, image_size=32
+            )
+        return written[name]
+
+    return folder

@@ -1,0 +1,57 @@
+"""The paper's own figures: Tables 1, 2, 3, 5 and 6 of Zhang et al., ICML 2023, held in `published_results.csv`."""
+
+import csv
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+SOURCE = "Zhang et al., Provable Dynamic Fusion for Low-Quality Multimodal Data, ICML 2023"
+NAMES = {"late": "late-fusion", "image": "img"}
+"""What the tables call our methods, where they call them otherwise."""
+TABLES = {"gaussian": ("5", "1", "2"), "salt-pepper": ("6",)}
+"""Where a cell is looked up: Table 5 repeats Table 1 with deviations, and has its RGB and depth rows the right way."""
+
+
+class Published(NamedTuple):
+    """A cell: accuracies in percent."""
+
+    table: str
+    mean: float
+    std: float | None
+    worst: float | None
+
+
+@cache
+def _cells() -> dict[tuple[str, str, str, str, float], Published]:
+    text = files(__package__).joinpath("published_results.csv").read_text(encoding="utf-8")
+    cells = {}
+    for row in csv.DictReader(text.splitlines()):
+        key = (row["table"], row["dataset"], row["method"], row["noise"], float(row["epsilon"]))
+        std, worst = (float(row[name]) if row[name] else None for name in ("std", "worst"))
+        cells[key] = Published(row["table"], float(row["mean"]), std, worst)
+    return cells
+
+
+def published_accuracy(data_set: str, method: str, noise: str, level: float) -> Published | None:
+    """The paper's figure, the worst from another table where the first has none; None where there is none.
+
+    Example:
+        >>> published_accuracy("nyud2", "qmf", "gaussian", 10)
+        Published(table='5', mean=55.6, std=2.09, worst=51.07)
+    """
+    found = [
+        cell
+        for table in TABLES[noise]
+        if (cell := _cells().get((table, data_set, NAMES.get(method, method), noise, level))) is not None
+    ]
+    if not found:
+        return None
+    # Table 1 has RGB's and depth's worst swapped, as their means: only a row with the same mean is the same row.
+    worst = next((cell.worst for cell in found if cell.worst is not None and cell.mean == found[0].mean), None)
+    return found[0]._replace(worst=worst)
+
+
+def published_correlation(data_set: str, method: str, level: float) -> float | None:
+    """Table 3's correlation of weight and loss, as printed; None where there is none."""
+    cell = _cells().get(("3", data_set, method, "gaussian+blank", level))
+    return None if cell is None else cell.mean
