@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics.classification import MulticlassAccuracy
 
+from qmf_fusion import TrajectoryRankingLoss
+
 from .learners import Learner
 from .settings import Settings
 
@@ -49,6 +51,13 @@ class TrainingModule(L.LightningModule):
         loss = self.learner.loss(answer, batch["label"], batch["index"], self.current_epoch)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
         return loss
+
+    def on_validation_start(self) -> None:
+        # Each process has seen samples of its own; merged here, before the checkpoint of the epoch is written.
+        if not self.trainer.sanity_checking:
+            for module in self.learner.modules():
+                if isinstance(module, TrajectoryRankingLoss):
+                    module.sync()
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         self.accuracy.update(self.learner(batch["inputs"]).scores, batch["label"])
