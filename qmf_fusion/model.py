@@ -99,7 +99,8 @@ class FusionModel(nn.Module):
             torch.where(there.unsqueeze(-1 if dim == -1 else dim), x, torch.nan)
             for there, x in zip(out.present, out.unimodal_logits, strict=True)
         ]
-        return out._replace(unimodal_logits=tuple(shown))
+        # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
+        return FusionOutput(out.logits, out.weights, out.energy, tuple(shown), out.present)
 
     @staticmethod
     def _drop(dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None, class_dim: int) -> Tensor:
