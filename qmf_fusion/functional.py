@@ -76,13 +76,16 @@ def fusion_weights(
         ``[M, *]``, in the uncertainty's dtype.
 
     Raises:
-        ValueError: a coefficient of the wrong sign or size.
+        TypeError, ValueError: an uncertainty of the wrong kind, a coefficient of the wrong sign or size.
 
     Example:
         >>> fusion_weights(torch.tensor([[-2.0], [-1.0]]))
         tensor([[0.2000],
                 [0.1000]])
     """
+    if not isinstance(uncertainty, Tensor) or not uncertainty.dtype.is_floating_point or uncertainty.dim() == 0:
+        got = uncertainty.dtype if isinstance(uncertainty, Tensor) else type(uncertainty).__name__
+        raise TypeError(f"uncertainty must be a floating point tensor [M, *], got {got}")
     shape = (-1, *(1,) * (uncertainty.dim() - 1))
     a = _coefficient("alpha", alpha, len(uncertainty), uncertainty).to(uncertainty.dtype).view(shape)
     return a * uncertainty + _coefficient("beta", beta, len(uncertainty), uncertainty).to(uncertainty.dtype).view(shape)

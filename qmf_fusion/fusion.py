@@ -130,22 +130,24 @@ class QualityAwareFusion(KeepsPrecision):
         a = coefficient("alpha", (-1.0 if bounded else -0.1) if alpha is None else alpha, num)
         b = coefficient("beta", (1.0 if bounded else 0.0) if beta is None else beta, num)
         t = coefficient("temperature", temperature, num)
+        # Under other names where they mean something else, so that the state of one kind does not load as the other's.
         if not learnable:
-            self.register_buffer("raw_alpha", a)
-            self.register_buffer("raw_beta", b)
-            self.register_buffer("raw_temperature", t)
+            self.register_buffer("fixed_alpha", a)
+            self.register_buffer("fixed_beta", b)
+            self.register_buffer("fixed_temperature", t)
         else:
             dtype = torch.get_default_dtype()
-            self.raw_alpha = nn.Parameter(a.neg().log().to(dtype))
-            self.raw_beta = nn.Parameter(b.to(dtype))
-            self.raw_temperature = nn.Parameter(t.log().to(dtype))
+            self.log_minus_alpha = nn.Parameter(a.neg().log().to(dtype))
+            self.signed_beta = nn.Parameter(b.to(dtype))
+            self.log_temperature = nn.Parameter(t.log().to(dtype))
         self.calibration = Calibration(num)
         self._find_unit_temperature()
         self.register_load_state_dict_post_hook(_after_load)
 
     def _find_unit_temperature(self) -> None:
         # Known once, so that no step has to ask a device whether T is 1.
-        self._unit_temperature = not self.learnable and bool((self.temperature == 1).all())
+        temperature = self.temperature
+        self._unit_temperature = not (self.learnable or temperature.is_meta) and bool((temperature == 1).all())
 
     @classmethod
     def robust(
@@ -195,19 +197,21 @@ class QualityAwareFusion(KeepsPrecision):
     @property
     def alpha(self) -> Tensor:
         """``[M]``, negative (Eq. 9); 0 where calibration holds a modality at its static weight."""
-        return self.calibration.alpha(-self.raw_alpha.exp() if self.learnable else self.raw_alpha)
+        return self.calibration.alpha(-self.log_minus_alpha.exp() if self.learnable else self.fixed_alpha)
 
     @property
     def beta(self) -> Tensor:
         """``[M]``, not negative (Eq. 9), unless calibrated (Lemma 1 needs any real number)."""
         # |b|, with slope 1 at 0, so that a beta that starts at 0 can leave it.
-        given = torch.where(self.raw_beta >= 0, self.raw_beta, -self.raw_beta) if self.learnable else self.raw_beta
+        if not self.learnable:
+            return self.calibration.beta(self.fixed_beta)
+        given = torch.where(self.signed_beta >= 0, self.signed_beta, -self.signed_beta)
         return self.calibration.beta(given)
 
     @property
     def temperature(self) -> Tensor:
         """``[M]``, positive (Eq. 13)."""
-        return self.calibration.temperature(self.raw_temperature.exp() if self.learnable else self.raw_temperature)
+        return self.calibration.temperature(self.log_temperature.exp() if self.learnable else self.fixed_temperature)
 
     def uncertainties(self, logits: Logits) -> Tensor:
         """The ``u`` of Eq. 9 for each modality, ``[M, *]``; NaN or infinite where a row's logits are not finite."""
@@ -367,7 +371,8 @@ def _after_load(module: nn.Module, _: Any) -> None:
 def coefficient(name: str, value: Coefficient, num: int) -> Tensor:
     """``value`` as float64 ``[num]``, of the sign that its name demands."""
     try:
-        given = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+        # On the CPU whatever the default device, so that its values can be looked at.
+        given = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a number, a sequence or a tensor, got {value!r}") from error
     if given.dim() > 1 or given.numel() not in (1, num):

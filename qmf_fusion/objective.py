@@ -126,7 +126,10 @@ class QMFLoss(nn.Module):
         if self.training:
             fusion.observe(rows, target, mask, self.ignore_index)
         if fusion.class_dim != -1:
-            out = out._replace(logits=out.logits.movedim(-1, fusion.class_dim))
+            # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
+            fused = out.logits.movedim(-1, fusion.class_dim)
+            losses = (out.loss, out.fused_loss, out.unimodal_losses, out.ranking_loss)
+            return ObjectiveOutput(*losses, fused, out.weights, out.energy, out.sample_losses)
         return out
 
     def extra_repr(self) -> str:

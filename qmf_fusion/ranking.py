@@ -8,9 +8,7 @@ from qmf_kernels import FORMS, PAIRS
 
 from . import functional
 from .checks import check_choice, check_index
-from .trajectory import LossTrajectory
-
-RESCALES = ("minmax", None)
+from .trajectory import RESCALES, LossTrajectory
 
 
 class TrajectoryRankingLoss(nn.Module):

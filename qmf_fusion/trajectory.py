@@ -9,8 +9,10 @@ from torch.compiler import is_compiling as compiling
 
 import qmf_kernels
 
-from .checks import check_count, check_index
+from .checks import check_choice, check_count, check_index
 from .precision import KeepsPrecision
+
+RESCALES = ("minmax", None)
 
 
 class LossTrajectory(KeepsPrecision):
@@ -107,6 +109,7 @@ class LossTrajectory(KeepsPrecision):
         Raises:
             TypeError, ValueError, IndexError: an index of the wrong kind, shape or range.
         """
+        check_choice("rescale", rescale, RESCALES)
         return self.kappa_checked(check_index(index, len(index), self.num_samples), rescale)
 
     def kappa_checked(self, index: Tensor, rescale: str | None) -> Tensor:

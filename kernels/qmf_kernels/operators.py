@@ -57,12 +57,17 @@ def _define(schema: str, implementation: Any, fake: Any) -> None:
 
 
 def _once_differentiable(backward: Any) -> Any:
-    """PyTorch's decorator of that name, at no cost where nobody asks for a second derivative."""
-    guarded = torch.autograd.function.once_differentiable(backward)
+    """Let whoever differentiates the gradients fail: PyTorch's own decorator lets an incoming gradient of 1 pass."""
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Tensor | None) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        functions: Any = torch._C._functions
+        error = functions.DelayedError(b"the gradients of qmf operators can't be differentiated again", len(out))
+        return error(*(None if x is None else x.detach().requires_grad_() for x in out))
 
     return once
 

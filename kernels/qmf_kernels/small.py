@@ -123,13 +123,13 @@ def small_objective(
 @functools.lru_cache(maxsize=64)
 def _column(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """``[M, 1, 1]``; kept, as a cast of the float64 constants costs more than to look it up."""
-    return torch.tensor(values, dtype=dtype).view(-1, 1, 1)
+    return torch.tensor(values, dtype=dtype, device="cpu").view(-1, 1, 1)
 
 
 @functools.lru_cache(maxsize=64)
 def _shares(batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """1 / B and -1 / B, ``[B, 1]`` each."""
-    shares = torch.full((batch, 1), 1 / batch, dtype=dtype)
+    shares = torch.full((batch, 1), 1 / batch, dtype=dtype, device="cpu")
     return shares, -shares
 
 

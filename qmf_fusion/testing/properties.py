@@ -213,8 +213,10 @@ def check_equations(
         plain, scaled = (copy.deepcopy(subject.fusion).double() for _ in range(2))
         hot = scaled.fusion if isinstance(scaled, FusionModel) else scaled
         with torch.no_grad():
-            raw = hot.raw_temperature
-            raw.copy_(raw + math.log(scale) if layer.learnable else raw * scale)
+            if layer.learnable:
+                hot.log_temperature.add_(math.log(scale))
+            else:
+                hot.fixed_temperature.mul_(scale)
         hot._find_unit_temperature()
         unscaled, stretched = Subject(plain)(given).energy, Subject(scaled)([x * scale for x in wide]).energy
         assert unscaled is not None

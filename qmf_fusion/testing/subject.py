@@ -60,7 +60,11 @@ class Subject:
             return Subject(self.fusion, len(order))
         layer = copy.deepcopy(self.layer)
         layer.names = tuple(layer.names[m] for m in order)
-        for name in ("raw_alpha", "raw_beta", "raw_temperature"):
+        learned, fixed = (
+            ("log_minus_alpha", "signed_beta", "log_temperature"),
+            ("fixed_alpha", "fixed_beta", "fixed_temperature"),
+        )
+        for name in learned if layer.learnable else fixed:
             value = getattr(layer, name).detach()[list(order)]
             setattr(layer, name, nn.Parameter(value) if layer.learnable else value)
         if not isinstance(self.fusion, FusionModel):

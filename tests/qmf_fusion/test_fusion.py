@@ -377,3 +377,24 @@ def test_repr_says_what_it_is():
     assert "normalize=True" in shown
     assert "class_dim=1" in shown
     assert "'msp'" in shown
+
+
+def test_states_of_fixed_and_learnable_layers_do_not_mix():
+    for learnable in (False, True):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            QualityAwareFusion(2, learnable=learnable).load_state_dict(
+                QualityAwareFusion(2, learnable=not learnable).state_dict()
+            )
+
+
+def test_building_under_another_default_device():
+    with torch.device("meta"):
+        fusion = QualityAwareFusion(2, temperature=2.0)
+        learnable = QualityAwareFusion(2, learnable=True)
+        robust = QualityAwareFusion.robust(2)
+    assert fusion.alpha.tolist() == [-0.1, -0.1]
+    assert learnable.to("meta").alpha.is_meta
+    assert robust.names == ("0", "1")
+    heads = [torch.zeros(3, 4, requires_grad=True) for _ in range(2)]
+    with torch.device("meta"):
+        functional.qmf_objective(heads, torch.zeros(3, dtype=torch.long, device="cpu"), None, alpha=-0.123)

@@ -369,3 +369,11 @@ def test_no_gradient_passes_through_a_class_that_is_ruled_out(smoothing):
     assert layer.logits[0, 2] == -torch.inf
     (d_x,) = torch.autograd.grad(layer.logits[0, 2], x)
     assert not d_x.any()
+
+
+def test_second_derivatives_raise():
+    x = [randn(3, 4, seed=m).requires_grad_() for m in range(2)]
+    for out in (functional.qmf_objective(x, torch.arange(3), None).loss, QualityAwareFusion(2)(x).logits.sum()):
+        (grad, _) = torch.autograd.grad(out, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="can't be differentiated again"):
+            grad.square().sum().backward()
