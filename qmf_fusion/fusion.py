@@ -86,6 +86,10 @@ class QualityAwareFusion(KeepsPrecision):
         tensor([[1.6073, 0.1313]])
     """
 
+    fixed_alpha: Tensor
+    fixed_beta: Tensor
+    fixed_temperature: Tensor
+
     def __init__(
         self,
         modalities: int | Iterable[str],

@@ -53,10 +53,8 @@ class FusionModel(nn.Module):
         for name, head in heads.items():
             if not isinstance(head, nn.Module):
                 raise TypeError(f"heads[{name!r}] must be a module, got {type(head).__name__}")
-            if not isinstance(name, str) or not name or "." in name or name == "fusion" or hasattr(nn.ModuleDict, name):
-                raise ValueError(
-                    f"heads must have names that a torch.nn.ModuleDict takes, other than 'fusion', got {name!r}"
-                )
+            if not isinstance(name, str) or name in ("", "fusion") or "." in name or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"heads must have names, other than 'fusion', that a ModuleDict takes, got {name!r}")
         if fusion is not None and options:
             raise ValueError(f"options go to the default fusion; with fusion given, got {sorted(options)}")
         fusion = QualityAwareFusion(list(heads), **options) if fusion is None else fusion
