@@ -140,7 +140,8 @@ def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: 
 
     Args:
         weights: ``[M, B]`` (or ``[B]`` for one modality), floating point.
-        kappa: the same shape, already scaled; NaN where a sample has no history, whose pairs contribute 0.
+        kappa: the same shape, already scaled; NaN where a sample has no history, whose pairs contribute 0; so do those
+            of a weight that is not finite.
         form: ``"paper"``, ``"margin"`` or ``"released"``.
         pairs: ``"adjacent"``: the B pairs (i, i + 1) around the batch; ``"all"``: the B (B - 1) / 2 unordered pairs,
             exactly, in O(B log B).
@@ -168,9 +169,11 @@ def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: 
     if weights.device != kappa.device:
         raise ValueError(f"kappa must be on the weights' device {weights.device}, got {kappa.device}")
     dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
-    return qmf_kernels.Ranking.apply(
-        torch.atleast_2d(weights).to(dtype), torch.atleast_2d(kappa).detach().to(dtype), form, pairs
-    )
+    weights, kappa = torch.atleast_2d(weights).to(dtype), torch.atleast_2d(kappa).detach().to(dtype)
+    # A weight that is not finite can't be ranked, and would take its neighbours with it.
+    finite = torch.isfinite(weights)
+    weights, kappa = torch.where(finite, weights, 0), torch.where(finite, kappa, torch.nan)
+    return qmf_kernels.Ranking.apply(weights, kappa, form, pairs)
 
 
 def qmf_objective(

@@ -94,14 +94,8 @@ class TrajectoryRankingLoss(nn.Module):
             raise ValueError("weights must not be empty: the batch has no samples")
         index = check_index(index, weights.shape[1], self.num_samples)
         # A modality that is absent from a sample, or broken, has no finite loss there and takes part in no pair.
-        kappa = torch.where(
-            torch.isfinite(losses) & torch.isfinite(weights),
-            self.trajectory.kappa_checked(index, self.rescale),
-            torch.nan,
-        )
-        loss = functional.ranking_loss(
-            torch.nan_to_num(weights, posinf=0, neginf=0), kappa, form=self.form, pairs=self.pairs
-        )
+        kappa = torch.where(torch.isfinite(losses), self.trajectory.kappa_checked(index, self.rescale), torch.nan)
+        loss = functional.ranking_loss(weights, kappa, form=self.form, pairs=self.pairs)
         if self.training:
             self.trajectory.record_checked(losses.detach(), index)
         return loss

@@ -253,7 +253,7 @@ CASES = {
     "kappa empty": (lambda: LossTrajectory(5, 1).kappa(INDEX[:0]), ValueError, r"index must not be empty"),
     "alpha -inf": (objective(alpha=-float("inf")), ValueError, r"alpha must be finite and negative, got -inf"),
     "ranking_weight str": (objective(ranking_weight="x"), TypeError, r"ranking_weight must be a number, got 'x'"),
-    "head's name": (lambda: FusionModel({"a.b": nn.Identity()}), ValueError, r"heads must have names .* got 'a\.b'"),
+    "head's name": (lambda: FusionModel({"a.b": nn.Identity()}), ValueError, r"heads must have names.* got 'a\.b'"),
     "trajectory float": (lambda: LossTrajectory(5.0, 1), ValueError, r"num_samples must be an integer .* got 5\.0"),
     # FusionModel
     "no heads": (lambda: FusionModel({}), TypeError, r"heads must be a mapping .* at least one, got \{\}"),

@@ -253,3 +253,19 @@ def test_state_survives_saving_copying_and_casting():
         assert torch.equal(other.trajectory.count, rank.trajectory.count)
     assert "form='paper'" in repr(rank)
     assert "num_samples=5" in repr(rank)
+
+
+@pytest.mark.parametrize("pairs", ["adjacent", "all"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_in_no_pair(pairs, bad):
+    w, kappa = rand(1, 5), rand(1, 5, seed=1)
+    unknown = kappa.clone()
+    unknown[0, 2] = torch.nan
+    expected = ranking_loss(w, unknown, pairs=pairs)
+    w[0, 2] = bad
+    w.requires_grad_()
+    loss = ranking_loss(w, kappa, pairs=pairs)
+    assert torch.equal(loss.detach(), expected)
+    loss.backward()
+    assert torch.isfinite(w.grad).all()
+    assert w.grad[0, 2] == 0
