@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import data_cli, evaluation_cli, report_cli, robustness_cli, train_cli
-from .errors import require_extras
+from .errors import require_extras, resumable
 from .output_folder import disk_errors, prepare_output
 
 # Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
@@ -124,5 +124,5 @@ def digits(
 
     count = seeds or (2 if quick else 5)
     config = DigitsConfig(seeds=tuple(range(seed, seed + count)), epochs=epochs or (4 if quick else 40), device=device)
-    with disk_errors():
+    with disk_errors(), resumable("run it again with --resume to go on"):
         run_and_report(config, output, resume)
