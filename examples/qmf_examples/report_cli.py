@@ -10,7 +10,7 @@ from .output_folder import disk_errors, prepare_output
 
 HELP = (
     "Does Theorem 2 apply to a trained run, at every level of damage? Are views weighed less where they err?\n\n"
-    "RUN: the output folder of `qmf-fusion train digits`. Writes theory.json and pictures into it."
+    "RUN: the output folder of `qmf-fusion train digits`. Writes theory-TRAINING-seedN.json and pictures into it."
 )
 
 
@@ -34,5 +34,5 @@ def report(
             name = condition if condition == "clean" else f"{condition} {level:g}"
             console.print(f"{name}: {found.sentence}", soft_wrap=True)
     with disk_errors():
-        write(reports, run)
-    console.print(f"Wrote {run / 'theory.json'} and pictures beside it.", soft_wrap=True)
+        path = write(reports, run, training, seed)
+    console.print(f"Wrote {path} and pictures beside it.", soft_wrap=True)

@@ -159,10 +159,21 @@ def test_report_of_a_run(quick_run, capsys):
     assert main(["report", str(quick_run.output), "--seed", "3"]) == 0
     printed = capsys.readouterr().out
     assert "gaussian 0.8" in printed
-    content = json.loads((quick_run.output / "theory.json").read_text())
+    path = quick_run.output / "theory-qmf-paper-seed3.json"
+    assert str(path) in printed
+    written = path.read_bytes()
+    found = json.loads(written)
+    assert (found["training"], found["seed"]) == ("qmf-paper", 3)
+    content = found["reports"]
     assert len(content) == 10
     assert content[0]["eq6"] in ("holds", "undecided", "fails")
     assert [m["name"] for m in content[0]["modalities"]] == ["pixels", "fourier", "gradients", "projections"]
-    assert (quick_run.output / "theory-gaussian.png").exists()
+    assert (quick_run.output / "theory-qmf-paper-seed3-gaussian.png").exists()
+    assert main(["report", str(quick_run.output), "--training", "qmf-released", "--seed", "4"]) == 0
+    assert path.read_bytes() == written
+    other = json.loads((quick_run.output / "theory-qmf-released-seed4.json").read_text())
+    assert (other["training"], other["seed"]) == ("qmf-released", 4)
+    assert other["reports"] != content
+    capsys.readouterr()
     assert main(["report", str(quick_run.output), "--training", "nothing", "--seed", "3"]) == 1
     assert "it holds: seed3-" in capsys.readouterr().err
