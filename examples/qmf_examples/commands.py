@@ -97,7 +97,7 @@ def check_device(name: str) -> None:
     help="Four views of scikit-learn's handwritten digits, half of them damaged at test time: who fuses best?\n\n"
     "Nothing is downloaded. Trains small heads on clean views, damages half of each test image's views with Gaussian "
     "noise, salt-and-pepper and occlusion, and compares every view alone, plain averages, QMF without and with its "
-    "ranking loss (three forms), and an oracle."
+    "ranking loss (three forms), the energy of heads trained with LogitNorm, the robust rule, and an oracle."
 )
 def digits(
     output: Annotated[Path, typer.Option(help="Folder for results.json, accuracy.png and checkpoints/.")] = Path(

@@ -106,6 +106,17 @@ def test_help(arguments, capsys):
     assert shown.err == ""
 
 
+def test_the_help_of_the_digits_names_all_that_is_compared(capsys):
+    assert main(["train", "digits", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "three forms" in shown
+    assert len([method for method in list_methods(tuple(VIEWS)) if method.name.startswith("QMF, ")]) == 1 + 3
+    others = [m.name for m in list_methods(tuple(VIEWS)) if m.role == "fusion" and not m.name.startswith("QMF, ")]
+    assert others == ["energy of LogitNorm", "robust"]
+    for word in ("every view alone", "plain averages", "LogitNorm", "robust", "oracle"):
+        assert word in shown
+
+
 def test_version_and_help_start_without_torch():
     script = (
         "import sys; from qmf_examples.cli import main\n"
