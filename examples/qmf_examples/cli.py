@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .errors import EXTRAS, CommandError, missing_extra
+from .errors import EXTRAS, CommandError, ResumableError, missing_extra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(" ".join(error.format_message().split()), error.exit_code)
     except CommandError as error:
         return _fail(str(error), 1)
+    except ResumableError as error:
+        return _fail(str(error), 130)
     except (KeyboardInterrupt, commands.Abort):
-        return _fail("interrupted; what was finished is kept: run it again to go on (a training, with --resume)", 130)
+        return _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of a pipe has gone; a closed standard output keeps Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import data_cli, evaluation_cli, report_cli, robustness_cli, train_cli
-from .errors import require_extras
+from .errors import require_extras, resumable
 from .output_folder import disk_errors, prepare_output
 
 # Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
@@ -97,7 +97,7 @@ def check_device(name: str) -> None:
     help="Four views of scikit-learn's handwritten digits, half of them damaged at test time: who fuses best?\n\n"
     "Nothing is downloaded. Trains small heads on clean views, damages half of each test image's views with Gaussian "
     "noise, salt-and-pepper and occlusion, and compares every view alone, plain averages, QMF without and with its "
-    "ranking loss (three forms), and an oracle."
+    "ranking loss (three forms), the energy of heads trained with LogitNorm, the robust rule, and an oracle."
 )
 def digits(
     output: Annotated[Path, typer.Option(help="Folder for results.json, accuracy.png and checkpoints/.")] = Path(
@@ -124,5 +124,5 @@ def digits(
 
     count = seeds or (2 if quick else 5)
     config = DigitsConfig(seeds=tuple(range(seed, seed + count)), epochs=epochs or (4 if quick else 40), device=device)
-    with disk_errors():
+    with disk_errors(), resumable("run it again with --resume to go on"):
         run_and_report(config, output, resume)

@@ -12,7 +12,7 @@ import typer
 
 from .data_faults import DataError, Fault, summary
 from .data_sets import DATA_SETS
-from .errors import require_extras
+from .errors import require_extras, resumable
 
 
 class Name(StrEnum):
@@ -222,7 +222,7 @@ def _convert(
 ) -> None:
     from .prepare_frames import prepare_frames
 
-    with _progress(f"writing {out}", len(frames)) as done:
+    with resumable("run it again to go on"), _progress(f"writing {out}", len(frames)) as done:
         outcome = prepare_frames(frames, convert, out, settings, size=size, workers=workers, done=done)
     bad = sorted(faults + outcome.faults, key=lambda fault: fault.file)
     if bad:

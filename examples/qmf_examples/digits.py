@@ -217,7 +217,7 @@ def run_digits(
     """
     if checkpoints is not None and not resume:
         for old in checkpoints.glob("seed*-*.pt"):
-            old.unlink()
+            old.unlink(missing_ok=True)
     scores: list[Score] = []
     with one_thread():
         for seed in config.seeds:

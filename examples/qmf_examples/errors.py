@@ -1,7 +1,8 @@
 """What the user can put right, said in one line."""
 
+import contextlib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 EXTRAS = {
     "PIL": "pillow",
@@ -24,6 +25,19 @@ EXTRAS = {
 
 class CommandError(Exception):
     """Ends the command with its message on one line, and no traceback."""
+
+
+class ResumableError(Exception):
+    """An interrupt of work that can be gone on with; the message says how."""
+
+
+@contextlib.contextmanager
+def resumable(how: str) -> Iterator[None]:
+    """Interrupts as ``ResumableError``: what was finished is kept, and ``how`` says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise ResumableError(f"interrupted; what was finished is kept: {how}") from error
 
 
 def missing_extra(package: str) -> CommandError:

@@ -1,6 +1,7 @@
 """Files that are either there whole or not there: written beside their place, then renamed into it."""
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -14,15 +15,22 @@ if TYPE_CHECKING:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a temporary file, and rename it to ``path`` once it is on disk.
 
-    A process killed at any point leaves the old file or the new one, and at worst a ``.part`` file, which the next
-    write replaces.
+    Every write has a temporary file of its own, so that of two processes that write the same file the last one wins
+    and neither sees the other's half. A process killed at any point leaves the old file or the new one, and at worst
+    a ``.part`` file, which nothing reads; a write that fails leaves none.
     """
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    # Not the process id alone: machines and containers that share a folder have the same ones.
+    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    file = part.open("xb")
+    try:
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

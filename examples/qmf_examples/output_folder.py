@@ -10,8 +10,8 @@ import typer
 from .errors import CommandError
 
 
-def prepare_output(folder: Path) -> None:
-    """Create the folder and try to write to it.
+def prepare_output(folder: Path, argument: str = "--output") -> None:
+    """Create the folder, which was given as ``argument``, and try to write to it.
 
     Raises:
         typer.BadParameter: it is a file, or cannot be written to.
@@ -22,7 +22,9 @@ def prepare_output(folder: Path) -> None:
             pass
     except OSError as error:
         reason = "it is not a folder" if folder.is_file() else error.strerror or str(error)
-        raise typer.BadParameter(f"{str(folder)!r} cannot be written to: {reason}", param_hint="'--output'") from error
+        raise typer.BadParameter(
+            f"{str(folder)!r} cannot be written to: {reason}", param_hint=f"'{argument}'"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ def prepare_frames(
         out.mkdir(parents=True, exist_ok=True)
         _claim(out, settings)
         for part in out.rglob("*.part"):
-            part.unlink()
+            part.unlink(missing_ok=True)
         todo = [frame for frame in frames if not (out / frame.target).exists()]
     for _ in range(len(frames) - len(todo)):
         done()

@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from .errors import require_extras
+from .output_folder import disk_errors, prepare_output
 
 HELP = (
     "Does Theorem 2 apply to a trained run, at every level of damage? Are views weighed less where they err?\n\n"
-    "RUN: the output folder of `qmf-fusion train digits`. Writes theory.json and pictures into it."
+    "RUN: the output folder of `qmf-fusion train digits`. Writes theory-TRAINING-seedN.json and pictures into it."
 )
 
 
@@ -20,6 +21,8 @@ def report(
 ) -> None:
     """Report on a run; see ``HELP``."""
     require_extras(("numpy", "sklearn", "matplotlib", "rich"))
+    if run.exists():  # else there is nothing to report on, which is told below, nor to create
+        prepare_output(run, "RUN")
     from .run_theory import report_run, table, write
     from .tables import wide_console
 
@@ -30,5 +33,6 @@ def report(
         if found.verdict != "holds":
             name = condition if condition == "clean" else f"{condition} {level:g}"
             console.print(f"{name}: {found.sentence}", soft_wrap=True)
-    write(reports, run)
-    console.print(f"Wrote {run / 'theory.json'} and pictures beside it.", soft_wrap=True)
+    with disk_errors():
+        path = write(reports, run, training, seed)
+    console.print(f"Wrote {path} and pictures beside it.", soft_wrap=True)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .errors import require_extras
+from .output_folder import disk_errors, prepare_output
 
 HELP = (
     "Which rule fuses best when half of the views are broken? Trains the same heads for every rule on each set, and "
@@ -37,10 +38,7 @@ def bench_robustness(
     for path in data or []:
         if not path.is_file():
             raise typer.BadParameter(f"{str(path)!r} is no file", param_hint="'DATA'")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"{str(output)!r}: {error.strerror}", param_hint="'--output'") from error
+    prepare_output(output)
     from .multiview_data import load_digits, load_mat
     from .robustness import BenchConfig
     from .robustness_report import run_and_report
@@ -51,4 +49,5 @@ def bench_robustness(
         raise typer.BadParameter(f"the sets must have names of their own, got {names}", param_hint="'DATA'")
     count = seeds or (1 if quick else 3)
     config = BenchConfig(seeds=tuple(range(seed, seed + count)), steps=steps or (60 if quick else 1000))
-    run_and_report(sets, config, output)
+    with disk_errors():
+        run_and_report(sets, config, output)

@@ -77,14 +77,20 @@ def table(reports: list[LevelReport], title: str) -> Table:
     return out
 
 
-def write(reports: list[LevelReport], output: Path) -> None:
-    """``theory.json``, and a picture for the clean data and the strongest level of each damage."""
-    content = [{"condition": c, "level": level, **report.to_dict()} for c, level, report in reports]
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(output / "theory.json", lambda file: file.write(text.encode()))
+def write(reports: list[LevelReport], output: Path, training: str, seed: int) -> Path:
+    """Write ``theory-TRAINING-seedN.json``, and a picture for the clean data and the strongest level of each damage.
+
+    Returns:
+        The path of the JSON; the pictures lie beside it.
+    """
+    levels = [{"condition": c, "level": level, **report.to_dict()} for c, level, report in reports]
+    text = json.dumps({"training": training, "seed": seed, "reports": levels}, indent=1) + "\n"
+    path = output / f"theory-{training}-seed{seed}.json"
+    write_atomically(path, lambda file: file.write(text.encode()))
     strongest = {condition: report for condition, _, report in reports}
     for condition, report in strongest.items():
         figure = report.plot()
-        figure.suptitle(condition)
-        target = output / f"theory-{condition}.png"
+        figure.suptitle(f"{training}, seed {seed}: {condition}")
+        target = path.with_name(f"{path.stem}-{condition}.png")
         write_atomically(target, lambda file, f=figure: f.savefig(file, format="png", dpi=80))  # type: ignore[misc]
+    return path

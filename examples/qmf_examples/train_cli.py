@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import CommandError, require_extras
+from .errors import CommandError, require_extras, resumable
 from .output_folder import disk_errors, prepare_output
 from .settings import DEFAULTS, METHODS, QUICK, Settings, read_settings, resolve
 
@@ -104,7 +104,7 @@ def train_set(
     plan = [resolve(data_set, _as_layer(base), {"method": m, "seed": s}) for m in methods for s in _seeds(first, count)]
     folder = output if output is not None else Path("runs") / data_set
     prepare_output(folder)
-    with disk_errors():
+    with disk_errors(), resumable("run it again with --resume to go on"):
         _train_all(plan, folder, resume)
 
 

@@ -106,6 +106,17 @@ def test_help(arguments, capsys):
     assert shown.err == ""
 
 
+def test_the_help_of_the_digits_names_all_that_is_compared(capsys):
+    assert main(["train", "digits", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "three forms" in shown
+    assert len([method for method in list_methods(tuple(VIEWS)) if method.name.startswith("QMF, ")]) == 1 + 3
+    others = [m.name for m in list_methods(tuple(VIEWS)) if m.role == "fusion" and not m.name.startswith("QMF, ")]
+    assert others == ["energy of LogitNorm", "robust"]
+    for word in ("every view alone", "plain averages", "LogitNorm", "robust", "oracle"):
+        assert word in shown
+
+
 def test_version_and_help_start_without_torch():
     script = (
         "import sys; from qmf_examples.cli import main\n"
@@ -178,7 +189,23 @@ def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("qmf_examples.digits_report.run_and_report", interrupt)
     code, line = failing(capsys, ["train", "digits", "--output", str(tmp_path)])
     assert code == 130
-    assert "--resume" in line
+    assert line.endswith("interrupted; what was finished is kept: run it again with --resume to go on")
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (["bench-robustness", "--output", "."], "robustness_report.run_and_report"),
+        (["report", "."], "run_theory.report_run"),
+    ],
+)
+def test_an_interrupt_promises_nothing_where_nothing_is_kept(command, work, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"qmf_examples.{work}", interrupt)
+    assert failing(capsys, command) == (130, "qmf-fusion: error: interrupted")
 
 
 @pytest.mark.parametrize(("module", "package"), [("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")])

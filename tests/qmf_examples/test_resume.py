@@ -93,7 +93,8 @@ def test_a_killed_run_resumes_bit_equal(where, uninterrupted, tmp_path):
     left = load(folder)
     assert len(left) == 3  # of five trainings: it was half-way
     assert left["seed0-qmf-paper.pt"]["epoch"] == 2  # of four: the last whole checkpoint, not the last epoch
-    assert list(folder.glob("*.part")) == ([folder / "seed0-qmf-paper.pt.part"] if where == "write" else [])
+    halves = [path.name.partition(".pt.")[0] for path in folder.glob("*.part")]
+    assert halves == (["seed0-qmf-paper"] if where == "write" else [])
 
     reported = []
     resumed = run_digits(DigitsConfig(**CONFIG), folder, resume=True, report=lambda *event: reported.append(event))
@@ -152,8 +153,23 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["results.json"]
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "results.json"
+
+    def slow(file):
+        file.write(b"slow")
+        write_atomically(path, lambda other: other.write(b"quick"))  # all of the other's write, amid this one
+        assert path.read_bytes() == b"quick"
+        file.write(b", whole")
+
+    write_atomically(path, slow)
+    assert path.read_bytes() == b"slow, whole"
     assert os.listdir(tmp_path) == ["results.json"]
 
 

@@ -1,6 +1,7 @@
 """The robustness bench: runs, agrees with itself, tells the truth about shortfalls, and is attached to the command."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,14 +117,63 @@ def test_command_says_what_is_wrong(arguments, code, message, capsys):
     assert message in error
 
 
+@pytest.mark.parametrize("command", ["bench-robustness", "report"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(command, tmp_path, capsys, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("it went to work")
+
+    monkeypatch.setattr("qmf_examples.robustness_report.run_and_report", work)
+    monkeypatch.setattr("qmf_examples.run_theory.report_run", work)
+    (tmp_path / "file").write_text("kept")
+    folders = [tmp_path / "file", *(path for path in [Path("/proc")] if path.is_dir())]
+    for folder in folders:
+        given = [str(folder)] if command == "report" else ["--output", str(folder)]
+        assert main([command, *given]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"'{folder}' cannot be written to" in error
+        assert ("RUN" if command == "report" else "--output") in error
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["bench-robustness", "report"])
+def test_a_disk_that_fails_later_is_one_line(command, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device", "some.json")
+
+    monkeypatch.setattr("qmf_examples.robustness_report.run_and_report", refuse)
+    monkeypatch.setattr("qmf_examples.run_theory.report_run", lambda *_: [])
+    monkeypatch.setattr("qmf_examples.run_theory.write", refuse)
+    given = [str(tmp_path)] if command == "report" else ["--output", str(tmp_path)]
+    assert main([command, *given]) == 1
+    assert capsys.readouterr().err == "qmf-fusion: error: some.json: No space left on device\n"
+
+
+def test_a_run_that_is_not_there_is_not_created(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_report_of_a_run(quick_run, capsys):
     assert main(["report", str(quick_run.output), "--seed", "3"]) == 0
     printed = capsys.readouterr().out
     assert "gaussian 0.8" in printed
-    content = json.loads((quick_run.output / "theory.json").read_text())
+    path = quick_run.output / "theory-qmf-paper-seed3.json"
+    assert str(path) in printed
+    written = path.read_bytes()
+    found = json.loads(written)
+    assert (found["training"], found["seed"]) == ("qmf-paper", 3)
+    content = found["reports"]
     assert len(content) == 10
     assert content[0]["eq6"] in ("holds", "undecided", "fails")
     assert [m["name"] for m in content[0]["modalities"]] == ["pixels", "fourier", "gradients", "projections"]
-    assert (quick_run.output / "theory-gaussian.png").exists()
+    assert (quick_run.output / "theory-qmf-paper-seed3-gaussian.png").exists()
+    assert main(["report", str(quick_run.output), "--training", "qmf-released", "--seed", "4"]) == 0
+    assert path.read_bytes() == written
+    other = json.loads((quick_run.output / "theory-qmf-released-seed4.json").read_text())
+    assert (other["training"], other["seed"]) == ("qmf-released", 4)
+    assert other["reports"] != content
+    capsys.readouterr()
     assert main(["report", str(quick_run.output), "--training", "nothing", "--seed", "3"]) == 1
     assert "it holds: seed3-" in capsys.readouterr().err

@@ -325,3 +325,13 @@ def test_a_disk_that_refuses_is_one_clear_error(failing, sample, tmp_path, monke
     said = capsys.readouterr().err
     assert "best.ckpt: " + failing in said
     assert "Traceback" not in said
+
+
+def test_an_interrupted_training_says_how_to_go_on(sample, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qmf_examples.training_run.train_run", interrupt)
+    arguments = ["train", "mvsa", "--quick", "--data-root", str(sample("mvsa")), "--output", str(tmp_path / "runs")]
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.endswith("what was finished is kept: run it again with --resume to go on\n")
