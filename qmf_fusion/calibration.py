@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import composed, functional
 from .checks import Logits, check_logits, check_present, check_target
@@ -111,40 +111,63 @@ def calibrate(
         raise ValueError(f"logits must hold every modality at least once, got none that counts of {missing}")
     losses = sample_losses(rows, target)
 
-    before = {name: getattr(fusion.calibration, name) for name in _STATE}
+    before = [(part, dict(part._buffers)) for part in _fitted_parts(fusion)]
     fusion.calibration.clear()
     try:
-        if mixture is not None:
-            mixture.fitted.fit(
-                rearrange(torch.stack(rows), "m ... k -> m (...) k"),
-                rearrange(target, "... -> (...)"),
-                rearrange(counted, "m ... -> m (...)"),
-            )
-            ones = torch.ones(len(rows), dtype=torch.float64, device=target.device)
-            found = {"scale": ones, "shift": 0 * ones, "temper": ones}
-            weights = layer_weights(fusion, rows, counted)
-            static = _means(weights, counted)
-        else:
-            found, static = _meet_means(fusion, rows, target, counted, static_weights, fit)
-            fusion.calibration.set(static=static, held=torch.full_like(static, torch.nan), **found)
-            weights = layer_weights(fusion, rows, counted)
+        _calibrate(fusion, rows, target, counted, static_weights, fit, losses, confidence)
     except BaseException:
-        for name, value in before.items():
-            setattr(fusion.calibration, name, value)
+        for part, buffers in before:
+            part._buffers.update(buffers)
+        fusion._find_unit_temperature()
         raise
+
+
+def _fitted_parts(fusion: QualityAwareFusion) -> list[nn.Module]:
+    return [fusion.calibration] if fusion.mixture is None else [fusion.calibration, fusion.mixture.fitted]
+
+
+def _calibrate(
+    fusion: QualityAwareFusion,
+    rows: list[Tensor],
+    target: Tensor,
+    counted: Tensor,
+    static_weights: Tensor | None,
+    fit: Sequence[str],
+    losses: Tensor,
+    confidence: float,
+) -> None:
+    mixture = fusion.mixture
+    if mixture is not None:
+        mixture.fitted.fit(
+            rearrange(torch.stack(rows), "m ... k -> m (...) k"),
+            rearrange(target, "... -> (...)"),
+            rearrange(counted, "m ... -> m (...)"),
+        )
+        ones = torch.ones(len(rows), dtype=torch.float64, device=target.device)
+        found = {"scale": ones, "shift": 0 * ones, "temper": ones}
+        weights = layer_weights(fusion, rows, counted)
+        static = _means(weights, counted)
+    else:
+        found, static = _meet_means(fusion, rows, target, counted, static_weights, fit)
+        fusion.calibration.set(static=static, held=torch.full_like(static, torch.nan), **found)
+        weights = layer_weights(fusion, rows, counted)
     wrong = positive_correlation(weights, losses, counted, confidence)
     if fusion.normalize and bool(wrong.any()):
         wrong = torch.ones_like(wrong)  # one share cannot stand still while the others move
+    held = torch.where(wrong, static, torch.nan)
+    _warn_of(wrong, fusion, confidence)
+    fusion.calibration.set(static=static, held=held, **found)
+
+
+def _warn_of(wrong: Tensor, fusion: QualityAwareFusion, confidence: float) -> None:
     if bool(wrong.any()):
         names = [name for name, bad in zip(fusion.names, wrong.tolist(), strict=True) if bad]
         warnings.warn(
             f"the weights of {names} correlate positively with their loss (Eq. 6 fails at confidence {confidence}): "
             "held at their static weights",
             UserWarning,
-            stacklevel=3,
+            stacklevel=6,
         )
-    held = torch.where(wrong, static, torch.nan)
-    fusion.calibration.set(static=static, held=held, **found)
 
 
 def counted_rows(

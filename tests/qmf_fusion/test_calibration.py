@@ -195,3 +195,26 @@ def test_bad_arguments_are_named(rule, arguments, match):
         RULES[rule](3).calibrate(logits, target, **arguments)
     with pytest.raises(IndexError, match="target"):
         RULES[rule](3).calibrate(logits, target + 2)
+
+
+def test_a_failing_call_leaves_the_layer_as_it_was():
+    logits = 5 * torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
+    target = logits.sum(0).argmax(-1)
+    fusion = QualityAwareFusion(2, normalize=True)
+    fusion.calibrate(logits, target, static_weights=[0.5, 0.5], fit=["temperature"])
+    weights, state = fusion(logits).weights, copy.deepcopy(fusion.state_dict())
+    with pytest.raises(ValueError, match="static_weights"):
+        fusion.calibrate(logits, target, static_weights=[1 - 1e-12, 1e-12])
+    assert torch.equal(fusion(logits).weights, weights)
+    assert fusion.state_dict().keys() == state.keys()
+
+
+def test_a_warning_turned_into_an_error_leaves_robust_as_it_was():
+    logits, target = data(0)
+    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    weights = fusion(logits).weights
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="positively"):
+            fusion.calibrate(5 * logits.flip(0), target.roll(1), confidence=1e-9)
+    assert torch.equal(fusion(logits).weights, weights)
