@@ -145,18 +145,25 @@ def _calibrate(
         )
         ones = torch.ones(len(rows), dtype=torch.float64, device=target.device)
         found = {"scale": ones, "shift": 0 * ones, "temper": ones}
-        weights = layer_weights(fusion, rows, counted)
-        static = _means(weights, counted)
+        static = ones  # until it is measured
     else:
         found, static = _meet_means(fusion, rows, target, counted, static_weights, fit)
-        fusion.calibration.set(static=static, held=torch.full_like(static, torch.nan), **found)
+    held = torch.full_like(static, torch.nan)
+    while True:
+        fusion.calibration.set(static=static, held=held, **found)
         weights = layer_weights(fusion, rows, counted)
-    wrong = positive_correlation(weights, losses, counted, confidence)
-    if fusion.normalize and bool(wrong.any()):
-        wrong = torch.ones_like(wrong)  # one share cannot stand still while the others move
-    held = torch.where(wrong, static, torch.nan)
-    _warn_of(wrong, fusion, confidence)
+        free = torch.isnan(held)
+        if mixture is not None:
+            # To hold one moves the posteriors of the others: their means and their correlations are new.
+            static = torch.where(free, _means(weights, counted), held)
+        wrong = positive_correlation(weights, losses, counted, confidence) & free
+        if not bool(wrong.any()):
+            break
+        if fusion.normalize:
+            wrong = free  # one share cannot stand still while the others move
+        held = torch.where(wrong, static, held)
     fusion.calibration.set(static=static, held=held, **found)
+    _warn_of(~torch.isnan(held), fusion, confidence)
 
 
 def _warn_of(wrong: Tensor, fusion: QualityAwareFusion, confidence: float) -> None:

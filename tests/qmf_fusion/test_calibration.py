@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qmf_fusion import QualityAwareFusion
-from qmf_fusion.calibration import pearson, sample_losses
+from qmf_fusion.calibration import pearson, positive_correlation, sample_losses
 
 RULES = {
     "energy": lambda m: QualityAwareFusion(m),
@@ -218,3 +218,18 @@ def test_a_warning_turned_into_an_error_leaves_robust_as_it_was():
         with pytest.raises(UserWarning, match="positively"):
             fusion.calibrate(5 * logits.flip(0), target.roll(1), confidence=1e-9)
     assert torch.equal(fusion(logits).weights, weights)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_holding_a_modality_of_robust_keeps_eq_5_of_all_and_eq_6_of_the_others(seed):
+    logits, target = data(seed)
+    first, second = logits[:2].argmax(-1)
+    # The first modality is right where it is outvoted, and wrong at random where the second agrees.
+    target = torch.where(first == second, target.roll(1), first)
+    fusion = quietly(QualityAwareFusion.robust(3), logits, target)
+    held = ~fusion.calibration.held.isnan()
+    weights = fusion(logits).weights
+    assert held.any()
+    torch.testing.assert_close(weights.mean(1), fusion.calibration.static, rtol=0, atol=1e-6)
+    losses = sample_losses(list(logits), target)
+    assert not positive_correlation(weights, losses, torch.ones(3, 200, dtype=torch.bool), 0.95)[~held].any()
