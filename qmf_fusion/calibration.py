@@ -246,14 +246,20 @@ def _meet_means(
     """Scale, shift and temper, and the static weights, of a rule with Eq. 9's constants."""
     if static is None:
         weights = layer_weights(fusion, rows, counted)
-        static = _means(weights, counted).mean().expand(len(rows))
+        # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.
+        mean = weights[counted].mean() if fusion.normalize else _means(weights, counted).mean()
+        static = mean.expand(len(rows))
         if not bool((static > 0).all()):
             raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(static[0])}")
     static = static.to(rows[0])
     if fusion.normalize:
-        if abs(float(static.sum()) - 1) > 1e-6:
-            raise ValueError(f"static_weights must sum to 1 with normalize=True, got {static.tolist()}")
-        static = static / static.sum()
+        # Each row's shares sum to 1, so the static weights do too where every modality is in every row.
+        often = counted.flatten(1).sum(1).to(static) / counted.any(0).sum()
+        total = float((often * static).sum())
+        if abs(total - 1) > 1e-6:
+            each = "" if bool((often == 1).all()) else f", each times the {often.tolist()} of rows that have it"
+            raise ValueError(f"static_weights{each} must sum to 1 with normalize=True, got {static.tolist()}")
+        static = static / total
     ones = torch.ones_like(static)
     temper = ones
     if "temperature" in fit:

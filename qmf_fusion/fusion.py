@@ -307,7 +307,8 @@ class QualityAwareFusion(KeepsPrecision):
         Args:
             logits: as ``forward`` takes them.
             target: int ``[*]``.
-            static_weights: positive; a number or one per modality. Default: the same for all, at the mean of all
+            static_weights: positive; a number or one per modality. With ``normalize`` they sum to 1, each times the
+                share of rows that have the modality. Default: the same for all, at the mean of all
                 weights (a plain mean of logits at the present scale); for ``robust`` its mean weights, as they are
                 probabilities, not coefficients, and cannot be set.
             present: as ``forward`` takes it.

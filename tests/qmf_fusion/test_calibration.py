@@ -233,3 +233,18 @@ def test_holding_a_modality_of_robust_keeps_eq_5_of_all_and_eq_6_of_the_others(s
     torch.testing.assert_close(weights.mean(1), fusion.calibration.static, rtol=0, atol=1e-6)
     losses = sample_losses(list(logits), target)
     assert not positive_correlation(weights, losses, torch.ones(3, 200, dtype=torch.bool), 0.95)[~held].any()
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+def test_normalised_shares_can_be_calibrated_where_modalities_are_absent(share):
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 300, 4, generator=g), torch.randint(4, (300,), generator=g)
+    present = torch.rand(2, 300, generator=g) < share
+    fusion = QualityAwareFusion(2, normalize=True).calibrate(logits, target, present=present)
+    weights = fusion(logits, present=present).weights.double()
+    means = weights.sum(1) / present.sum(1)
+    torch.testing.assert_close(means, fusion.calibration.static, rtol=0, atol=1e-6)
+    # Some sample's shares sum to 1, whatever is absent from it.
+    torch.testing.assert_close(means[0], present.any(0).sum() / present.sum().double(), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="sum to 1"):
+        fusion.calibrate(logits, target, [0.5, 0.5], present=present)
