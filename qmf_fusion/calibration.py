@@ -74,9 +74,7 @@ class Calibration(KeepsPrecision):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "static")
-        if given is None:
-            self.clear()
-        elif self.static is None:
+        if given is not None and self.static is None:
             self.set(**{name: torch.empty_like(given, device=self._anchor.device) for name in _STATE})
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -119,11 +119,9 @@ class ClassStatistics(KeepsPrecision):
                 getattr(self, name)[m] = torch.stack([values.mean(), values.std(unbiased=False)])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Make the room that the saved statistics need, or none where none were saved.
+        # Make the room that the saved statistics need; whether none were saved, only the fusion can tell.
         given = state_dict.get(prefix + "whiten")
-        if given is None:
-            self.clear()
-        elif self.whiten is None or self.whiten.shape[-1] != given.shape[-1]:
+        if given is not None and (self.whiten is None or self.whiten.shape[-1] != given.shape[-1]):
             self.allocate(given.shape[-1], self._anchor.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -189,6 +189,24 @@ def test_state_pickle_and_copy(calibrated):
         assert torch.equal(same(logits).logits, expected)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_loading_something_else_keeps_what_was_found_and_loading_a_fresh_layer_does_not(wrapped):
+    logits, target = clean_data()
+    rule = QualityAwareFusion.robust(3).calibrate(logits, target)
+    rule.observe(list(logits), target, None)
+    plain = QualityAwareFusion(3).calibrate(logits, target)
+    for layer, fresh in ((rule, QualityAwareFusion.robust(3)), (plain, QualityAwareFusion(3))):
+        whole = nn.ModuleDict({"fusion": layer, "head": nn.Linear(2, 2)}) if wrapped else layer
+        before = copy.deepcopy(layer.state_dict())
+        assert any(name.startswith("calibration") for name in before)
+        whole.load_state_dict({"head.weight": torch.zeros(2, 2), "head.bias": torch.zeros(2)}, strict=False)
+        whole.load_state_dict({}, strict=False)
+        torch.testing.assert_close(layer.state_dict(), before, equal_nan=True)
+        names = {f"fusion.{k}" if wrapped else k: v for k, v in fresh.state_dict().items()}
+        whole.load_state_dict(names, strict=False)
+        assert layer.state_dict().keys() == fresh.state_dict().keys()
+
+
 def test_inputs_of_every_kind():
     logits, target = clean_data()
     image = logits.view(3, 4, 6, 10, 5)
