@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import composed, functional
 from .checks import Logits, check_logits, check_present, check_target
@@ -74,9 +74,7 @@ class Calibration(KeepsPrecision):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "static")
-        if given is None:
-            self.clear()
-        elif self.static is None:
+        if given is not None and self.static is None:
             self.set(**{name: torch.empty_like(given, device=self._anchor.device) for name in _STATE})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -111,40 +109,70 @@ def calibrate(
         raise ValueError(f"logits must hold every modality at least once, got none that counts of {missing}")
     losses = sample_losses(rows, target)
 
-    before = {name: getattr(fusion.calibration, name) for name in _STATE}
+    before = [(part, dict(part._buffers)) for part in _fitted_parts(fusion)]
     fusion.calibration.clear()
     try:
-        if mixture is not None:
-            mixture.fitted.fit(
-                rearrange(torch.stack(rows), "m ... k -> m (...) k"),
-                rearrange(target, "... -> (...)"),
-                rearrange(counted, "m ... -> m (...)"),
-            )
-            ones = torch.ones(len(rows), dtype=torch.float64, device=target.device)
-            found = {"scale": ones, "shift": 0 * ones, "temper": ones}
-            weights = layer_weights(fusion, rows, counted)
-            static = _means(weights, counted)
-        else:
-            found, static = _meet_means(fusion, rows, target, counted, static_weights, fit)
-            fusion.calibration.set(static=static, held=torch.full_like(static, torch.nan), **found)
-            weights = layer_weights(fusion, rows, counted)
+        _calibrate(fusion, rows, target, counted, static_weights, fit, losses, confidence)
     except BaseException:
-        for name, value in before.items():
-            setattr(fusion.calibration, name, value)
+        for part, buffers in before:
+            part._buffers.update(buffers)
+        fusion._find_unit_temperature()
         raise
-    wrong = positive_correlation(weights, losses, counted, confidence)
-    if fusion.normalize and bool(wrong.any()):
-        wrong = torch.ones_like(wrong)  # one share cannot stand still while the others move
+
+
+def _fitted_parts(fusion: QualityAwareFusion) -> list[nn.Module]:
+    return [fusion.calibration] if fusion.mixture is None else [fusion.calibration, fusion.mixture.fitted]
+
+
+def _calibrate(
+    fusion: QualityAwareFusion,
+    rows: list[Tensor],
+    target: Tensor,
+    counted: Tensor,
+    static_weights: Tensor | None,
+    fit: Sequence[str],
+    losses: Tensor,
+    confidence: float,
+) -> None:
+    mixture = fusion.mixture
+    if mixture is not None:
+        mixture.fitted.fit(
+            rearrange(torch.stack(rows), "m ... k -> m (...) k"),
+            rearrange(target, "... -> (...)"),
+            rearrange(counted, "m ... -> m (...)"),
+        )
+        ones = torch.ones(len(rows), dtype=torch.float64, device=target.device)
+        found = {"scale": ones, "shift": 0 * ones, "temper": ones}
+        static = ones  # until it is measured
+    else:
+        found, static = _meet_means(fusion, rows, target, counted, static_weights, fit)
+    held = torch.full_like(static, torch.nan)
+    while True:
+        fusion.calibration.set(static=static, held=held, **found)
+        weights = layer_weights(fusion, rows, counted)
+        free = torch.isnan(held)
+        if mixture is not None:
+            # To hold one moves the posteriors of the others: their means and their correlations are new.
+            static = torch.where(free, _means(weights, counted), held)
+        wrong = positive_correlation(weights, losses, counted, confidence) & free
+        if not bool(wrong.any()):
+            break
+        if fusion.normalize:
+            wrong = free  # one share cannot stand still while the others move
+        held = torch.where(wrong, static, held)
+    fusion.calibration.set(static=static, held=held, **found)
+    _warn_of(~torch.isnan(held), fusion, confidence)
+
+
+def _warn_of(wrong: Tensor, fusion: QualityAwareFusion, confidence: float) -> None:
     if bool(wrong.any()):
         names = [name for name, bad in zip(fusion.names, wrong.tolist(), strict=True) if bad]
         warnings.warn(
             f"the weights of {names} correlate positively with their loss (Eq. 6 fails at confidence {confidence}): "
             "held at their static weights",
             UserWarning,
-            stacklevel=3,
+            stacklevel=6,
         )
-    held = torch.where(wrong, static, torch.nan)
-    fusion.calibration.set(static=static, held=held, **found)
 
 
 def counted_rows(
@@ -216,14 +244,20 @@ def _meet_means(
     """Scale, shift and temper, and the static weights, of a rule with Eq. 9's constants."""
     if static is None:
         weights = layer_weights(fusion, rows, counted)
-        static = _means(weights, counted).mean().expand(len(rows))
+        # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.
+        mean = weights[counted].mean() if fusion.normalize else _means(weights, counted).mean()
+        static = mean.expand(len(rows))
         if not bool((static > 0).all()):
             raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(static[0])}")
     static = static.to(rows[0])
     if fusion.normalize:
-        if abs(float(static.sum()) - 1) > 1e-6:
-            raise ValueError(f"static_weights must sum to 1 with normalize=True, got {static.tolist()}")
-        static = static / static.sum()
+        # Each row's shares sum to 1, so the static weights do too where every modality is in every row.
+        often = counted.flatten(1).sum(1).to(static) / counted.any(0).sum()
+        total = float((often * static).sum())
+        if abs(total - 1) > 1e-6:
+            each = "" if bool((often == 1).all()) else f", each times the {often.tolist()} of rows that have it"
+            raise ValueError(f"static_weights{each} must sum to 1 with normalize=True, got {static.tolist()}")
+        static = static / total
     ones = torch.ones_like(static)
     temper = ones
     if "temperature" in fit:

@@ -1,7 +1,7 @@
 """The layer: weight each modality per sample by how certain it is (Eq. 9), and add up (Eq. 11)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -13,6 +13,7 @@ from .checks import Logits, check_choice, check_logits, check_present, modality_
 from .functional import WeightOptions
 from .mixture import ContaminatedProduct
 from .precision import KeepsPrecision
+from .typicality import ClassStatistics
 from .uncertainty import UNCERTAINTIES, Uncertainty
 
 COMBINATIONS = ("logits", "probabilities", "mixture")
@@ -315,7 +316,8 @@ class QualityAwareFusion(KeepsPrecision):
         Args:
             logits: as ``forward`` takes them.
             target: int ``[*]``.
-            static_weights: positive; a number or one per modality. Default: the same for all, at the mean of all
+            static_weights: positive; a number or one per modality. With ``normalize`` they sum to 1, each times the
+                share of rows that have the modality. Default: the same for all, at the mean of all
                 weights (a plain mean of logits at the present scale); for ``robust`` its mean weights, as they are
                 probabilities, not coefficients, and cannot be set.
             present: as ``forward`` takes it.
@@ -349,6 +351,19 @@ class QualityAwareFusion(KeepsPrecision):
             self.mixture.fitted.clear()
         self._find_unit_temperature()
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # A layer saved without calibration or statistics has none; a dict of something else says nothing of it.
+        own = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+        if any("." not in name or name.startswith(("calibration.", "mixture.")) for name in own):
+            parts: dict[str, Calibration | ClassStatistics] = {"calibration.static": self.calibration}
+            if self.mixture is not None:
+                parts["mixture.fitted.whiten"] = self.mixture.fitted
+                parts["mixture.running.whiten"] = self.mixture.running
+            for name, part in parts.items():
+                if name not in own:
+                    part.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         shown = [repr(list(self.names)), f"uncertainty={self.uncertainty!r}"]

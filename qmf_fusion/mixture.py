@@ -12,12 +12,13 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 ``w_m`` has the form ``A / (A + rho_m * B)`` with A and B free of rho_m, and so never rises with u (the place of Eq. 9).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .typicality import ClassStatistics, RunningStatistics, Statistics, class_distances, untypicality
+from .typicality import ClassStatistics, RunningStatistics, Statistics, check_num_classes, class_distances, untypicality
 
 
 class Evidence(NamedTuple):
@@ -56,7 +57,7 @@ class ContaminatedProduct(nn.Module):
             per modality and step. False leaves them to ``calibrate``.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range or not finite.
     """
 
     def __init__(
@@ -77,16 +78,18 @@ class ContaminatedProduct(nn.Module):
         gather: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, most in (
-            ("odds", odds, torch.inf),
-            ("sharpness", sharpness, torch.inf),
-            ("floor", floor, torch.inf),
-            ("spread", spread, torch.inf),
-            ("distance_evidence", distance_evidence, 1),
+        anything, at_least_0, positive = (lambda _: True), (lambda v: v >= 0), (lambda v: v > 0)
+        for name, value, demand, holds in (
+            ("odds", odds, "positive", positive),
+            ("sharpness", sharpness, "positive", positive),
+            ("floor", floor, "at least 0", at_least_0),
+            ("spread", spread, "at least 0", at_least_0),
+            ("distance_evidence", distance_evidence, "from 0 to 1", lambda v: 0 <= v <= 1),
+            ("onset", onset, "a number", anything),
+            ("ceiling", ceiling, "a number", anything),
         ):
-            least = 0 if name in ("distance_evidence", "spread", "floor") else 1e-12
-            if not least <= value <= most:
-                raise ValueError(f"{name} must be {'from 0 to 1' if most == 1 else 'positive'}, got {value}")
+            if not math.isfinite(value) or not holds(value):
+                raise ValueError(f"{name} must be finite and {demand}, got {value}")
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
         self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
         self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor
@@ -105,6 +108,7 @@ class ContaminatedProduct(nn.Module):
         if statistics is None:
             ratio, u = probs * logits.shape[-1], torch.zeros_like(logits[..., 0])
             return Evidence(ratio, u, self._odds(u))
+        check_num_classes(logits, statistics.prior)
         per_modality = (-1, *(1,) * (logits.dim() - 1))
         prior = self.prior(logits, statistics)
         ratio = probs / prior

@@ -30,6 +30,7 @@ from .streaming import Correlation, WeightLossCorrelation
 __all__ = ["Correlation", "FusionReport", "ModalityReport", "WeightLossCorrelation", "fusion_report", "spearman"]
 
 MARGIN = 0.05  # a mean weight within 5 % of its static weight is as good as equal
+FEWEST = 4  # samples for a verdict, as for the test of Eq. 6 in ``calibrate``: fewer resample to themselves
 VERDICTS = ("holds", "undecided", "fails")
 _MOST_SHOWN = 2000
 
@@ -178,7 +179,7 @@ def fusion_report(
 
     Eq. 5 holds where the interval of the mean weight lies within 5 % of the static weight (or they are equal to 1e-6),
     and fails where it excludes the static weight otherwise. Eq. 6 holds where the interval of Pearson's r lies at or
-    below 0, and fails where it lies above.
+    below 0, and fails where it lies above. Fewer than 4 samples of a modality decide neither.
 
     Args:
         fusion: the layer, calibrated or not.
@@ -287,13 +288,17 @@ def _describe(
     apart = not mean_interval[0] <= static <= mean_interval[1]
     eq5 = "holds" if close or within else "fails" if apart else "undecided"
     eq6 = "holds" if interval[1] <= 0 else "fails" if interval[0] > 0 else "undecided"
+    if len(w) < FEWEST:
+        eq5 = eq6 = "undecided"
     percent = f"{100 * confidence:g} %"
     sentence = {
         "holds": f"{name} weighs less where it is wrong, as Eq. 6 demands (r = {r:+.2f}).",
         "fails": f"{name} weighs more where it is wrong (r = {r:+.2f}): calibrate(), or use robust().",
         "undecided": f"{name}: the {percent} interval of r holds 0 ({interval[0]:+.2f} to {interval[1]:+.2f}).",
     }[eq6]
-    if interval == (0.0, 0.0):
+    if len(w) < FEWEST:
+        sentence = f"{name} has {len(w)} of the {FEWEST} samples that a verdict takes."
+    elif interval == (0.0, 0.0):
         sentence = f"{name}'s weight or loss is constant here: no covariance."
     if eq5 == "fails":
         side = "above" if mean > static else "below"

@@ -77,6 +77,8 @@ class ClassStatistics(KeepsPrecision):
 
     def allocate(self, num_classes: int, device: torch.device) -> None:
         """Room for K classes, filled with "nothing known": zeros, and a uniform prior."""
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         sizes = {"m": self.num_modalities, "k": num_classes, "2": 2, "5": 5}
         dtype = torch.float32 if device.type == "mps" else torch.float64
         for name, shape in self._shapes.items():
@@ -119,11 +121,9 @@ class ClassStatistics(KeepsPrecision):
                 getattr(self, name)[m] = torch.stack([values.mean(), values.std(unbiased=False)])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Make the room that the saved statistics need, or none where none were saved.
+        # Make the room that the saved statistics need; whether none were saved, only the fusion can tell.
         given = state_dict.get(prefix + "whiten")
-        if given is None:
-            self.clear()
-        elif self.whiten is None or self.whiten.shape[-1] != given.shape[-1]:
+        if given is not None and (self.whiten is None or self.whiten.shape[-1] != given.shape[-1]):
             self.allocate(given.shape[-1], self._anchor.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -146,13 +146,23 @@ class RunningStatistics(ClassStatistics):
 
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor, counted: Tensor) -> None:
-        """A batch: logits ``[M, R, K]``, finite; target ``[R]``, a class everywhere; counted bool ``[M, R]``."""
+        """A batch: logits ``[M, R, K]``, finite; target ``[R]``, a class everywhere; counted bool ``[M, R]``.
+
+        Rows so large that their squares overflow are left out.
+
+        Raises:
+            ValueError: another number of classes than before.
+        """
         num_classes = logits.shape[-1]
-        if self.whiten is None or self.whiten.shape[-1] != num_classes:
+        if self.whiten is None:
             self.allocate(num_classes, logits.device)
+        check_num_classes(logits, self.prior)
         stride = -(-logits.shape[1] // MOST_ROWS)
         x, y, c = logits[:, ::stride], target[::stride], counted[:, ::stride]
-        x, c = x.to(self.whiten.dtype), c.to(self.whiten.dtype)
+        x = x.to(self.whiten.dtype)
+        # Squares of residuals, up to four times a row's own, are summed: one that overflows would spoil them for good.
+        usable = x.square().sum(-1) < torch.finfo(x.dtype).max / (4 * MOST_ROWS)
+        x, c = torch.where(usable.unsqueeze(-1), x, 0), (c & usable).to(x.dtype)
         label = torch.nn.functional.one_hot(y, num_classes).to(x.dtype)
 
         self.count += label.T @ c.amax(0)
@@ -190,6 +200,14 @@ class RunningStatistics(ClassStatistics):
         for name, first, second in (("norm", 1, 2), ("distance", 3, 4)):
             mean, square = self.moments[:, first], self.moments[:, second]
             getattr(self, name).copy_(torch.stack([mean, (square - mean * mean).clamp_min(0).sqrt()], -1))
+
+
+def check_num_classes(logits: Tensor, prior: Tensor) -> None:
+    """Raise ValueError where logits ``[..., K]`` have other classes than the statistics with this prior ``[K]``."""
+    if logits.shape[-1] != len(prior):
+        raise ValueError(
+            f"logits must have the {len(prior)} classes of the statistics of robust(), got {logits.shape[-1]}"
+        )
 
 
 def class_distances(logits: Tensor, statistics: Statistics) -> Tensor:

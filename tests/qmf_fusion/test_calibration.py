@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qmf_fusion import QualityAwareFusion
-from qmf_fusion.calibration import pearson, sample_losses
+from qmf_fusion.calibration import pearson, positive_correlation, sample_losses
 
 RULES = {
     "energy": lambda m: QualityAwareFusion(m),
@@ -195,3 +195,56 @@ def test_bad_arguments_are_named(rule, arguments, match):
         RULES[rule](3).calibrate(logits, target, **arguments)
     with pytest.raises(IndexError, match="target"):
         RULES[rule](3).calibrate(logits, target + 2)
+
+
+def test_a_failing_call_leaves_the_layer_as_it_was():
+    logits = 5 * torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
+    target = logits.sum(0).argmax(-1)
+    fusion = QualityAwareFusion(2, normalize=True)
+    fusion.calibrate(logits, target, static_weights=[0.5, 0.5], fit=["temperature"])
+    weights, state = fusion(logits).weights, copy.deepcopy(fusion.state_dict())
+    with pytest.raises(ValueError, match="static_weights"):
+        fusion.calibrate(logits, target, static_weights=[1 - 1e-12, 1e-12])
+    assert torch.equal(fusion(logits).weights, weights)
+    assert fusion.state_dict().keys() == state.keys()
+
+
+def test_a_warning_turned_into_an_error_leaves_robust_as_it_was():
+    logits, target = data(0)
+    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    weights = fusion(logits).weights
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="positively"):
+            fusion.calibrate(5 * logits.flip(0), target.roll(1), confidence=1e-9)
+    assert torch.equal(fusion(logits).weights, weights)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_holding_a_modality_of_robust_keeps_eq_5_of_all_and_eq_6_of_the_others(seed):
+    logits, target = data(seed)
+    first, second = logits[:2].argmax(-1)
+    # The first modality is right where it is outvoted, and wrong at random where the second agrees.
+    target = torch.where(first == second, target.roll(1), first)
+    fusion = quietly(QualityAwareFusion.robust(3), logits, target)
+    held = ~fusion.calibration.held.isnan()
+    weights = fusion(logits).weights
+    assert held.any()
+    torch.testing.assert_close(weights.mean(1), fusion.calibration.static, rtol=0, atol=1e-6)
+    losses = sample_losses(list(logits), target)
+    assert not positive_correlation(weights, losses, torch.ones(3, 200, dtype=torch.bool), 0.95)[~held].any()
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+def test_normalised_shares_can_be_calibrated_where_modalities_are_absent(share):
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 300, 4, generator=g), torch.randint(4, (300,), generator=g)
+    present = torch.rand(2, 300, generator=g) < share
+    fusion = QualityAwareFusion(2, normalize=True).calibrate(logits, target, present=present)
+    weights = fusion(logits, present=present).weights.double()
+    means = weights.sum(1) / present.sum(1)
+    torch.testing.assert_close(means, fusion.calibration.static, rtol=0, atol=1e-6)
+    # Some sample's shares sum to 1, whatever is absent from it.
+    torch.testing.assert_close(means[0], present.any(0).sum() / present.sum().double(), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="sum to 1"):
+        fusion.calibrate(logits, target, [0.5, 0.5], present=present)

@@ -189,6 +189,24 @@ def test_state_pickle_and_copy(calibrated):
         assert torch.equal(same(logits).logits, expected)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_loading_something_else_keeps_what_was_found_and_loading_a_fresh_layer_does_not(wrapped):
+    logits, target = clean_data()
+    rule = QualityAwareFusion.robust(3).calibrate(logits, target)
+    rule.observe(list(logits), target, None)
+    plain = QualityAwareFusion(3).calibrate(logits, target)
+    for layer, fresh in ((rule, QualityAwareFusion.robust(3)), (plain, QualityAwareFusion(3))):
+        whole = nn.ModuleDict({"fusion": layer, "head": nn.Linear(2, 2)}) if wrapped else layer
+        before = copy.deepcopy(layer.state_dict())
+        assert any(name.startswith("calibration") for name in before)
+        whole.load_state_dict({"head.weight": torch.zeros(2, 2), "head.bias": torch.zeros(2)}, strict=False)
+        whole.load_state_dict({}, strict=False)
+        torch.testing.assert_close(layer.state_dict(), before, equal_nan=True)
+        names = {f"fusion.{k}" if wrapped else k: v for k, v in fresh.state_dict().items()}
+        whole.load_state_dict(names, strict=False)
+        assert layer.state_dict().keys() == fresh.state_dict().keys()
+
+
 def test_inputs_of_every_kind():
     logits, target = clean_data()
     image = logits.view(3, 4, 6, 10, 5)
@@ -292,6 +310,15 @@ def test_works_in_a_model_as_the_default_does():
         ({"odds": 0.0}, "odds"),
         ({"distance_evidence": 2.0}, "distance_evidence"),
         ({"normalize_logits": -1.0}, "normal"),
+        ({"floor": -1.0}, "floor must be finite and at least 0"),
+        ({"spread": -1.0}, "spread must be finite and at least 0"),
+        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"num_classes": -3}, "num_classes must be at least 1"),
+        *(
+            ({name: bad}, f"{name} must be finite")
+            for name in ("onset", "ceiling", "sharpness", "odds")
+            for bad in (float("nan"), float("inf"), -float("inf"))
+        ),
     ],
 )
 def test_bad_switches_are_named(switches, match):
@@ -331,3 +358,32 @@ def test_casting_keeps_the_statistics_precise():
     expected = fusion(logits).logits
     assert fusion.half().mixture.fitted.whiten.dtype == torch.float64
     assert torch.equal(fusion(logits).logits, expected)
+
+
+def test_another_number_of_classes_is_refused_and_changes_nothing():
+    logits, target = clean_data()
+    fusion = QualityAwareFusion.robust(3)
+    fusion.observe(list(logits), target, None)
+    before = copy.deepcopy(fusion.state_dict())
+    fewer = logits[..., :2]
+    for call in (lambda: fusion(fewer), lambda: fusion.observe(list(fewer), target % 2, None)):
+        with pytest.raises(ValueError, match="logits must have"):
+            call()
+    torch.testing.assert_close(fusion.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="logits must have"):
+        QualityAwareFusion.robust(3).calibrate(logits, target)(fewer)
+
+
+def test_rows_whose_squares_overflow_do_not_spoil_the_running_statistics():
+    logits, target = clean_data()
+    sound, spoilt = QualityAwareFusion.robust(3), QualityAwareFusion.robust(3)
+    for _ in range(3):
+        sound.observe(list(logits), target, None)
+        spoilt.observe(list(logits), target, None)
+    spoilt.observe([torch.full_like(x, 1e200) for x in logits], target, None)
+    torch.testing.assert_close(spoilt(logits).logits, sound(logits).logits)
+    mixed = torch.cat([logits, 1e153 * logits], 1)
+    spoilt.observe(list(mixed), torch.cat([target, target]), None)
+    sound.observe(list(logits), target, None)
+    torch.testing.assert_close(spoilt(logits).weights, sound(logits).weights)
+    assert all(torch.isfinite(x).all() for x in spoilt.mixture.running.buffers())

@@ -77,6 +77,18 @@ def test_small_data_is_undecided_and_an_absent_modality_does_not_spoil_the_rest(
     assert np.isfinite(report.bound)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("static", [None, 1e-9])
+def test_a_few_samples_decide_nothing(n, static):
+    for seed in range(5):
+        logits, target = data(seed, n=n)
+        report = fusion_report(QualityAwareFusion(3), logits, target, static)
+        assert {report.verdict, *(m.eq5 for m in report.modalities), *(m.eq6 for m in report.modalities)} == {
+            "undecided"
+        }
+        assert all(f"{n} of the 4 samples" in m.sentence for m in report.modalities)
+
+
 @pytest.mark.parametrize("rule", [QualityAwareFusion.robust, QualityAwareFusion], ids=["robust", "default"])
 def test_prints_converts_and_plots(rule, tmp_path):
     pytest.importorskip("matplotlib")
