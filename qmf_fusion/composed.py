@@ -36,7 +36,8 @@ def normalize_logits(logits: Tensor, temperature: float) -> Tensor:
     finite = torch.isfinite(x).all(-1, keepdim=True)
     x = torch.where(finite, x, 0)
     # By its largest value first, whose square may be out of range; a row of zeros stays one.
-    x = x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest.clamp_min(torch.finfo(x.dtype).tiny), 1)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(finite, x / (temperature * torch.where(norm > 0, norm, 1)), torch.nan)
 

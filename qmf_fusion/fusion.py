@@ -219,8 +219,15 @@ class QualityAwareFusion(KeepsPrecision):
         return self.calibration.temperature(self.log_temperature.exp() if self.learnable else self.fixed_temperature)
 
     def uncertainties(self, logits: Logits) -> Tensor:
-        """The ``u`` of Eq. 9 for each modality, ``[M, *]``; NaN or infinite where a row's logits are not finite."""
+        """The ``u`` of Eq. 9 for each modality, ``[M, *]``; NaN or infinite where a row's logits are not finite.
+
+        For ``robust`` the untypicality, which its odds rise with: 0 everywhere without statistics.
+        """
         rows, _ = check_logits(logits, self.names, self.class_dim)
+        if self.mixture is not None:
+            x, finite = composed.stack_rows(self.prepare(rows), None)
+            u = self.mixture.evidence(x, self.mixture.statistics()).untypical
+            return torch.where(finite, u, torch.nan)
         return self._measure(self.prepare(rows))
 
     def prepare(self, rows: list[Tensor]) -> list[Tensor]:

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..fusion import QualityAwareFusion
+from ..mixture import Evidence
 from ..model import FusionModel
+from ..typicality import Statistics
 from ..uncertainty import Uncertainty
 from .strategies import logits, present_masks
-from .subject import Subject, agree, same, show, size_of, tolerance, verify
+from .subject import Output, Subject, agree, same, show, size_of, tolerance, verify
 
 
 def check_weight_monotonicity(
@@ -43,6 +45,9 @@ def check_weight_monotonicity(
         >>> check_weight_monotonicity(QualityAwareFusion(2))
     """
     subject = Subject(fusion, num_modalities)
+    if uncertainty is None and subject.layer is not None and subject.layer.mixture is not None:
+        _check_mixture_monotonicity(subject, num_classes, dtype, settings)
+        return
 
     def body(before: list[Tensor], other: list[Tensor], step: float, data: st.DataObject) -> None:
         m = data.draw(st.integers(0, subject.num_modalities - 1))
@@ -65,9 +70,37 @@ def check_weight_monotonicity(
                 )
 
     shapes = st.shared(st.integers(1, 4), key="batch")
-    classes = num_classes or st.shared(st.integers(2, 6), key="classes")
+    classes = num_classes or subject.num_classes or st.shared(st.integers(2, 6), key="classes")
     both = logits(num_modalities=subject.num_modalities, num_classes=classes, batch=shapes, dtype=dtype)
     verify(settings, body, both, both, st.floats(0.01, 20), st.data())
+
+
+def _check_mixture_monotonicity(
+    subject: Subject, num_classes: int | None, dtype: torch.dtype, settings: hypothesis.settings | None
+) -> None:
+    def body(given: list[Tensor], rise: float, data: st.DataObject) -> None:
+        m = data.draw(st.integers(0, subject.num_modalities - 1))
+        fusion = copy.deepcopy(subject.fusion)
+        raised = Subject(fusion)
+        assert raised.layer is not None
+        assert raised.layer.mixture is not None
+        mixture = raised.layer.mixture
+        evidence_of = mixture.evidence
+
+        def evidence(logits: Tensor, statistics: Statistics | None) -> Evidence:
+            ratio, u, _ = evidence_of(logits, statistics)
+            up = torch.zeros_like(u)
+            up[m] = rise
+            return Evidence(ratio, u + up, mixture._odds(u + up))
+
+        mixture.evidence = evidence  # type: ignore[method-assign]
+        before, after = subject(given).weights[m].detach(), raised(given).weights[m].detach()
+        assert (after <= before + tolerance(before, after)).all(), (
+            f"weights must never rise with uncertainty: modality {m}'s u rose by {rise}, yet its weight went from "
+            f"{before.tolist()} to {after.tolist()}: logits={show(given)}"
+        )
+
+    verify(settings, body, subject.draws(num_classes, dtype), st.floats(0.01, 6), st.data())
 
 
 def check_permutation(
@@ -180,9 +213,12 @@ def check_equations(
 ) -> None:
     """Scaling and shifting do what the equations say.
 
-    Eq. 11: ``f = sum_m w[m] * x[m]``. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less
+    Eq. 11: ``f = sum_m w[m] * x[m]``, or the mean of probabilities for ``combine="probabilities"``; with LogitNorm, of
+    normalised logits. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less
     energy. For a ``QualityAwareFusion`` or a ``FusionModel`` also: logits and temperature times s are energy times s
-    (Eq. 13), and ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). Arguments as in
+    (Eq. 13), and ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). What does
+    not apply is left out: LogitNorm undoes scales and changes shifts; ``robust`` has neither Eq. 9, Eq. 11 nor a
+    temperature, and is checked to return log-probabilities and weights from 0 to 1. Arguments as in
     ``check_weight_monotonicity``.
 
     Raises:
@@ -195,9 +231,17 @@ def check_equations(
 
     def body(given: list[Tensor], shift: float, scale: float) -> None:
         out = subject(given)
-        total = sum(w.unsqueeze(-1) * x for w, x in zip(out.weights, given, strict=True))
-        assert isinstance(total, Tensor)
-        agree(out.logits, total, "the logits must be sum_m w[m] * x[m] (Eq. 11)", given, size_of(given, out))
+        layer = subject.layer
+        mixture = layer is not None and layer.mixture is not None
+        if mixture:
+            _check_posteriors(out, given)
+        else:
+            what = "the logits must be sum_m w[m] * x[m] (Eq. 11)"
+            agree(out.logits, subject.fused(given, out.weights), what, given, size_of(given, out))
+        if layer is not None and layer.normalize_logits is not None:
+            if not mixture:
+                agree(out.weights, _eq_9(layer, subject.uncertainties(given, None)), "weights must follow Eq. 9", given)
+            return
         if out.energy is None:
             return
         # Shifted and scaled in float32 at least: narrower logits would round.
@@ -206,8 +250,7 @@ def check_equations(
         assert moved.energy is not None
         what = f"logits + {shift} must have energy - {shift} (Eq. 13)"
         agree(moved.energy, out.energy - shift, what, given, size_of(given))
-        layer = subject.layer
-        if layer is None:
+        if layer is None or mixture:
             return
         # In float64 before and after, as a learnable temperature's own rounding would differ between the two.
         plain, scaled = (copy.deepcopy(subject.fusion).double() for _ in range(2))
@@ -230,10 +273,19 @@ def check_equations(
     verify(settings, body, subject.draws(num_classes, dtype), st.floats(-20, 20), scales)
 
 
+def _check_posteriors(out: Output, given: list[Tensor]) -> None:
+    total = torch.logsumexp(out.logits.detach(), -1)
+    agree(total, torch.zeros_like(total), "robust's logits must be log-probabilities", given)
+    weights, slack = out.weights.detach(), tolerance(out.weights)
+    assert ((weights >= -slack) & (weights <= 1 + slack)).all(), (
+        f"robust's weights must be probabilities, got {weights.tolist()}: logits={show(given)}"
+    )
+
+
 def _eq_9(layer: QualityAwareFusion, u: Tensor) -> Tensor:
     shape = (-1, *(1,) * (u.dim() - 1))
     weights = layer.alpha.detach().view(shape) * u + layer.beta.detach().view(shape)
-    if layer.nonnegative or layer.normalize:
+    if layer.nonnegative or layer.normalize or layer.combine == "probabilities":
         weights = weights.clamp(min=0)
     if not layer.normalize:
         return weights
@@ -249,6 +301,9 @@ def check_single_modality(
     settings: hypothesis.settings | None = None,
 ) -> None:
     """With one modality, the result is that head's logits up to its weight; the logits themselves where normalised.
+
+    For ``combine="probabilities"`` its log-probabilities; ``robust``, which tempers them, is only asked for
+    log-probabilities and weights from 0 to 1.
 
     A ``QualityAwareFusion`` or a ``FusionModel`` of several modalities is checked for each of them alone; any other
     callable is given a list of one. Arguments as in ``check_weight_monotonicity``.
@@ -270,7 +325,10 @@ def check_single_modality(
             f"the weights of one modality must be {(1, *given[0].shape[:-1])}, got {tuple(out.weights.shape)}"
         )
         what = f"modality {m} alone must give its own logits times its weight {out.weights[0].tolist()}"
-        agree(out.logits, out.weights[0].unsqueeze(-1) * given[0], what, given, size_of(given, out))
+        if subject.layer is not None and subject.layer.mixture is not None:
+            _check_posteriors(out, given)
+            return
+        agree(out.logits, alone[m].fused(given, out.weights), what, given, size_of(given, out))
         if subject.layer is not None and subject.layer.normalize:
             agree(out.weights, torch.ones_like(out.weights), "one modality's normalised weight must be 1", given)
 

@@ -1,7 +1,7 @@
 """What the checks call and how they compare: one face for a layer, a wrapped model and a user's own callable."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -40,6 +40,11 @@ class Subject:
         self.num_modalities = int(count)
         self.class_dim: int = getattr(self.layer or fusion, "class_dim", -1)
 
+        mixture = None if self.layer is None else self.layer.mixture
+        statistics = None if mixture is None else mixture.statistics()
+        # Statistics are of one number of classes, and take no other.
+        self.num_classes = None if statistics is None else len(statistics.prior)
+
     def __call__(self, logits: Sequence[Tensor | None], present: Tensor | None = None) -> Output:
         given: Any = [None if x is None else x.movedim(-1, self.class_dim) for x in logits]
         if isinstance(self.fusion, FusionModel):
@@ -67,20 +72,44 @@ class Subject:
         for name in learned if layer.learnable else fixed:
             value = getattr(layer, name).detach()[list(order)]
             setattr(layer, name, nn.Parameter(value) if layer.learnable else value)
+        layer.calibration.num_modalities = len(order)
+        _select(layer.calibration, order)
+        if layer.mixture is not None:
+            for statistics in (layer.mixture.fitted, layer.mixture.running):
+                statistics.num_modalities = len(order)
+                _select(statistics, order, {"prior", "count"})  # of the classes, not of a modality
+        layer._find_unit_temperature()
         if not isinstance(self.fusion, FusionModel):
             return Subject(layer)
         names = [self.fusion.names[m] for m in order]
         layer.names = tuple(names)
         return Subject(FusionModel({name: self.fusion.heads[name] for name in names}, layer))
 
+    def fused(self, given: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """What weights ``[M, *]`` make of the logits: Eq. 11, or a layer's other way to combine that has weights."""
+        if self.layer is None:
+            rows = list(given)
+        else:
+            rows = self.layer.prepare(list(given))
+            if self.layer.combine == "probabilities":
+                log_share = (weights.clamp_min(1e-12) / weights.clamp_min(1e-12).sum(0)).log()
+                return torch.logsumexp(log_share.unsqueeze(-1) + torch.log_softmax(torch.stack(rows), -1), 0)
+        return (weights.unsqueeze(-1) * torch.stack(rows)).sum(0)
+
     def draws(self, num_classes: int | None, dtype: torch.dtype, **options: Any) -> st.SearchStrategy[list[Tensor]]:
         return logits(
             num_modalities=self.num_modalities,
-            num_classes=num_classes or st.integers(2, 6),
+            num_classes=num_classes or self.num_classes or st.integers(2, 6),
             batch=options.pop("batch", None),
             dtype=dtype,
             **options,
         )
+
+
+def _select(module: nn.Module, order: Sequence[int], leave: Collection[str] = ()) -> None:
+    for name, value in module._buffers.items():
+        if value is not None and name != "_anchor" and name not in leave:
+            setattr(module, name, value[list(order)])
 
 
 def verify(

@@ -140,3 +140,9 @@ def test_absent_equals_dropped(rule, training):
         torch.testing.assert_close(a.logits, b.logits)
         torch.testing.assert_close(a.weights[::2], b.weights)
     torch.testing.assert_close(whole.fusion(x, present).logits, part.fusion(x[::2]).logits)
+
+
+def test_a_row_of_zeros_has_a_finite_gradient_through_logit_norm():
+    x = torch.zeros(1, 3, requires_grad=True)
+    normalize_logits(x, 0.1).square().sum().add(normalize_logits(x, 0.1)[0, 0]).backward()
+    assert torch.isfinite(x.grad).all()

@@ -12,6 +12,8 @@ from torch import nn
 
 from qmf_fusion import FusionModel, QualityAwareFusion, testing
 
+from .test_calibration import data, quietly
+
 FEW = hypothesis.settings(testing.DEFAULTS, max_examples=8)
 UNSHRUNK = hypothesis.settings(testing.DEFAULTS, phases=[hypothesis.Phase.generate])
 ALL = ["weight_monotonicity", "permutation", "absent", "equations", "single_modality", "repeatable"]
@@ -50,6 +52,74 @@ def test_sound_layers_pass_in_every_dtype(dtype):
 def test_a_wrapped_model_passes():
     model = FusionModel({"rgb": nn.Identity(), "depth": nn.Identity()}, alpha=[-0.1, -0.2])
     assert testing.check_all(model, settings=FEW) == ALL
+
+
+def of_every_rule():
+    """Layers of each rule, before and after calibration."""
+    logits, target = data()
+    for rule in (
+        QualityAwareFusion.robust(3),
+        QualityAwareFusion.robust(3, normalize_logits=0.1),
+        QualityAwareFusion.robust(3, agreement=False),
+        QualityAwareFusion(3, combine="probabilities", **COEFFICIENTS),
+        QualityAwareFusion(3, normalize_logits=0.1, **COEFFICIENTS),
+        QualityAwareFusion(3, uncertainty="entropy", **COEFFICIENTS),
+    ):
+        yield rule
+        fit = () if rule.mixture is not None or rule.combine != "logits" else ["temperature"]
+        yield quietly(copy.deepcopy(rule), logits, target, fit=fit)
+    yield quietly(QualityAwareFusion(3, normalize=True, alpha=[-0.1, -0.5, -1.0]), logits, target)
+    trained = QualityAwareFusion.robust(3)
+    trained.observe(list(logits), target, None)
+    trained.observe(list(logits), target, None)
+    yield trained
+
+
+@pytest.mark.parametrize("which", range(14))
+def test_sound_layers_of_other_rules_and_calibrated_ones_pass(which):
+    layer = list(of_every_rule())[which]
+    assert testing.check_all(layer, settings=FEW) == ALL
+
+
+def test_a_wrapped_robust_model_passes():
+    model = FusionModel(
+        {"rgb": nn.Identity(), "depth": nn.Identity()}, fusion=QualityAwareFusion.robust(["rgb", "depth"])
+    )
+    assert testing.check_all(model, settings=FEW) == ALL
+
+
+class BrokenRule(QualityAwareFusion):
+    """Wrong in what is asked of every rule."""
+
+    def forward(self, logits, present=None):
+        out = super().forward(logits, present)
+        return out._replace(weights=out.weights * 1.5, logits=out.logits * 1.5)
+
+
+def test_other_rules_fail_where_they_are_broken():
+    for layer in of_every_rule():
+        layer.__class__ = BrokenRule
+        with pytest.raises(AssertionError):
+            testing.check_all(layer, settings=UNSHRUNK)
+
+
+def test_robust_whose_odds_fall_with_u_fails():
+    fusion = QualityAwareFusion.robust(3).calibrate(*data())
+    fusion.mixture._odds = lambda u: torch.exp(-u)
+    with pytest.raises(AssertionError, match="never rise"):
+        testing.check_weight_monotonicity(fusion, settings=UNSHRUNK)
+
+
+def test_uncertainty_of_robust_is_its_untypicality():
+    logits, target = data()
+    fusion = QualityAwareFusion.robust(3)
+    assert not fusion.uncertainties(logits).any()
+    fusion.calibrate(logits, target)
+    u = fusion.uncertainties(logits.index_fill(0, torch.tensor([1]), torch.inf))
+    expected = fusion.mixture.evidence(logits, fusion.mixture.statistics()).untypical
+    assert torch.equal(u[[0, 2]], expected[[0, 2]])
+    assert u[1].isnan().all()
+    assert (expected > 0).any()
 
 
 def late_fusion(logits):
