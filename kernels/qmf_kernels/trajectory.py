@@ -7,12 +7,27 @@ entries they stay unused. ``losses`` is ``[M, B]``, ``index`` int64 ``[B]`` with
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Entries, M * N, up to which every sample is looked at where the range is needed, and none is kept.
 SCAN = 16_384
+
+
+class Past(NamedTuple):
+    """A training step's history: kappa comes from it where it ``ranks``, the batch goes in where it ``records``."""
+
+    history: Tensor
+    low: Tensor
+    span: Tensor
+    visits: Tensor | None
+    samples: Tensor  # [B], the dataset index of each
+    start_epoch: int
+    minmax: bool
+    ranks: bool
+    records: bool
 
 
 def kappa(history: Tensor, low: Tensor, span: Tensor, index: Tensor, minmax: bool) -> Tensor:

@@ -1,0 +1,99 @@
+"""The loss history (Eq. 14) in a kernel: reading a batch's means, recording its losses, keeping the means' range.
+
+``past`` is float64 ``[2, M, B]``: a sample's kappa, NaN without a history; and how many losses it had, NaN where its
+visits so far are too few for this one to be recorded.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+RANGE_BLOCK = tl.constexpr(1024)
+_TINY = tl.constexpr(2.2250738585072014e-308)
+
+
+class Trajectory(NamedTuple):
+    """Pointers as in ``qmf_kernels.trajectory``, and numbers; ``history`` is None where kappa alone is given."""
+
+    kappa: Any  # [M, B] or None
+    history: Any
+    low: Any
+    span: Any
+    visits: Any
+    index: Any
+    num_samples: Any
+    start_epoch: Any
+
+
+@triton.jit
+def read_history(trajectory, past, sample, wanted, batch, M: tl.constexpr, RULES: tl.constexpr):
+    """``past`` of the samples ``[RB]``, before anybody records: a sample may stand in the batch twice."""
+    if trajectory.history is None:
+        for m in tl.static_range(M):
+            place = m * batch + sample
+            tl.store(past + place, tl.load(trajectory.kappa + place, wanted, other=0.0).to(tl.float64), wanted)
+    else:
+        index = tl.load(trajectory.index + sample, wanted, other=0)
+        within = (index >= 0) & (index < trajectory.num_samples)
+        tl.device_assert((wanted == 0) | within, "index must be within the trajectory's num_samples")
+        there = wanted & within
+        for m in tl.static_range(M):
+            total, count = _sums(trajectory, m, index, there, M)
+            mean = tl.where(count > 0, total / tl.where(count > 0, count, 1.0), float("nan"))
+            if RULES.minmax:
+                mean = (mean - tl.load(trajectory.low + m)) / tl.load(trajectory.span + m)
+            tl.store(past + m * batch + sample, mean, wanted)
+            if RULES.records:
+                if trajectory.visits is not None:
+                    visits = tl.load(trajectory.visits + index, there, other=0)
+                    count = tl.where(visits >= trajectory.start_epoch - 1, count, float("nan"))
+                tl.store(past + (M + m) * batch + sample, count, wanted)
+
+
+@triton.jit
+def _sums(trajectory, m, index, there, M: tl.constexpr):
+    place = trajectory.history + m * trajectory.num_samples + index
+    total = tl.load(place, there, other=0.0)
+    count = tl.load(place + M * trajectory.num_samples, there, other=0.0)
+    return total, count
+
+
+@triton.jit
+def record_losses(trajectory, m, kappa, count_before, losses, index, there, M: tl.constexpr, RULES: tl.constexpr):
+    """Add a modality's finite losses ``[SB]``, and say whether its means' range may have moved (int32, 0 or 1)."""
+    low, span = tl.load(trajectory.low + m), tl.load(trajectory.span + m)
+    losses = losses.to(tl.float64)
+    finite = (losses == losses) & (tl.abs(losses) < float("inf"))
+    adds = there & finite & (count_before == count_before)
+    place = trajectory.history + m * trajectory.num_samples + index
+    total = tl.atomic_add(place, losses, adds)
+    count = tl.atomic_add(place + M * trajectory.num_samples, tl.where(adds, 1.0, 0.0).to(tl.float64), adds)
+    before = kappa if RULES.minmax else (kappa - low) / span
+    after = ((total + losses) / (count + 1) - low) / span
+    # It has not while the samples lie strictly inside, before and after. A count that is not the one read means that
+    # another of the batch has added to the same sample, whose sums then can't be told here.
+    moved = (before <= 0) | (before >= 1) | (after <= 0) | (after >= 1) | (count != count_before)
+    return tl.max(tl.where(adds & moved, 1, 0), 0)
+
+
+@triton.jit
+def find_range(trajectory, M: tl.constexpr):
+    """Set ``low`` and ``span`` from the whole history, by one program."""
+    lane = tl.arange(0, RANGE_BLOCK)
+    for m in range(M):
+        least = tl.full((RANGE_BLOCK,), float("inf"), tl.float64)
+        most = -least
+        start = tl.zeros((), tl.int64)
+        while start < trajectory.num_samples:
+            index = start + lane
+            total, count = _sums(trajectory, m, index, index < trajectory.num_samples, M)
+            some = count > 0
+            mean = total / tl.where(some, count, 1.0)
+            least = tl.minimum(least, tl.where(some, mean, float("inf")))
+            most = tl.maximum(most, tl.where(some, mean, -float("inf")))
+            start += RANGE_BLOCK
+        low = tl.min(least, 0)
+        span = tl.max(most, 0) - low
+        tl.store(trajectory.low + m, low)
+        tl.store(trajectory.span + m, tl.where(span > _TINY, span, _TINY))

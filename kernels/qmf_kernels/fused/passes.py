@@ -1,0 +1,258 @@
+"""The two passes of the forward over rows of logits, and the cross-entropies they leave (Eq. 13, 9, 11).
+
+The first finds each modality's log-sum-exp, hence its weight; the second the fused row's, and the products
+<softmax(f), x[m]> that make the backward one pass. Rows of one tile (``TILES`` 1) stay in registers between the two.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import accumulate, clamp_weights, coefficient, keep_finite, number, raw_weight, read_tile, row_offset
+
+
+@triton.jit
+def first_pass(
+    logits, sizes, strides, present, present_strides, makers, row, in_row, num_rows, num_classes,
+    M: tl.constexpr, DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Per modality: the tile if there is but one, where its rows stand, which count, log-sum-exps in two parts, raw
+    weights, energies; and the weights.
+    """
+    tiles, offsets, counts, tops, logs, raws, energies = (), (), (), (), (), (), ()
+    tempered_tops, tempered_logs = (), ()
+    for m in tl.static_range(M):
+        offset = row_offset(row, sizes, strides[m], DIMS)
+        top, total, tempered_top, tempered_total, x = _scan(
+            logits[m], offset, strides[m], m, makers, in_row, num_classes, DIMS, KB, TILES, RULES, ACC
+        )
+        counted = in_row & (total > 0) & (total < float("inf"))
+        if present is not None:
+            place = m * present_strides[0] + row_offset(row, sizes, present_strides[1], DIMS)
+            counted = counted & (tl.load(present + place, in_row, other=0) != 0)
+        top = tl.where(counted, top, 0.0)
+        log = tl.log(tl.where(counted, total, 1.0))
+        lse = top + log
+        if RULES.tempered:
+            tempered_top = tl.where(counted, tempered_top, 0.0)
+            tempered_log = tl.log(tl.where(counted, tempered_total, 1.0))
+            lse = tempered_top + tempered_log
+            tempered_tops, tempered_logs = tempered_tops + (tempered_top,), tempered_logs + (tempered_log,)
+        raw, energy = raw_weight(m, lse, makers, row, in_row, num_rows, RULES, ACC)
+        if TILES == 1:
+            tiles = tiles + (x,)
+        offsets, counts, tops, logs = offsets + (offset,), counts + (counted,), tops + (top,), logs + (log,)
+        raws, energies = raws + (raw,), energies + (energy,)
+    weights, weight_total = clamp_weights(raws, counts, M, RULES)
+    return (
+        tiles, offsets, counts, (tops, logs, tempered_tops, tempered_logs), raws, energies, weights, weight_total
+    )  # fmt: skip
+
+
+@triton.jit
+def _scan(
+    pointer, offset, strides, m, makers, in_row, num_classes,
+    DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Largest value and sum of exponentials of x and of x / T, and the last tile read."""
+    zero = tl.where(in_row, 0.0, 0.0).to(ACC)
+    top, total = zero - float("inf"), zero
+    tempered_top, tempered_total = zero - float("inf"), zero
+    inside = in_row[:, None] & (tl.arange(0, KB) < num_classes)[None, :]
+    x = read_tile(pointer, offset, strides, tl.arange(0, KB), inside, DIMS, ACC)
+    top, total = accumulate(top, total, x)
+    if RULES.tempered:
+        temperature = coefficient(makers.temperature, m, ACC)
+        tempered_top, tempered_total = accumulate(tempered_top, tempered_total, x / temperature)
+    for tile in range(1, TILES):
+        column = tile * KB + tl.arange(0, KB)
+        inside = in_row[:, None] & (column < num_classes)[None, :]
+        following = read_tile(pointer, offset, strides, column, inside, DIMS, ACC)
+        top, total = accumulate(top, total, following)
+        if RULES.tempered:
+            tempered_top, tempered_total = accumulate(tempered_top, tempered_total, following / temperature)
+    return top, total, tempered_top, tempered_total, x
+
+
+@triton.jit
+def fuse_tile(tiles, weights, counts, in_tile, M: tl.constexpr):
+    """A tile of Eq. 11, -inf where a class is ruled out or none; and the finite logits."""
+    fused = tl.zeros_like(tiles[0])
+    ruled = in_tile == 0
+    finite = ()
+    for m in tl.static_range(M):
+        x, out = keep_finite(tiles[m], counts[m])
+        fused += weights[m][:, None] * x
+        ruled = ruled | out
+        finite = finite + (x,)
+    return tl.where(ruled, -float("inf"), fused), finite
+
+
+@triton.jit
+def second_pass(
+    logits, offsets, strides, tiles, weights, counts, labels, fused, fused_offset, fused_stride, in_row, num_classes,
+    M: tl.constexpr, DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Writes the fused row where asked, and returns its largest value and sum of exponentials, the products, and with
+    smoothing the sums over the classes, each times its weight: of the fused logits, of each modality's over the
+    classes that are not ruled out, of each modality's, and of 1.
+    """
+    zero = tl.where(in_row, 0.0, 0.0).to(ACC)
+    state = (zero - float("inf"), zero, zeros(zero, M), (zero, zeros(zero, M), zeros(zero, M), zero))
+    if TILES == 1:
+        state = _second_tile(
+            state, tiles, tl.arange(0, KB), weights, counts, labels, fused, fused_offset, fused_stride,
+            in_row, num_classes, M, RULES, ACC,
+        )  # fmt: skip
+    else:
+        for tile in range(TILES):
+            column = tile * KB + tl.arange(0, KB)
+            read = _read_tiles(logits, offsets, strides, column, in_row, num_classes, M, DIMS, ACC)
+            state = _second_tile(
+                state,
+                read,
+                column,
+                weights,
+                counts,
+                labels,
+                fused,
+                fused_offset,
+                fused_stride,
+                in_row,
+                num_classes,
+                M,
+                RULES,
+                ACC,
+            )
+    return state
+
+
+@triton.jit
+def zeros(zero, M: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(M):
+        out = out + (zero,)
+    return out
+
+
+@triton.jit
+def _read_tiles(
+    logits, offsets, strides, column, in_row, num_classes, M: tl.constexpr, DIMS: tl.constexpr, ACC: tl.constexpr
+):
+    tiles = ()
+    inside = in_row[:, None] & (column < num_classes)[None, :]
+    for m in tl.static_range(M):
+        tiles = tiles + (read_tile(logits[m], offsets[m], strides[m], column, inside, DIMS, ACC),)
+    return tiles
+
+
+@triton.jit
+def _second_tile(
+    state, tiles, column, weights, counts, labels, fused, fused_offset, fused_stride, in_row, num_classes,
+    M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    in_tile = in_row[:, None] & (column < num_classes)[None, :]
+    f, finite = fuse_tile(tiles, weights, counts, in_tile, M)
+    if fused is not None:
+        tl.store(fused + fused_offset[:, None] + column.to(tl.int64)[None, :] * fused_stride, f, in_tile)
+    top, total, products, smooth = state
+    if RULES.losses:
+        new = tl.maximum(top, tl.max(f, 1))
+        base = tl.where(new == -float("inf"), 0.0, new)
+        rescale = tl.exp(top - base)
+        exps = tl.exp(f - base[:, None])
+        top, total = new, total * rescale + tl.sum(exps, 1)
+        updated = ()
+        for m in tl.static_range(M):
+            updated = updated + (products[m] * rescale + tl.sum(exps * finite[m], 1),)
+        products = updated
+        if RULES.smoothing:
+            smooth = _smooth_tile(smooth, tiles, finite, f, column, counts, in_tile, labels, num_classes, M, RULES, ACC)
+    return top, total, products, smooth
+
+
+@triton.jit
+def _smooth_tile(
+    smooth, tiles, finite, f, column, counts, in_tile, labels, num_classes,
+    M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    fused_sum, ruleds, sums, mass = smooth
+    share = class_weights(labels, column, num_classes, RULES, ACC)[None, :]
+    fused_sum += tl.sum(tl.where(in_tile, share * f, 0.0), 1)
+    mass += tl.sum(tl.where(in_tile, share, 0.0), 1)
+    next_ruleds, next_sums = (), ()
+    for m in tl.static_range(M):
+        next_ruleds = next_ruleds + (ruleds[m] + tl.sum(tl.where(f == -float("inf"), 0.0, share * finite[m]), 1),)
+        counted = in_tile & counts[m][:, None]
+        next_sums = next_sums + (sums[m] + tl.sum(tl.where(counted, share * tiles[m], 0.0), 1),)
+    return fused_sum, next_ruleds, next_sums, mass
+
+
+@triton.jit
+def class_weights(labels, column, num_classes, RULES: tl.constexpr, ACC: tl.constexpr):
+    """The classes' weights ``[KB]``, 0 past the last class."""
+    inside = column < num_classes
+    if RULES.weighted:
+        return tl.load(labels.class_weight + column, inside, other=0.0).to(ACC)
+    else:
+        return tl.where(inside, 1.0, 0.0).to(ACC)
+
+
+@triton.jit
+def read_labels(labels, row, in_row, num_classes):
+    """Each row's class, 0 where it has none, and whether it has one."""
+    y = tl.load(labels.target + row, in_row, other=0)
+    valid = in_row & (y != labels.ignore_index)
+    within = (y >= 0) & (y < num_classes)
+    tl.device_assert((valid == 0) | within, "target must hold classes 0 to K - 1 (or ignore_index)")
+    valid = valid & within
+    return tl.where(valid, y, 0), valid
+
+
+@triton.jit
+def label_logits(logits, offsets, strides, y, counts, valid, M: tl.constexpr, DIMS: tl.constexpr, ACC: tl.constexpr):
+    """Each modality's logit of the row's class, 0 where the row has none; and whether that class is ruled out."""
+    out = ()
+    ruled = valid & (valid == 0)
+    for m in tl.static_range(M):
+        place = logits[m] + offsets[m] + y.to(tl.int64) * strides[m][DIMS]
+        x = tl.load(place, counts[m] & valid, other=0.0).to(ACC)
+        ruled = ruled | (x == -float("inf"))
+        out = out + (x,)
+    return out, ruled
+
+
+@triton.jit
+def cross_entropies(label, ruled, lses, weights, counts, valid, fused_top, fused_total, M: tl.constexpr):
+    """Plain cross-entropies of the M modalities and of the fused row, NaN where a row has none; and the fused row's
+    log-sum-exp in two parts, the second NaN where a sample has no modality, or none that leaves it a class.
+    """
+    out = ()
+    some = valid & (valid == 0)
+    fused_label = tl.zeros_like(fused_top)
+    for m in tl.static_range(M):
+        nll = (lses[0][m] - label[m]) + lses[1][m]
+        out = out + (tl.where(counts[m] & valid, nll, float("nan")),)
+        some = some | counts[m]
+        fused_label += weights[m] * tl.where(label[m] == -float("inf"), 0.0, label[m])
+    fused_counts = some & (fused_total > 0) & (fused_total < float("inf"))
+    fused_top = tl.where(fused_counts, fused_top, 0.0)
+    fused_log = tl.log(tl.where(fused_counts, fused_total, 1.0))
+    nll = (fused_top - tl.where(ruled, -float("inf"), fused_label)) + fused_log
+    out = out + (tl.where(fused_counts & valid, nll, float("nan")),)
+    return out, fused_top, tl.where(fused_counts, fused_log, float("nan"))
+
+
+@triton.jit
+def share_in_mean(nll, lse, total, mass, y, labels, num_classes, RULES: tl.constexpr, ACC: tl.constexpr):
+    """A row's share in its mean, numerator and denominator; ``nll`` is NaN where it has none."""
+    wanted = nll == nll
+    weight = tl.where(wanted, 1.0, 0.0).to(ACC)
+    if RULES.weighted:
+        weight = tl.load(labels.class_weight + y, wanted, other=0.0).to(ACC)
+    hard = weight
+    if RULES.smoothing:
+        hard = weight * (1 - number(labels.smoothing, ACC))
+    loss = tl.where(hard > 0, hard * nll, 0.0)
+    if RULES.smoothing:
+        loss += (mass * lse - total) * (number(labels.smoothing, ACC) / num_classes)
+    return tl.where(wanted, loss, 0.0), weight

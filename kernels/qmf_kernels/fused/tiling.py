@@ -1,0 +1,72 @@
+"""How much of the logits one program takes: a formula, so that no search runs at a user's first step.
+
+Rows whose M times K logits fit a program's registers are one tile, which stays there between the pass that finds the
+energies and the pass that needs the weights; wider rows are walked.
+"""
+
+from typing import NamedTuple
+
+_ROW = 8192  # most logits of one row, all modalities, that are kept in registers: 32 per lane of 8 warps
+_ROWS = 2048  # logits of a program that takes several short rows
+_WALK = 2048  # logits of a step along a wide row
+_BATCH = 8192  # most logits of a batch that one program takes alone
+_BATCH_PAIRS = 128  # most samples of it where each has all the others for partners
+_WIDE, _SHORT = 1024, 512  # logits per warp; several rows need more addresses
+
+
+class Tiling(NamedTuple):
+    """Rows and classes per tile (powers of two), tiles per row, and warps per program."""
+
+    rows: int
+    classes: int
+    tiles: int
+    warps: int
+
+
+def tile(num_modalities: int, num_classes: int, num_rows: int, alone: bool = False) -> Tiling:
+    """The tile for M heads of K classes and R rows; ``alone``: one program walks them all, with eight warps."""
+    classes = power_of_two(num_classes)
+    many = 2 if num_modalities > 4 else 1  # numbers per row take registers too
+    if num_modalities * classes > _ROW:
+        classes = min(1024, max(32, power_of_two(_WALK // many // num_modalities + 1) // 2))
+        return Tiling(1, classes, -(-num_classes // classes), _warps(num_modalities * classes, _SHORT))
+    rows = max(1, min(_ROWS // many // power_of_two(num_modalities * classes), power_of_two(num_rows)))
+    if alone:
+        return Tiling(rows, classes, 1, 8)
+    return Tiling(rows, classes, 1, _warps(num_modalities * rows * classes, _SHORT if rows > 1 else _WIDE))
+
+
+def fits_one(num_modalities: int, num_classes: int, batch: int, pairs: str) -> bool:
+    """Whether one program is to take the whole batch."""
+    logits = num_modalities * power_of_two(batch) * power_of_two(num_classes)
+    return logits <= _BATCH and (pairs == "adjacent" or batch <= _BATCH_PAIRS)
+
+
+class Block(NamedTuple):
+    """Samples per program of the ranking, partners compared at a time, and warps."""
+
+    samples: int
+    partners: int
+    warps: int
+
+
+def sample_block(batch: int, pairs: str, alone: bool = False) -> Block:
+    """Wide where a sample has two partners; where it has all the others, as many programs as fill a device, unless one
+    program stands ``alone``, with eight warps.
+    """
+    if alone:
+        samples = power_of_two(batch)
+        return Block(samples, min(samples, max(1, 2048 // samples)), 8)
+    if pairs == "adjacent":
+        samples = min(1024, max(32, power_of_two(batch)))
+        return Block(samples, 1, max(4, samples // 128))
+    return Block(min(32, power_of_two(batch)), min(128, power_of_two(batch)), 4)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least ``number``."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _warps(logits: int, each: int) -> int:
+    return max(1, min(8, power_of_two(logits // each)))
