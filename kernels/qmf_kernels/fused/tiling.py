@@ -69,4 +69,4 @@ def power_of_two(number: int) -> int:
 
 
 def _warps(logits: int, each: int) -> int:
-    return max(1, min(8, power_of_two(logits // each)))
+    return max(1, min(8, power_of_two(-(-logits // each))))
