@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 import qmf_kernels
-from qmf_kernels import FORMS, PAIRS
+from qmf_kernels import BACKENDS, FORMS, PAIRS, Past
 
 from .checks import Logits, check_choice, check_logits, check_present, check_target
 from .uncertainty import energy_score
 
 __all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_loss"]
-
-BACKENDS = (None, "torch", "triton")
 
 
 class WeightOptions(NamedTuple):
@@ -53,7 +51,7 @@ class ObjectiveOutput(NamedTuple):
     ranking_loss: Tensor
     """Scalar: mean over pairs, summed over modalities (Eq. 17)."""
     logits: Tensor
-    """Fused logits ``[B, *, K]``."""
+    """Fused logits ``[B, *, K]``; empty, ``[0]``, where they were not asked for."""
     weights: Tensor
     """``[M, B, *]``."""
     energy: Tensor
@@ -122,7 +120,7 @@ def fuse(logits: Logits, weights: Tensor, present: Tensor | None = None) -> Tens
 
 def fuse_with(rows: Sequence[Tensor], present: Tensor | None, options: WeightOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Fused logits, weights and energies of checked inputs: M of ``[*, K]``, ``[M, *]`` or None."""
-    return qmf_kernels.Fuse.apply(present, *options, *rows)
+    return qmf_kernels.Fuse.apply(present, *options, None, *rows)
 
 
 def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: str = "adjacent") -> Tensor:
@@ -194,6 +192,7 @@ def qmf_objective(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    return_logits: bool = True,
     backend: str | None = None,
 ) -> ObjectiveOutput:
     """The whole objective, ``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18), in one operator.
@@ -215,13 +214,16 @@ def qmf_objective(
         class_weight: ``[K]``, as ``weight`` in ``torch.nn.CrossEntropyLoss``, for every cross-entropy.
         label_smoothing: as there.
         ignore_index: as there; but where nothing is left to average, the loss is 0 rather than NaN.
-        backend: None lets the operator choose by device; ``"torch"`` or ``"triton"`` forces one.
+        return_logits: False leaves the fused logits out, which training needs not: on a GPU that saves writing them.
+        backend: None lets the device choose: Triton's kernels on CUDA and ROCm, PyTorch elsewhere; ``"torch"`` or
+            ``"triton"`` forces one. Triton takes CPU tensors only in its interpreter (``TRITON_INTERPRET=1``).
 
     Returns:
         ObjectiveOutput.
 
     Raises:
-        TypeError, ValueError, IndexError: arguments of the wrong kind, shape, dtype, device or range.
+        TypeError, ValueError, IndexError: arguments of the wrong kind, shape, dtype, device or range. A device's
+            targets are looked at where they lie, and stop it with an assertion.
         RuntimeError: a backend that is not there.
 
     Example:
@@ -253,7 +255,9 @@ def qmf_objective(
     if kappa is not None and tuple(kappa.shape) != shape[:2]:
         raise ValueError(f"kappa must be {shape[:2]}, one per modality and sample, got {tuple(kappa.shape)}")
     mask = check_present(present, there, shape, device)
-    return objective_with(rows, check_target(target, shape[1:], device), kappa, mask, weight_options, options, backend)
+    check_choice("backend", backend, BACKENDS)
+    target = check_target(target, shape[1:], device)
+    return objective_with(rows, target, kappa, mask, weight_options, options, backend, return_logits)
 
 
 def objective_with(
@@ -264,18 +268,15 @@ def objective_with(
     weight_options: WeightOptions,
     options: LossOptions,
     backend: str | None = None,
+    return_logits: bool = True,
+    past: Past | None = None,
 ) -> ObjectiveOutput:
-    """Eq. 18 of checked inputs: M of ``[B, *, K]``, ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None."""
-    check_backend(backend)
+    """Eq. 18 of checked inputs: M of ``[B, *, K]``, ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None. With ``past``,
+    kappa comes from the history, and the batch goes into it.
+    """
     *rule, detach_weights = weight_options
-    out = qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, detach_weights, *rows)
-    return ObjectiveOutput(*out)
-
-
-def check_backend(backend: str | None) -> None:
-    check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise RuntimeError("backend='triton' is not there: this release has the PyTorch operators alone")
+    flags = (detach_weights, backend, return_logits, past)
+    return ObjectiveOutput(*qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, *flags, *rows))
 
 
 def check_loss_options(options: LossOptions, num_classes: int | None = None) -> None:

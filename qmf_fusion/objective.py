@@ -1,9 +1,12 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling as compiling
+
+import qmf_kernels
 
 from . import composed, functional
-from .checks import Logits, check_index, check_logits, check_present, check_target
+from .checks import Logits, check_choice, check_index, check_logits, check_present, check_target
 from .functional import LossOptions, ObjectiveOutput
 from .fusion import QualityAwareFusion
 from .ranking import TrajectoryRankingLoss
@@ -23,7 +26,9 @@ class QMFLoss(nn.Module):
         weight: class weights ``[K]``, as in ``torch.nn.CrossEntropyLoss``, for every cross-entropy.
         label_smoothing: the same.
         ignore_index: the same; but where nothing is left to average, the loss is 0 rather than NaN.
-        backend: None lets the operator choose by device; ``"torch"`` or ``"triton"`` forces one.
+        return_logits: False leaves ``logits`` of the output empty: training needs no fused logits, and a GPU does not
+            have to write them.
+        backend: see ``functional.qmf_objective``.
 
     A modality that is absent counts in no loss, and a sample with none in none. In dense prediction (``[B, *, K]``),
     a sample's weight and loss in the ranking are their means over its positions. The trajectory records plain
@@ -58,18 +63,19 @@ class QMFLoss(nn.Module):
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        return_logits: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(fusion, QualityAwareFusion):
             raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
-        functional.check_backend(backend)
+        check_choice("backend", backend, qmf_kernels.BACKENDS)
         self.fusion = fusion
         self.ranking = TrajectoryRankingLoss(num_samples, fusion.num_modalities, form, pairs, rescale, start_epoch)
         self.ranking_weight = ranking_weight
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
-        self.backend = backend
+        self.return_logits, self.backend = return_logits, backend
         self.register_buffer("weight", weight)
         functional.check_loss_options(self._options())
 
@@ -107,25 +113,31 @@ class QMFLoss(nn.Module):
         if options.class_weight is not None and len(options.class_weight) != rows[0].shape[-1]:
             functional.check_loss_options(options, rows[0].shape[-1])
 
-        kappa = None
         if index is not None:
             index = check_index(index, shape[1], trajectory.num_samples)
-            if self.ranking_weight:
-                kappa = trajectory.kappa_checked(index, self.ranking.rescale)
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         rows = fusion.prepare(rows)
+        together = fusion.combine == "logits" and not compiling()  # a compiled graph may not write to a history inside
+        kappa = past = None
+        if index is not None and together:
+            ranks = bool(self.ranking_weight)
+            past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=self.training)
+        elif index is not None and self.ranking_weight:
+            kappa = trajectory.kappa_checked(index, self.ranking.rescale)
         if fusion.combine == "logits":
-            out = functional.objective_with(
-                rows, target, kappa, mask, fusion.weight_options(rows, mask), options, self.backend
-            )
+            weights = fusion.weight_options(rows, mask)
+            flags = (self.backend, self.return_logits, past)
+            out = functional.objective_with(rows, target, kappa, mask, weights, options, *flags)
         else:
             out = composed.objective(fusion, rows, target, kappa, mask, options, plain=self.training)
-        if self.training and index is not None:
+            if not self.return_logits:
+                out = ObjectiveOutput(*out[:4], out.logits.new_empty(0), *out[5:])
+        if self.training and index is not None and past is None:
             trajectory.record_checked(out.sample_losses, index)
         if self.training:
             fusion.observe(rows, target, mask, self.ignore_index)
-        if fusion.class_dim != -1:
+        if fusion.class_dim != -1 and self.return_logits:
             # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
             fused = out.logits.movedim(-1, fusion.class_dim)
             losses = (out.loss, out.fused_loss, out.unimodal_losses, out.ranking_loss)

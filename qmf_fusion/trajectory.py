@@ -117,6 +117,12 @@ class LossTrajectory(KeepsPrecision):
         buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
         return qmf_kernels.kappa(buffers["history"], buffers["low"], buffers["span"], index, rescale is not None)
 
+    def past(self, index: Tensor, rescale: str | None, *, ranks: bool, records: bool) -> qmf_kernels.Past:
+        """The history for a step of the objective on checked indices, which reads and records in its own launches."""
+        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
+        tensors = (buffers["history"], buffers["low"], buffers["span"], buffers["visits"], index)
+        return qmf_kernels.Past(*tensors, self.start_epoch, rescale is not None, ranks, records)
+
     @torch.no_grad()
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge what each process has recorded since the last time, so that all hold the whole history.
@@ -156,5 +162,6 @@ class LossTrajectory(KeepsPrecision):
 
 
 def _after_load(trajectory: LossTrajectory, _: object) -> None:
-    """A checkpoint holds what all processes agreed on."""
+    """A checkpoint holds what all processes agreed on; its range may have been another device's or release's."""
+    qmf_kernels.find_range(trajectory.history, trajectory.low, trajectory.span)
     trajectory.synced.copy_(trajectory.history)

@@ -1,18 +1,22 @@
 """Operators behind ``qmf_fusion``: fusion, ranking and the whole objective, in the namespace ``qmf``."""
 
-from .operators import NAMESPACE, Fuse, Objective, Ranking, ops
+from .autograd import Fuse, Objective, Ranking
 from .ranking import FORMS, PAIRS
-from .trajectory import find_range, kappa, record
+from .registry import BACKENDS, NAMESPACE, ops, takes_triton
+from .trajectory import Past, find_range, kappa, record
 
 __all__ = [
+    "BACKENDS",
     "FORMS",
     "NAMESPACE",
     "PAIRS",
     "Fuse",
     "Objective",
+    "Past",
     "Ranking",
     "find_range",
     "kappa",
     "ops",
     "record",
+    "takes_triton",
 ]

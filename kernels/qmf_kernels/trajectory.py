@@ -2,8 +2,7 @@
 
 Shape contract: ``history`` ``[2, M, N]`` float64 holds, per modality and sample, the sum of the losses recorded and
 their count; ``low`` and ``span`` ``[M, 1]`` float64 hold the smallest mean loss over the samples that have one, and how
-far above it the largest lies (``find_range`` sets them for a history from elsewhere, an empty one too); up to ``SCAN``
-entries they stay unused. ``losses`` is ``[M, B]``, ``index`` int64 ``[B]`` within N, ``visits`` ``[N]`` int64 or None.
+far above it the largest lies (``find_range`` sets them for a history from elsewhere, an empty one too). ``losses`` is ``[M, B]``, ``index`` int64 ``[B]`` within N, ``visits`` ``[N]`` int64 or None.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Entries, M * N, up to which every sample is looked at where the range is needed, and none is kept.
+# Entries, M * N, up to which to look at all of them is cheaper than to ask whether the range may have moved.
 SCAN = 16_384
 
 
@@ -32,13 +31,8 @@ class Past(NamedTuple):
 
 def kappa(history: Tensor, low: Tensor, span: Tensor, index: Tensor, minmax: bool) -> Tensor:
     """Mean recorded losses of the samples ``index`` (Eq. 14), ``[M, B]``, NaN without any; scaled if ``minmax``."""
-    if not minmax:
-        return _means(history.gather(2, _everywhere(index, history)))
-    if is_small(history):
-        mean = _means(history)
-        low, span = _range(mean)
-        return ((mean - low) / span).index_select(1, index)
-    return (_means(history.gather(2, _everywhere(index, history))) - low) / span
+    mean = _means(history.gather(2, _everywhere(index, history)))
+    return mean.sub_(low).div_(span) if minmax else mean
 
 
 def record(
@@ -58,10 +52,8 @@ def record(
             counted = counted & (visits[index] >= start_epoch - 1)
             visits.index_add_(0, index, torch.ones_like(index))
         update = torch.stack([torch.where(counted, losses, 0), counted]).to(history.dtype)
-    if is_small(history):
-        history.scatter_add_(2, everywhere, update)
-        return
-    if not index.is_cpu:
+    # On a device, to ask would be to wait.
+    if history.shape[1] * history.shape[2] <= SCAN or not index.is_cpu:
         history.scatter_add_(2, everywhere, update)
         find_range(history, low, span)
         return
@@ -74,21 +66,13 @@ def record(
         find_range(history, low, span)
 
 
-def is_small(history: Tensor) -> bool:
-    return history.shape[1] * history.shape[2] <= SCAN
-
-
 def find_range(history: Tensor, low: Tensor, span: Tensor) -> None:
     """Set ``low`` and ``span`` from the whole history."""
-    for kept, found in zip((low, span), _range(_means(history)), strict=True):
-        kept.copy_(found)
-
-
-def _range(mean: Tensor) -> tuple[Tensor, Tensor]:
-    low = torch.nan_to_num(mean, nan=torch.inf).amin(1, keepdim=True)
+    mean = _means(history)
+    low.copy_(torch.nan_to_num(mean, nan=torch.inf).amin(1, keepdim=True))
     high = torch.nan_to_num(mean, nan=-torch.inf).amax(1, keepdim=True)
     # Where all means are equal, or there are none, 0 / 0 would follow: their distance to ``low`` is 0 or NaN.
-    return low, (high - low).clamp_(min=torch.finfo(mean.dtype).tiny)
+    torch.clamp(high - low, min=torch.finfo(mean.dtype).tiny, out=span)
 
 
 def _means(history: Tensor) -> Tensor:

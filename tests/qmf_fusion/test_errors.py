@@ -181,7 +181,6 @@ CASES = {
         r"beta must be finite and at least 0, got -1\.0",
     ),
     "objective backend": (objective(backend="cuda"), ValueError, r"backend must be one of .*'torch'.* got 'cuda'"),
-    "objective triton": (objective(backend="triton"), RuntimeError, r"backend='triton'"),
     "class_weight": (objective(class_weight=torch.ones(3)), ValueError, r"class_weight must be \[4\], .* got \(3,\)"),
     "label_smoothing": (objective(label_smoothing=1.5), ValueError, r"label_smoothing must be from 0 to 1, got 1\.5"),
     "ranking_weight": (

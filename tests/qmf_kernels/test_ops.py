@@ -1,5 +1,7 @@
 """The operators: torch.library.opcheck, and their contracts on tensors of every kind."""
 
+import os
+
 import pytest
 import torch
 
@@ -43,31 +45,42 @@ RULES = pytest.mark.parametrize(("rule", "dtype"), [(i, dtype) for i, dtype in e
 PRESENT = pytest.mark.parametrize("present", [None, MASK], ids=["all", "masked"])
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NEEDS_TRITON = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, TRITON_INTERPRET=1")
+BACKENDS = pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=NEEDS_TRITON)])
+
+
 @RULES
 @PRESENT
-def test_opcheck_fuse(rule, dtype, present):
+@BACKENDS
+def test_opcheck_fuse(rule, dtype, present, backend):
     rule = rules(dtype)[rule]
-    torch.library.opcheck(ops.fuse.default, (logits(dtype), present, *rule))
-    fused, weights, energy = ops.fuse(logits(dtype), present, *rule)
+    torch.library.opcheck(ops.fuse.default, (logits(dtype), present, *rule, backend))
+    fused, weights, energy = ops.fuse(logits(dtype), present, *rule, backend)
     grads = [torch.ones_like(x) for x in (fused, weights, energy)]
-    torch.library.opcheck(ops.fuse_backward.default, (*grads, logits(dtype), present, *rule, present is None))
+    for makers in (False, True):
+        inputs = (*grads, energy, logits(dtype), present, *rule, present is None, makers, backend)
+        torch.library.opcheck(ops.fuse_backward.default, inputs)
 
 
 @RULES
 @PRESENT
 @pytest.mark.parametrize("loss_rule", [LOSS_RULE, SMOOTH_RULE], ids=["plain", "smooth"])
-def test_opcheck_objective(rule, dtype, present, loss_rule):
+@BACKENDS
+def test_opcheck_objective(rule, dtype, present, loss_rule, backend):
     kappa = randn(NUM, BATCH, seed=5).abs()
     inputs = (logits(dtype), torch.tensor([0, 1, 2, 4]), kappa, present, *rules(dtype)[rule], *loss_rule)
     tests = WITH_NAN if present is not None else (*WITH_NAN, "test_aot_dispatch_dynamic")
-    for flags in ((False, True, False), (True, True, True)):
-        torch.library.opcheck(ops.objective.default, (*inputs, *flags), test_utils=tests)
-    out = ops.objective(*inputs, False, False, False)
-    grads = [torch.ones_like(x) for x in out[:7]]
+    for flags in ((False, True, False, True), (True, True, True, False), (False, False, False, True)):
+        torch.library.opcheck(ops.objective.default, (*inputs, *flags, backend), test_utils=tests)
+    out = ops.objective(*inputs, False, False, False, True, backend)
+    grads, kept = [torch.ones_like(x) for x in out[:7]], out[10]
     for given in (grads, [None, *grads[1:3], None, None, None, grads[6]]):
-        torch.library.opcheck(ops.objective_backward.default, (*given, *inputs, False, [], []))
-    kept = ops.objective(*inputs, False, True, True)[8:]
-    torch.library.opcheck(ops.objective_backward.default, (grads[0], *[None] * 6, *inputs, False, *kept))
+        rest = (*inputs, False, True, [], [], kept, backend)
+        torch.library.opcheck(ops.objective_backward.default, (*given, *rest))
+    d_logits, d_makers, kept = ops.objective(*inputs, False, True, True, True, backend)[8:]
+    rest = (*inputs, False, True, d_logits, d_makers, kept, backend)
+    torch.library.opcheck(ops.objective_backward.default, (grads[0], *[None] * 6, *rest))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -80,27 +93,31 @@ def test_opcheck_ranking(form, pairs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outputs_share_no_storage_with_inputs_or_each_other(dtype):
+@BACKENDS
+def test_outputs_share_no_storage_with_inputs_or_each_other(dtype, backend):
     """As PyTorch asks of operators whose schema declares no alias."""
     given = logits(dtype)
     before = [x.clone() for x in given]
     out = ops.objective(
-        given, torch.arange(BATCH), None, None, None, *MAKERS, None, False, False, *LOSS_RULE, False, True, True
+        *(given, torch.arange(BATCH), None, None, None, *MAKERS, None, False, False, *LOSS_RULE),
+        *(False, True, True, True, backend),
     )
-    flat = [*out[:8], *out[8], *out[9]]
+    flat = [*out[:8], *out[8], *out[9], *out[10]]
     places = [x.untyped_storage().data_ptr() for x in (*flat, *given) if x.numel()]
     assert len(set(places)) == len(places)
     assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
 
 
-def test_gradients_are_those_of_autograd():
+@BACKENDS
+def test_gradients_are_those_of_autograd(backend):
     """The fused forward's gradients, against differentiating the operators' own definition in float64."""
     leaves = [x.double().requires_grad_() for x in logits()]
     alpha, beta = (x.double() for x in MAKERS)
     target = torch.tensor([0, 1, 2, 4])
-    *_, d_logits, d_makers = ops.objective(
+    *_, d_logits, d_makers, _ = ops.objective(
         [x.detach() for x in leaves],
-        *(target, None, None, None, alpha, beta, HOT.double(), False, False, *LOSS_RULE, False, True, True),
+        *(target, None, None, None, alpha, beta, HOT.double(), False, False, *LOSS_RULE),
+        *(False, True, True, True, backend),
     )
     makers = [x.clone().requires_grad_() for x in (alpha, beta, HOT.double())]
     a, b, t = makers
@@ -115,6 +132,6 @@ def test_gradients_are_those_of_autograd():
 
 def test_meta_tensors_say_the_shapes():
     given = [x.to("meta") for x in logits()]
-    fused, weights, energy = ops.fuse(given, None, None, *(x.to("meta") for x in MAKERS), None, False, False)
+    fused, weights, energy = ops.fuse(given, None, None, *(x.to("meta") for x in MAKERS), None, False, False, None)
     assert (fused.shape, weights.shape, energy.shape) == ((BATCH, CLASSES), (NUM, BATCH), (NUM, BATCH))
     assert fused.device.type == "meta"

@@ -53,6 +53,13 @@ def lay_rows(logits: Sequence[Tensor], present: Tensor | None = None, *extra: Te
     )
 
 
+def give_back(written: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Copy what was written to where it was wanted, where ``lay_rows`` had to put it elsewhere."""
+    for source, place in zip(written, wanted, strict=True):
+        if source is not place:
+            place.copy_(source)
+
+
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Put ``programs`` programs of a kernel into the device's queue."""
     if INTERPRETED:
@@ -99,6 +106,11 @@ def make_rules(
 def ranking_rules(form: str, pairs: str) -> Rules:
     """For the ranking alone."""
     return Rules(False, "given", False, False, False, False, False, form=form, pairs=pairs, ranks=True)
+
+
+def recording_rules() -> Rules:
+    """For the history alone."""
+    return ranking_rules("paper", "adjacent")._replace(ranks=False, reads=True, minmax=True, records=True)
 
 
 def make_labels(target: Tensor, loss_rule: LossRule) -> Labels:

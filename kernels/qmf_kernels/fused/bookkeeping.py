@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .history import find_range, record_losses
+from .history import find_range, record_samples
 from .ranking import count_pairs, rank_adjacent, rank_all
 from .rows import number
 
@@ -65,7 +65,6 @@ def book_samples(
     inside = sample < batch
     num_pairs = count_pairs(batch, RULES)
     hinges = tl.zeros((), tl.float64)
-    moved = tl.zeros((), tl.int32)
     for m in range(M):
         if results.ranking_grad is not None:
             if RULES.pairs == "adjacent":
@@ -82,16 +81,9 @@ def book_samples(
                 count = tl.load(samples.positions + m * batch + sample, inside, other=1.0)
                 grad = grad / tl.where(count > 0, count, 1.0)
             tl.store(results.ranking_grad + m * batch + sample, grad, inside)
-        if RULES.records:
-            place = m * batch + sample
-            losses = tl.load(samples.losses + place, inside, other=0.0)
-            kappa = tl.load(samples.past + place, inside, other=0.0)
-            count = tl.load(samples.past + M * batch + place, inside, other=0.0)
-            index = tl.load(trajectory.index + sample, inside, other=0)
-            there = inside & (index >= 0) & (index < trajectory.num_samples)
-            moved = tl.maximum(moved, record_losses(trajectory, m, kappa, count, losses, index, there, M, RULES))
-            if m == 0 and trajectory.visits is not None:
-                tl.atomic_add(trajectory.visits + index, tl.full((SB,), 1, tl.int64), there)
+    moved = tl.zeros((), tl.int32)
+    if RULES.records:
+        moved = record_samples(trajectory, samples.past, samples.losses, sample, batch, M, RULES)
     tl.store(partial + program, hinges)
     tl.store(partial + MOVED * programs + program, moved.to(tl.float64))
     for m in range(M + 1):

@@ -51,6 +51,43 @@ def read_history(trajectory, past, sample, wanted, batch, M: tl.constexpr, RULES
                 tl.store(past + (M + m) * batch + sample, count, wanted)
 
 
+@triton.jit(debug=True)
+def record_kernel(trajectory, losses, past, batch, M: tl.constexpr, SB: tl.constexpr, RULES: tl.constexpr):
+    """One program: everything is read before anything is recorded."""
+    lane = tl.arange(0, SB).to(tl.int64)
+    start = tl.zeros((), tl.int64)
+    while start < batch:
+        read_history(trajectory, past, start + lane, start + lane < batch, batch, M, RULES)
+        start += SB
+    tl.debug_barrier()
+    moved = tl.zeros((), tl.int32)
+    start = tl.zeros((), tl.int64)
+    while start < batch:
+        moved = tl.maximum(moved, record_samples(trajectory, past, losses, start + lane, batch, M, RULES))
+        start += SB
+    if moved > 0:
+        tl.debug_barrier()
+        find_range(trajectory, M)
+
+
+@triton.jit
+def record_samples(trajectory, past, losses, sample, batch, M: tl.constexpr, RULES: tl.constexpr):
+    """Record the samples ``[SB]``, and say whether their means' range may have moved (int32, 0 or 1)."""
+    inside = sample < batch
+    index = tl.load(trajectory.index + sample, inside, other=0)
+    there = inside & (index >= 0) & (index < trajectory.num_samples)
+    moved = tl.zeros((), tl.int32)
+    for m in range(M):
+        place = m * batch + sample
+        loss = tl.load(losses + place, inside, other=0.0)
+        kappa = tl.load(past + place, inside, other=0.0)
+        count = tl.load(past + M * batch + place, inside, other=0.0)
+        moved = tl.maximum(moved, _record(trajectory, m, kappa, count, loss, index, there, M, RULES))
+    if trajectory.visits is not None:
+        tl.atomic_add(trajectory.visits + index, tl.full(index.shape, 1, tl.int64), there)
+    return moved
+
+
 @triton.jit
 def _sums(trajectory, m, index, there, M: tl.constexpr):
     place = trajectory.history + m * trajectory.num_samples + index
@@ -60,8 +97,7 @@ def _sums(trajectory, m, index, there, M: tl.constexpr):
 
 
 @triton.jit
-def record_losses(trajectory, m, kappa, count_before, losses, index, there, M: tl.constexpr, RULES: tl.constexpr):
-    """Add a modality's finite losses ``[SB]``, and say whether its means' range may have moved (int32, 0 or 1)."""
+def _record(trajectory, m, kappa, count_before, losses, index, there, M: tl.constexpr, RULES: tl.constexpr):
     low, span = tl.load(trajectory.low + m), tl.load(trajectory.span + m)
     losses = losses.to(tl.float64)
     finite = (losses == losses) & (tl.abs(losses) < float("inf"))

@@ -16,8 +16,10 @@ from ..fusion import MakerGrads, WeightRule, accumulate_dtype
 from ..objective import Losses, LossRule
 from ..trajectory import Past
 from .arguments import (
+    INTERPRETED,
     TYPES,
     Rows,
+    give_back,
     launch,
     lay_rows,
     make_labels,
@@ -25,17 +27,32 @@ from .arguments import (
     make_rules,
     make_trajectory,
     ranking_rules,
+    recording_rules,
     row_constants,
 )
 from .backward import Kept, MakerOut, backward_kernel
 from .bookkeeping import Results, Samples, bookkeeping_kernel
 from .forward import forward_kernel
 from .gradients import Grads
+from .history import record_kernel
 from .positions import positions_kernel
 from .ranking import ranking_kernel
 from .rows import Labels, Rules, Stats, plan_stats, split_number
 from .single import scale_kernel, single_kernel
 from .tiling import fits_one, sample_block, tile
+
+__all__ = [
+    "INTERPRETED",
+    "fake_kept",
+    "fuse",
+    "fuse_backward",
+    "is_small",
+    "objective",
+    "objective_backward",
+    "ranking",
+    "record",
+    "scale_gradients",
+]
 
 _NO_GRADS = Grads(None, None, None, None, None, None, None)
 _NO_MAKERS = MakerOut(None, None)
@@ -48,6 +65,20 @@ class Made(NamedTuple):
     stats: Tensor
     inverse: Tensor
     ranking_grad: Tensor  # empty without ranking
+
+
+def fake_kept(rows: Tensor, ranks: bool, weight_rule: WeightRule, loss_rule: LossRule) -> list[Tensor]:
+    """Empty tensors like those of ``Made``; ``rows`` is ``[M, B, *]`` in the accumulating dtype."""
+    slots = plan_stats(len(rows), make_rules(weight_rule, loss_rule))
+    num, batch = rows.shape[:2]
+    ranking_grad = rows.new_empty((num, batch) if ranks else (0,))
+    return [rows.new_empty((slots.size, rows[0].numel())), rows.new_empty((num + 1,)), ranking_grad]
+
+
+def is_small(logits: Sequence[Tensor], pairs: str) -> bool:
+    """Whether the objective and its gradients take one launch."""
+    first = logits[0]
+    return first.dim() == 2 and fits_one(len(logits), first.shape[1], first.shape[0], pairs)
 
 
 # Fusion alone (Eq. 13, 9, 11)
@@ -70,7 +101,8 @@ def fuse(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> 
         *(rows.num_rows, rows.num_classes, 1),
         **row_constants(rows, rules, plan_stats(len(logits), rules), dtype, tiling),
     )
-    return rows.extra[0], weights, energy
+    give_back(rows.extra, [fused])
+    return fused, weights, energy
 
 
 def fuse_backward(
@@ -108,6 +140,25 @@ def ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tens
     return partial.sum().to(weights.dtype), grad
 
 
+# The loss history (Eq. 14)
+
+
+def record(
+    history: Tensor, low: Tensor, span: Tensor, visits: Tensor | None, start_epoch: int, losses: Tensor, index: Tensor
+) -> None:
+    """``trajectory.record``: one launch of one program."""
+    num, batch = losses.shape
+    past = history.new_empty((2, num, batch))
+    trajectory = Past(history, low, span, visits, index, start_epoch, minmax=True, ranks=False, records=True)
+    launch(
+        record_kernel,
+        1,
+        history.device,
+        *(make_trajectory(None, trajectory), losses.contiguous(), past, batch),
+        **{"M": num, "SB": 1024, "RULES": recording_rules(), "num_warps": 8},
+    )
+
+
 # The objective (Eq. 18)
 
 
@@ -143,23 +194,23 @@ def objective(
     loss_rule: LossRule,
     detach_weights: bool,
     gradients: bool,
+    maker_gradients: bool,
     return_logits: bool,
     past: Past | None = None,
-) -> tuple[Losses, Made, list[Tensor]]:
-    """Every loss of Eq. 18; with ``past``, kappa from the history and this batch into it.
+) -> tuple[Losses, list[Tensor], MakerGrads | None, list[Tensor]]:
+    """Every loss of Eq. 18; the gradients of the loss with respect to the logits, in the accumulating dtype, and to
+    what made the weights, where asked for; and what ``objective_backward`` needs. With ``past``, kappa comes from the
+    history and the batch goes into it.
 
-    Two launches, which leave what ``objective_backward`` needs; or where ``gradients`` are asked for and the batch is
-    small, one, which makes the gradients of the loss too, in the accumulating dtype.
+    Two launches, or three with ``gradients``, but one where the batch is small.
     """
     num, first = len(logits), logits[0]
     dtype, batch = accumulate_dtype(logits), first.shape[0]
     fused = torch.empty_like(first, dtype=dtype) if return_logits else first.new_empty((0,), dtype=dtype)
     rows = lay_rows(logits, present, *([fused] if return_logits else []))
-    if return_logits:
-        fused = rows.extra[0]
     positions = rows.num_rows // batch
     ranks = kappa is not None if past is None else past.ranks
-    single = gradients and positions == 1 and fits_one(num, rows.num_classes, batch, loss_rule.pairs)
+    single = gradients and not maker_gradients and is_small(logits, loss_rule.pairs)
     rules = make_rules(weight_rule, loss_rule, detach_weights, single, ranks, past)
     slots = plan_stats(num, rules)
     out = _allocate(logits, dtype, rows.num_rows, slots, fused, ranks, rules.reads)
@@ -170,7 +221,13 @@ def objective(
     trajectory, labels = make_trajectory(kappa, past), make_labels(target, loss_rule)
     tiling = tile(num, rows.num_classes, rows.num_rows, alone=single)
     where = (rows.logits, rows.layout.sizes, rows.layout.strides, rows.present, rows.layout.present_strides)
-    written = (made.stats, fused if return_logits else None, losses.weights, losses.energy, losses.sample_losses)
+    written = (
+        made.stats,
+        rows.extra[0] if return_logits else None,
+        losses.weights,
+        losses.energy,
+        losses.sample_losses,
+    )
     samples = Samples(losses.weights, losses.sample_losses, made.stats[slots.fused_loss], out.past, None, None, None)
     if positions == 1 and (rules.weighted or rules.smoothing):
         samples = samples._replace(numerator=made.stats[slots.numerator], denominator=made.stats[slots.denominator])
@@ -194,7 +251,7 @@ def objective(
             **constants,
             **by_samples,
         )
-        return losses, made, d_logits
+        return losses, d_logits, None, list(made)
 
     counter = first.new_empty((1,), dtype=torch.int32)
     launch(
@@ -205,6 +262,8 @@ def objective(
         *(rows.num_rows, rows.num_classes, positions),
         **constants,
     )
+    if return_logits:
+        give_back(rows.extra, [fused])
     if positions > 1 or first.dim() > 2:
         samples = _sample_means(samples, losses.energy, made.stats, batch, positions, rules, slots)
         losses = Losses(*losses[:7], samples.losses)
@@ -215,12 +274,19 @@ def objective(
         *(samples, results, trajectory, partial, counter, batch, ranking_weight),
         **{"M": num, **by_samples, "GB": 128, "RULES": rules, "ACC": TYPES[dtype], "num_warps": block.warps},
     )
-    return losses, made, []
+    if not gradients:
+        return losses, [], None, list(made)
+    rules = make_rules(weight_rule, loss_rule, detach_weights, unit=True)
+    kept = Kept(made.stats, made.inverse, ranking_grad, None)
+    d_logits, d_makers = _backward(
+        _NO_GRADS, kept, logits, labels, weight_rule, rules, loss_rule.ranking_weight, maker_gradients, dtype
+    )
+    return losses, d_logits, d_makers, list(made)
 
 
 def objective_backward(
     grads: Sequence[Tensor | None],
-    made: Made,
+    kept: Sequence[Tensor],
     logits: Sequence[Tensor],
     target: Tensor,
     weight_rule: WeightRule,
@@ -234,10 +300,18 @@ def objective_backward(
         *(loss, fused_loss, None if unimodal_losses is None else unimodal_losses.contiguous(), of_ranking, fused),
         *(None if x is None else x.contiguous() for x in (weights, energy)),
     )
-    kept = Kept(made.stats, made.inverse, made.ranking_grad if made.ranking_grad.numel() else None, None)
-    rules = make_rules(weight_rule, loss_rule, detach_weights)
-    labels = make_labels(target, loss_rule)
-    return _backward(given, kept, logits, labels, weight_rule, rules, loss_rule.ranking_weight, maker_gradients)
+    made = Made(*kept)
+    ranking_grad = made.ranking_grad if made.ranking_grad.numel() else None
+    return _backward(
+        given,
+        Kept(made.stats, made.inverse, ranking_grad, None),
+        logits,
+        make_labels(target, loss_rule),
+        weight_rule,
+        make_rules(weight_rule, loss_rule, detach_weights),
+        loss_rule.ranking_weight,
+        maker_gradients,
+    )
 
 
 def scale_gradients(d_logits: Sequence[Tensor], scale: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
@@ -265,12 +339,13 @@ def _backward(
     rules: Rules,
     ranking_weight: float,
     maker_gradients: bool,
+    grad_dtype: torch.dtype | None = None,  # default: the logits' own
 ) -> tuple[list[Tensor], MakerGrads | None]:
     num, first = len(logits), logits[0]
     dtype = accumulate_dtype(logits)
-    d_logits = [torch.empty_like(x) for x in logits]
+    d_logits = [torch.empty_like(x, dtype=grad_dtype) for x in logits]
     rows = lay_rows(logits, None, *d_logits, *([] if grads.fused is None else [grads.fused]))
-    d_logits, incoming = list(rows.extra[:num]), rows.extra[num:]
+    written, incoming = rows.extra[:num], rows.extra[num:]
     strides = rows.layout.strides
     tiling = tile(num, rows.num_classes, rows.num_rows)
     programs = -(-rows.num_rows // tiling.rows)
@@ -281,10 +356,11 @@ def _backward(
         first.device,
         *(rows.logits, rows.layout.sizes, strides[:num] + strides[2 * num :], make_makers(rule), labels),
         *(grads._replace(fused=incoming[0] if incoming else None), kept, split_number(float(ranking_weight))),
-        *(tuple(d_logits), strides[num : 2 * num], out, rows.num_rows, rows.num_classes),
+        *(written, strides[num : 2 * num], out, rows.num_rows, rows.num_classes),
         rows.num_rows // first.shape[0],
         **row_constants(rows, rules, plan_stats(num, rules), dtype, tiling),
     )
+    give_back(written, d_logits)
     return d_logits, _maker_grads(out, rule, rows) if maker_gradients else None
 
 

@@ -1,0 +1,86 @@
+"""Where the operators are registered, and which implementation a call takes.
+
+PyTorch's dispatcher picks it from the tensors' device: Triton's kernels on CUDA and ROCm, plain PyTorch elsewhere and
+where there is no Triton. ``backend`` forces one. Loaded twice in one process (from two paths), the second copy
+registers under a name of its own.
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKENDS = (None, "torch", "triton")
+
+_OPERATORS = ("fuse", "fuse_backward", "objective", "objective_backward", "ranking", "record")
+
+
+def _free_namespace() -> str:
+    if not any(hasattr(torch.ops.qmf, operator) for operator in _OPERATORS):
+        return "qmf"
+    return "qmf_" + hashlib.sha256(__file__.encode()).hexdigest()[:12]
+
+
+NAMESPACE = _free_namespace()
+ops: Any = getattr(torch.ops, NAMESPACE)
+_registry: Any = torch.library
+_library = _registry.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(schema: str, in_torch: Callable[..., Any], in_triton: Callable[..., Any] | None, fake: Any) -> None:
+    """Register an operator whose implementations take the schema's arguments."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, below_autograd(in_torch), "CompositeExplicitAutograd")
+    if in_triton is not None:
+        _library.impl(name, below_autograd(in_triton), "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.library.custom_op does too: a quarter of a small batch's time would go into autograd's bookkeeping."""
+
+    @functools.wraps(implementation)
+    def inner(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*inputs)
+
+    return inner
+
+
+@functools.cache
+def has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a module that somebody has put aside
+        return False
+
+
+@functools.cache
+def fused() -> Any:
+    """The launchers of the Triton kernels, imported when they are first needed."""
+    return importlib.import_module(".fused.operators", __package__)
+
+
+def takes_triton(device: torch.device, backend: str | None) -> bool:
+    """Whether a call on tensors of ``device`` runs Triton's kernels.
+
+    Raises:
+        RuntimeError: ``backend="triton"`` where they can't run.
+    """
+    if backend != "triton":
+        return backend is None and device.type == "cuda" and has_triton()
+    if not has_triton():
+        raise RuntimeError("backend='triton' needs Triton: pip install triton (on Linux)")
+    if device.type == "cpu" and not fused().INTERPRETED:
+        raise RuntimeError(
+            "backend='triton' on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 in the environment "
+            "before Python starts; or move the tensors to a CUDA or ROCm device"
+        )
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise RuntimeError(f"backend='triton' needs CUDA or ROCm tensors, got a tensor on {device}")
+    return True

@@ -1,0 +1,115 @@
+"""``backend="triton"`` behind the public interface: the numbers of PyTorch, and what to do where it can't run."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from qmf_fusion import QMFLoss, QualityAwareFusion
+from qmf_fusion.functional import qmf_objective
+from qmf_kernels import registry
+
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, TRITON_INTERPRET=1"
+)
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "many": ({"nonnegative": True}, {"pairs": "all", "form": "margin", "start_epoch": 2}),
+    "learnable": ({"learnable": True, "temperature": 2.0}, {"label_smoothing": 0.1}),
+    "normalize": ({"normalize": True, "detach_weights": True}, {"form": "released", "rescale": None}),
+    "msp": ({"uncertainty": "msp"}, {"weight": torch.tensor([1.0, 0.5, 2.0, 0.0])}),
+    "callable": ({"uncertainty": lambda x: -x.square().mean(-1)}, {}),
+    "dense": ({"class_dim": 1}, {"ignore_index": 3}),
+    "lognorm": ({"normalize_logits": 1.0}, {}),
+}
+
+
+def run(backend: str | None, name: str, dtype: torch.dtype, return_logits: bool = True) -> list[torch.Tensor]:
+    """Three training steps, and a fourth whose backward starts elsewhere."""
+    options, loss_options = OPTIONS[name]
+    fusion = QualityAwareFusion(3, **options)
+    criterion = QMFLoss(fusion, 12, 0.5, backend=backend, return_logits=return_logits, **loss_options)
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for step in range(4):
+        shape = (7, 4, 3) if name == "dense" else (7, 4)
+        rows = [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+        target = torch.randint(4, (shape[0], *shape[2:]), generator=generator)
+        index = torch.randint(12, (7,), generator=generator)
+        present = torch.rand(3, 7, generator=generator) > 0.2
+        out = criterion(rows, target, index, present if step % 2 else None)
+        if step < 3:
+            out.loss.backward()
+        else:
+            (out.unimodal_losses[0] + 3 * out.energy.nan_to_num(posinf=0).mean() + out.weights.sum()).backward()
+        found += [x.detach() for x in out] + [x.grad for x in rows]
+    return [*found, *criterion.state_dict().values(), *(p.grad for p in criterion.parameters())]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_same_steps_as_pytorch(name: str, dtype: torch.dtype) -> None:
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    for x, y in zip(run("triton", name, dtype), run("torch", name, dtype), strict=True):
+        torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("name", ["plain", "dense"])
+def test_without_fused_logits_all_else_is_the_same(name: str, backend: str) -> None:
+    full, lean = (run(backend, name, torch.float32, return_logits) for return_logits in (True, False))
+    assert sum(x.shape != y.shape for x, y in zip(full, lean, strict=True)) == 4
+    for x, y in zip(full, lean, strict=True):
+        if y.numel():
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_robust_leaves_fused_logits_out_too() -> None:
+    criterion = QMFLoss(QualityAwareFusion.robust(2), 3, return_logits=False)
+    out = criterion([torch.randn(3, 4) for _ in range(2)], torch.arange(3), torch.arange(3))
+    assert out.logits.shape == (0,)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rows", [5, 2000])
+def test_backward_twice_and_scaled(rows: int) -> None:
+    """Both where one launch makes the gradients and where the backward does."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(rows, 5, generator=generator).requires_grad_() for _ in range(2)]
+    target, kappa = torch.arange(rows) % 5, torch.rand(2, rows, generator=generator)
+    expected = torch.autograd.grad(qmf_objective(heads, target, kappa, backend="torch").loss, heads)
+    loss = qmf_objective(heads, target, kappa, backend="triton").loss
+    for scale in (1.0, 1024.0, 0.5):
+        grads = torch.autograd.grad(loss * scale, heads, retain_graph=True)
+        for x, y in zip(grads, expected, strict=True):
+            torch.testing.assert_close(x / scale, y, atol=1e-6, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="differentiated again"):
+        torch.autograd.grad(loss, heads, create_graph=True)[0].sum().backward()
+
+
+@needs_interpreter
+def test_a_loss_scale_reaches_small_half_precision_gradients() -> None:
+    heads = [torch.tensor([[20.0, 0.0]], dtype=torch.float16, requires_grad=True) for _ in range(2)]
+    loss = qmf_objective(heads, torch.tensor([0]), None, backend="triton").loss
+    grad = torch.autograd.grad(loss * 2.0**16, heads)[0]
+    assert grad.dtype == torch.float16
+    assert grad[0, 1] > 0
+
+
+def test_without_the_interpreter_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    if registry.has_triton():
+        monkeypatch.setattr(registry.fused(), "INTERPRETED", False)
+    heads = [torch.randn(2, 3) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r"backend='triton' .*(TRITON_INTERPRET=1|pip install triton)"):
+        qmf_objective(heads, torch.tensor([0, 1]), None, backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend='triton'"):
+        QMFLoss(QualityAwareFusion(2), 2, backend="triton")(heads, torch.tensor([0, 1]), torch.arange(2))
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match=r"backend='triton' needs Triton: pip install triton"):
+        qmf_objective([torch.randn(2, 3)] * 2, torch.tensor([0, 1]), None, backend="triton")
