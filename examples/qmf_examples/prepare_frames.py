@@ -62,8 +62,8 @@ def prepare_frames(
     """Write one PNG per frame, RGB left and depth right; what an earlier run finished stays as it is.
 
     A broken frame is left out and told in the outcome. A file appears under its name once it is complete, so a run
-    killed at any moment leaves finished frames and, at worst, ``.part`` files, which the next run removes. Of two runs at
-    the same time onto the same folder, the second is refused.
+    killed at any moment leaves finished frames and, at worst, ``.part`` files, which the next run removes. Of two runs
+    at the same time onto the same folder, the second is refused.
 
     Args:
         frames: with distinct targets.

@@ -19,6 +19,7 @@ from .learners import (
     Learner,
     MMTMFusion,
     QualityAware,
+    RankedAverage,
     Trusted,
     classifier,
     make_fusion,
@@ -66,7 +67,8 @@ def build_learner(settings: Settings, num_classes: int, num_samples: int, pretra
         return Trusted(heads, head(2 * rgb.width) if method == "etmc" else None)
     fusion = make_fusion(method, NAMES, num_classes, settings.detach_weights)
     objective = objective_options(method, settings.ranking_weight, settings.form, settings.pairs)
-    return QualityAware(heads, num_samples, objective, fusion)
+    fused = RankedAverage if method == "ranking-only" else QualityAware
+    return fused(heads, num_samples, objective, fusion)
 
 
 @dataclass(frozen=True)

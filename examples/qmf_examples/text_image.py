@@ -16,6 +16,7 @@ from .learners import (
     LateFusion,
     Learner,
     QualityAware,
+    RankedAverage,
     Trusted,
     Whole,
     classifier,
@@ -74,7 +75,8 @@ def build_learner(
         return Trusted(heads, head(text.width + pictures.width) if method == "etmc" else None)
     fusion = make_fusion(method, tuple(heads), num_classes, settings.detach_weights)
     objective = objective_options(method, settings.ranking_weight, settings.form, settings.pairs)
-    return QualityAware(heads, num_samples, objective, fusion)
+    fused = RankedAverage if method == "ranking-only" else QualityAware
+    return fused(heads, num_samples, objective, fusion)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import pytest
 
 from qmf_examples.errors import CommandError
-from qmf_examples.settings import differences, load_run, read_settings, resolve, write_settings
+from qmf_examples.settings import ABLATION, METHODS, differences, load_run, read_settings, resolve, write_settings
+from qmf_examples.train_cli import choose_methods
 
 
 def test_defaults_are_the_released_ones():
@@ -73,3 +74,10 @@ def test_yaml_holds_plain_values_only(tmp_path):
             read_settings(file)
     with pytest.raises(CommandError, match="No such file"):
         read_settings(tmp_path / "none.yaml")
+
+
+def test_method_takes_names_and_groups():
+    assert choose_methods("nyud2", "ablation, rgb,late") == (*ABLATION, "rgb")
+    assert choose_methods("mvsa", "all") == METHODS["mvsa"]
+    with pytest.raises(CommandError, match=r"--method: rgb is none of mvsa's: bow, .* all, ablation"):
+        choose_methods("mvsa", "qmf,rgb")
