@@ -94,20 +94,7 @@ def load_training(settings: Settings) -> RGBDData:
         CommandError: so few samples of every class that none is held out.
     """
     known, root = DATA_SETS[settings.data_set], Path(settings.data_root)
-    images = PairedImages(
-        known,
-        root,
-        "train",
-        transform=v2.Compose(
-            [
-                v2.Resize((settings.load_size, settings.load_size)),
-                v2.RandomCrop(settings.image_size),
-                v2.RandomHorizontalFlip(),
-            ]
-        ),
-        finish=_to_tensors(settings),
-        skip_bad=settings.skip_bad,
-    )
+    images = load_images(settings)
     as_tested = v2.Resize((settings.image_size, settings.image_size))
     if settings.selection == "test":
         select: Dataset[Any] = PairedImages(
@@ -125,6 +112,24 @@ def load_training(settings: Settings) -> RGBDData:
             )
         train, select = torch.utils.data.Subset(images, rest), torch.utils.data.Subset(same, held)
     return RGBDData(train, select, len(images.classes), len(images), tuple(images.classes), len(images.faults))
+
+
+def load_images(settings: Settings) -> PairedImages:
+    """The whole training split, with random crops and flips, the same for both images of a pair."""
+    return PairedImages(
+        DATA_SETS[settings.data_set],
+        Path(settings.data_root),
+        "train",
+        transform=v2.Compose(
+            [
+                v2.Resize((settings.load_size, settings.load_size)),
+                v2.RandomCrop(settings.image_size),
+                v2.RandomHorizontalFlip(),
+            ]
+        ),
+        finish=_to_tensors(settings),
+        skip_bad=settings.skip_bad,
+    )
 
 
 def load_test(settings: Settings, corrupt: Any = None) -> PairedImages:

@@ -95,15 +95,15 @@ class TextImageData:
 def load_training(settings: Settings) -> TextImageData:
     """Read and check the data; the epoch is chosen on dev, as in the released code, or with ``"test"`` on test."""
     numbering = load_texts_numbering(settings)
-    train = _read(settings, "train", numbering)
-    select = _read(settings, "test" if settings.selection == "test" else "dev", numbering)
+    train = load_texts(settings, "train", numbering)
+    select = load_texts(settings, "test" if settings.selection == "test" else "dev", numbering)
     faults = len(train.faults) + len(select.faults)
     return TextImageData(train, select, len(train.classes), len(train), tuple(train.classes), faults, numbering)
 
 
 def load_test(settings: Settings, numbering: Numbering, corrupt: Any = None, corrupt_text: Any = None) -> TextImages:
     """The test split; ``corrupt`` acts on the resized image before the crop, as in the released code."""
-    return _read(settings, "test", numbering, corrupt, corrupt_text)
+    return load_texts(settings, "test", numbering, corrupt, corrupt_text)
 
 
 def load_texts_numbering(settings: Settings) -> Numbering:
@@ -116,9 +116,10 @@ def load_texts_numbering(settings: Settings) -> Numbering:
     return load_numbering(settings.text_model, texts, settings.max_tokens)
 
 
-def _read(
+def load_texts(
     settings: Settings, split: str, numbering: Numbering, corrupt: Any = None, corrupt_text: Any = None
 ) -> TextImages:
+    """One split, as tensors and numbers; see ``load_test`` for the corruptions."""
     known = DATA_SETS[settings.data_set]
     return TextImages(
         known,

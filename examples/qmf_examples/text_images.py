@@ -148,7 +148,8 @@ class TextImages(Dataset[TextImageSample]):
             image = Image.new("RGB", (256, 256), (128, 128, 128))
         else:
             try:
-                image = open_image(file_inside(self.root, row.img)).convert("RGB")
+                image = open_image(file_inside(self.root, row.img))
+                image = image if image.mode == "RGB" else image.convert("RGB")
             except DataError as error:
                 raise DataError(f"{self.root / self.split}.jsonl, line {row.line}: {error}") from error
         made: Any = image if self.transform is None else self.transform(image)
