@@ -106,14 +106,20 @@ def _plain_file(root: Path, name: str) -> Path | None:
     return Path(step) if stat.S_ISREG(mode) else None
 
 
-def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> "Image":
+def open_image(path: Path, max_pixels: int = MAX_PIXELS, deep: bool = False) -> "Image":
     """The image, decoded whole.
 
+    Args:
+        path: of the file.
+        max_pixels: how many it may have.
+        deep: whether grey values of 16 or more bits will do, which as RGB would be cut off at 255.
+
     Raises:
-        DataError: it cannot be read, is truncated, is none of ``FORMATS``, or has more than ``max_pixels`` pixels.
+        DataError: it cannot be read, is truncated, is none of ``FORMATS``, has more than ``max_pixels`` pixels, or
+            deeper ones than wanted.
     """
     with _image_errors(path), path.open("rb") as file:
-        image = _decoder(file, path.name, max_pixels)
+        image = _decoder(file, path.name, max_pixels, deep)
         image.load()
     return image
 
@@ -132,7 +138,7 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     return size
 
 
-def _decoder(file: BinaryIO, name: str, max_pixels: int) -> "Image":
+def _decoder(file: BinaryIO, name: str, max_pixels: int, deep: bool = False) -> "Image":
     from PIL import Image
 
     if not file.read(1):
@@ -142,6 +148,8 @@ def _decoder(file: BinaryIO, name: str, max_pixels: int) -> "Image":
     # A bound of the reader's own: Pillow's warns first and refuses at twice as many.
     if image.size[0] * image.size[1] > max_pixels:
         raise DataError(f"refused: {name} has {image.size[0]} x {image.size[1]} pixels, more than {max_pixels:,}")
+    if image.mode.startswith(("I", "F")) and not deep:
+        raise DataError(f"refused: {name} has grey values of more than 8 bits (mode {image.mode})")
     return image
 
 

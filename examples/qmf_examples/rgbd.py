@@ -25,7 +25,7 @@ from .learners import (
     make_fusion,
     objective_options,
 )
-from .paired_images import PairedImages
+from .paired_images import PairedImages, check_every_class
 from .settings import Settings
 from .stratified_split import stratified_split
 
@@ -95,6 +95,7 @@ def load_training(settings: Settings) -> RGBDData:
     """
     known, root = DATA_SETS[settings.data_set], Path(settings.data_root)
     images = load_images(settings)
+    check_every_class(images.classes, images.labels, root / "train")
     as_tested = v2.Resize((settings.image_size, settings.image_size))
     if settings.selection == "test":
         select: Dataset[Any] = PairedImages(

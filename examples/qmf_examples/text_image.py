@@ -24,6 +24,7 @@ from .learners import (
     objective_options,
 )
 from .mmbt import MultimodalBert
+from .paired_images import check_every_class
 from .settings import Settings
 from .text_encoders import BagOfWords, BertEncoder, Numbering, WordNumbers, load_bert, load_numbering, pad
 from .text_images import TextImages, read_rows
@@ -96,6 +97,7 @@ def load_training(settings: Settings) -> TextImageData:
     """Read and check the data; the epoch is chosen on dev, as in the released code, or with ``"test"`` on test."""
     numbering = load_texts_numbering(settings)
     train = load_texts(settings, "train", numbering)
+    check_every_class(train.classes, train.labels, Path(settings.data_root) / "train.jsonl")
     select = load_texts(settings, "test" if settings.selection == "test" else "dev", numbering)
     faults = len(train.faults) + len(select.faults)
     return TextImageData(train, select, len(train.classes), len(train), tuple(train.classes), faults, numbering)

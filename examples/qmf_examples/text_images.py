@@ -1,5 +1,6 @@
 """FOOD101 and MVSA: JSON lines of id, label, text and img, as a torch data set."""
 
+import codecs
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,8 @@ def read_rows(known: DataSet, file: Path) -> tuple[list[Row], list[Fault]]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     row = _parse(line, number)
                     if isinstance(row, str):

@@ -126,8 +126,8 @@ def _absolute(settings: Settings) -> dict[str, Any]:
 
 
 def _seeds(first: Any, count: Any) -> range:
-    if not isinstance(first, int) or not isinstance(count, int) or count < 1:
-        raise CommandError(f"seed and seeds must be whole numbers, got {first!r} and {count!r}")
+    if type(first) is not int or type(count) is not int or count < 1:
+        raise CommandError(f"seed and seeds must be whole numbers, seeds at least 1, got {first!r} and {count!r}")
     return range(first, first + count)
 
 

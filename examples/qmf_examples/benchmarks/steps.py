@@ -59,11 +59,11 @@ def measure_step(settings: Settings, device: str, repeats: int, tokens: int) -> 
     make = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     optimizer = make(learner.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     runs = [_step(learner, inputs, target, index, optimizer, device) for _ in range(WARM_UP + repeats)][WARM_UP:]
-    paired = DATA_SETS[settings.data_set].paired
+    paired, tiny = DATA_SETS[settings.data_set].paired, settings.text_model == "tiny"
     medians = [statistics.median(phases) for phases in zip(*runs, strict=True)]
     return Step(
         settings.data_set,
-        f"2 x {settings.backbone}" if paired else f"{settings.text_model} BERT + {settings.backbone}",
+        f"2 x {settings.backbone}" if paired else f"{'tiny BERT' if tiny else 'BERT-base'} + {settings.backbone}",
         device,
         settings.batch_size,
         settings.image_size,
