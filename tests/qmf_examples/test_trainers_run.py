@@ -345,12 +345,13 @@ def test_an_interrupt_in_the_middle_of_an_epoch_is_one_line_and_can_be_resumed(s
 
     def interrupted(self, batch, number):
         seen.append(number)
-        if len(seen) == 3:
+        if len(seen) == 6:  # of four batches an epoch
             raise KeyboardInterrupt
         return step(self, batch, number)
 
     monkeypatch.setattr(TrainingModule, "training_step", interrupted)
-    arguments = ["train", "mvsa", "--quick", "--data-root", str(sample("mvsa")), "--output", str(tmp_path / "runs")]
+    arguments = ["train", "mvsa", "--quick", "--batch-size", "4", "--output", str(tmp_path / "runs")]
+    arguments += ["--data-root", str(sample("mvsa"))]
     try:
         assert main(arguments) == 130
     finally:
