@@ -90,8 +90,7 @@ def _one_thread():
 
 @pytest.mark.parametrize(
     ("data_set", "method"),
-    [(name, method) for name in ("nyud2", "mvsa") for method in METHODS[name]]
-    + [("sunrgbd", "qmf"), ("food101", "qmf")],
+    [(name, method) for name in ("nyud2", "mvsa") for method in METHODS[name]],
 )
 def test_every_method_trains_and_loads(data_set, method, sample, tmp_path):
     settings = resolve(data_set, QUICK, SMALL, {"data_root": str(sample(data_set)), "method": method, "epochs": 1})
@@ -103,6 +102,20 @@ def test_every_method_trains_and_loads(data_set, method, sample, tmp_path):
     state = read_checkpoint(tmp_path / "run" / "last.ckpt")["state_dict"]
     for name, value in learner.state_dict().items():
         torch.testing.assert_close(value, state[f"learner.{name}"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("data_set", "classes"), [("sunrgbd", 19), ("food101", 101)])
+def test_the_other_two_sets_from_inspection_to_evaluation(data_set, classes, sample, tmp_path, capsys):
+    root = ["--data-root", str(sample(data_set))]
+    assert main(["inspect", data_set, *root]) == 0
+    train = ["train", data_set, "--quick", "--limit-batches", "2", *root, "--output", str(tmp_path / "runs")]
+    assert main(train) == 0, capsys.readouterr().err
+    assert main([*train, "--resume"]) == 0
+    assert main(["evaluate", str(tmp_path / "runs"), "--levels", "0,5", "--noise", "salt-pepper"]) == 0
+    written = json.loads((tmp_path / "runs" / "evaluation" / "results.json").read_text())
+    assert [(cell["method"], cell["level"]) for cell in written["cells"]] == [("qmf", 0), ("qmf", 5)]
+    sizes = read_checkpoint(tmp_path / "runs" / "qmf" / "seed1" / "best.ckpt")["sizes"]
+    assert sizes["num_classes"] == classes
 
 
 def test_it_learns_what_the_sample_shows(sample, tmp_path):
