@@ -1,9 +1,11 @@
 """What every public call checks of its arguments before it computes: errors that name the argument.
 
 Nothing here waits for a device: values are looked at only where they lie in the host's memory, outside of
-``torch.compile``. On a device an out-of-range target or index ends in a device-side assertion.
+``torch.compile``; class weights also once, where a module is made. On a device an out-of-range target or index ends in
+a device-side assertion.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -152,6 +154,23 @@ def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
         if low < 0 or high >= num_samples:
             raise IndexError(f"index must be within the trajectory's {num_samples} samples, got {low} to {high}")
     return index.long()
+
+
+def check_class_weight(weight: Tensor | None, num_classes: int | None = None, once: bool = False) -> None:
+    """Class weights ``[K]``, finite and at least 0; on a device, where that takes a wait, only if ``once``."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or weight.is_complex():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"class_weight must be a tensor [K] of real numbers or None, got {got}")
+    if weight.dim() != 1 or num_classes not in (None, len(weight)):
+        raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
+    if torch.compiler.is_compiling() or weight.is_meta or not (weight.is_cpu or once):
+        return
+    wrong = ~((weight >= 0) & (weight < math.inf))
+    if bool(wrong.any()):
+        first = int(wrong.int().argmax())
+        raise ValueError(f"class_weight must be finite and at least 0, got {weight[first].item()} for class {first}")
 
 
 def check_count(name: str, value: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 import qmf_kernels
 from qmf_kernels import BACKENDS, FORMS, PAIRS, Past
 
-from .checks import Logits, check_choice, check_logits, check_present, check_target
+from .checks import Logits, check_choice, check_class_weight, check_logits, check_present, check_target
 from .uncertainty import energy_score
 
 __all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_loss"]
@@ -211,7 +211,8 @@ def qmf_objective(
         normalize: see ``QualityAwareFusion``.
         nonnegative: see ``QualityAwareFusion``.
         detach_weights: see ``QualityAwareFusion``.
-        class_weight: ``[K]``, as ``weight`` in ``torch.nn.CrossEntropyLoss``, for every cross-entropy.
+        class_weight: ``[K]``, finite and at least 0, as ``weight`` in ``torch.nn.CrossEntropyLoss``, for every
+            cross-entropy. On a device its values are not looked at, for that would wait for it at every step.
         label_smoothing: as there.
         ignore_index: as there; but where nothing is left to average, the loss is 0 rather than NaN.
         return_logits: False leaves the fused logits out, which training needs not: on a GPU that saves writing them.
@@ -279,7 +280,8 @@ def objective_with(
     return ObjectiveOutput(*qmf_kernels.Objective.apply(target, kappa, present, *rule, *options, *flags, *rows))
 
 
-def check_loss_options(options: LossOptions, num_classes: int | None = None) -> None:
+def check_loss_options(options: LossOptions, num_classes: int | None = None, once: bool = False) -> None:
+    """``once`` looks at class weights on any device, which waits for it: for what is not done at every step."""
     check_choice("form", options.form, FORMS)
     check_choice("pairs", options.pairs, PAIRS)
     for name, value, most in (
@@ -290,11 +292,7 @@ def check_loss_options(options: LossOptions, num_classes: int | None = None) -> 
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 <= value <= most or value == math.inf:
             raise ValueError(f"{name} must be {'from 0 to 1' if most == 1 else 'finite and at least 0'}, got {value}")
-    weight = options.class_weight
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"class_weight must be a tensor [K] or None, got {type(weight).__name__}")
-    if weight is not None and (weight.dim() != 1 or num_classes not in (None, len(weight))):
-        raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
+    check_class_weight(options.class_weight, num_classes, once)
 
 
 # Comparisons with infinity leave out what is not finite, NaN included.

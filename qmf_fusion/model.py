@@ -63,7 +63,8 @@ class FusionModel(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.fusion = fusion
         self.dropout = ModalityDropout(modality_dropout, dropout_seed) if modality_dropout else None
-        self._frozen: set[str] = set()
+        # What ``freeze`` turned off, by head and by the parameter's name in it, so that copies and pickles know too.
+        self._frozen: dict[str, set[str]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,17 +134,38 @@ class FusionModel(nn.Module):
         Raises:
             ValueError: a name that is no head's.
         """
-        return self._set_frozen(names, True)
+        for name in self._known(names or self.names):
+            off = self._turned_off()
+            took = {key for key, p in self.heads[name].named_parameters() if p.requires_grad or p in off}
+            self._frozen[name] = self._frozen.get(name, set()) | took
+            self.heads[name].requires_grad_(False).eval()
+        return self
 
     def unfreeze(self, *names: str) -> Self:
-        """Train these heads again (all of them, if none is named)."""
-        return self._set_frozen(names, False)
+        """Train these heads again (all of them, if none is named).
 
-    def _set_frozen(self, names: tuple[str, ...], frozen: bool) -> Self:
-        for name in self._known(names or self.names):
-            self.heads[name].requires_grad_(not frozen)
-            (self._frozen.add if frozen else self._frozen.discard)(name)
-        return self.train(self.training)
+        Parameters that were frozen before ``freeze`` stay so, and so does what a head that is still frozen shares.
+
+        Raises:
+            ValueError: a name that is no head's.
+        """
+        chosen = self._known(names or self.names)
+        took = {name: self._frozen.pop(name) for name in dict.fromkeys(chosen) if name in self._frozen}
+        off = self._turned_off()
+        for name, keys in took.items():
+            for key, p in self.heads[name].named_parameters():
+                if key in keys and p not in off:
+                    p.requires_grad_(True)
+            self.heads[name].train(self.training)
+        for name in self._frozen:
+            self.heads[name].eval()
+        return self
+
+    def _turned_off(self) -> set[nn.Parameter]:
+        """Every parameter that ``freeze`` holds."""
+        return {
+            p for name, keys in self._frozen.items() for key, p in self.heads[name].named_parameters() if key in keys
+        }
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -155,6 +177,8 @@ class FusionModel(nn.Module):
         self, options: Mapping[str, Mapping[str, Any]] | None = None, **defaults: Any
     ) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: one per head that is not frozen, and one for a learnable fusion.
+
+        A parameter that several heads share is given once, with the first of them.
 
         Args:
             options: by head's name (or ``"fusion"``), that group's own settings.
@@ -172,8 +196,10 @@ class FusionModel(nn.Module):
         self._known(tuple(name for name in options if name != "fusion"))
         modules = {**self.heads, "fusion": self.fusion}
         groups = []
+        given: set[nn.Parameter] = set()
         for name, module in modules.items():
-            parameters = [p for p in module.parameters() if p.requires_grad]
+            parameters = [p for p in module.parameters() if p.requires_grad and p not in given]
+            given.update(parameters)
             if parameters:
                 groups.append({"params": parameters, "name": name, **defaults, **options.get(name, {})})
         return groups

@@ -23,7 +23,8 @@ class QMFLoss(nn.Module):
         pairs: see ``TrajectoryRankingLoss``.
         rescale: see ``TrajectoryRankingLoss``.
         start_epoch: see ``TrajectoryRankingLoss``.
-        weight: class weights ``[K]``, as in ``torch.nn.CrossEntropyLoss``, for every cross-entropy.
+        weight: class weights ``[K]``, finite and at least 0, as in ``torch.nn.CrossEntropyLoss``, for every
+            cross-entropy. Looked at here, wherever they lie, and not again at a step.
         label_smoothing: the same.
         ignore_index: the same; but where nothing is left to average, the loss is 0 rather than NaN.
         return_logits: False leaves ``logits`` of the output empty: training needs no fused logits, and a GPU does not
@@ -77,7 +78,7 @@ class QMFLoss(nn.Module):
         self.ignore_index = ignore_index
         self.return_logits, self.backend = return_logits, backend
         self.register_buffer("weight", weight)
-        functional.check_loss_options(self._options())
+        functional.check_loss_options(self._options(), once=True)
 
     def _options(self) -> LossOptions:
         rank = self.ranking

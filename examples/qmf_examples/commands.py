@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import data_cli, evaluation_cli, report_cli, robustness_cli, train_cli
+from . import data_cli, evaluation_cli, report_cli, robustness_cli, train_cli, trainers_bench_cli
+from .device import check_device
 from .errors import require_extras, resumable
 from .output_folder import disk_errors, prepare_output
 
@@ -29,6 +30,7 @@ train_cli.attach(train)
 evaluation_cli.attach(app)
 data_cli.attach(app)
 app.command("bench-robustness", help=robustness_cli.HELP)(robustness_cli.bench_robustness)
+app.command("bench-trainers", help=trainers_bench_cli.HELP)(trainers_bench_cli.bench_trainers)
 app.command("report", help=report_cli.HELP)(report_cli.report)
 
 
@@ -73,24 +75,6 @@ def _help_without_command(context: typer.Context) -> None:
         if text:
             typer.echo(text)
         raise typer.Exit
-
-
-def check_device(name: str) -> None:
-    """Try the device now, rather than after the data.
-
-    Raises:
-        typer.BadParameter: it is not there.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no data")
-        torch.ones(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
-        raise typer.BadParameter(f"{name!r} cannot be used here: {reason}", param_hint="'--device'") from error
 
 
 @train.command(

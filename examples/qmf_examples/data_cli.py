@@ -116,6 +116,10 @@ def _print_report(title: str, report: Any, skip_bad: bool) -> None:
             if values:
                 typer.echo(f"{split.split}: {what} from {values[0]:,} to {values[2]:,}, median {values[1]:,}")
     for split in report.splits:
+        if split.repeated_ids:
+            count = len(split.repeated_ids)
+            typer.echo(f"{split.split}: {count:,} ids stand on several lines, such as {split.repeated_ids[0]!r}")
+    for split in report.splits:
         if split.faults:
             typer.echo(f"{split.split}: {len(split.faults)} cannot be used\n{_indented(split.faults)}")
     for problem in report.problems:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterable, Iterator
 
 EXTRAS = {
@@ -23,8 +24,16 @@ EXTRAS = {
 """The packages of the extra ``[examples]``, by the module's name."""
 
 
+_IN_WORKER = re.compile(r"^Caught \w+ in .*^[\w.]*Error: ", re.DOTALL | re.MULTILINE)
+
+
 class CommandError(Exception):
     """Ends the command with its message on one line, and no traceback."""
+
+    def __str__(self) -> str:
+        # A loader's process hands its error on as one of the same kind, whose message is the traceback.
+        message = super().__str__()
+        return _IN_WORKER.sub("", message).strip() if message.startswith("Caught ") else message
 
 
 class ResumableError(Exception):

@@ -1,8 +1,10 @@
 """Files that are either there whole or not there: written beside their place, then renamed into it."""
 
+import contextlib
+import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -31,6 +33,32 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def held(path: Path, busy: str) -> Iterator[None]:
+    """Hold the file ``path``, which is created and stays, against every other process that wants to hold it.
+
+    The system lets go of it when the process ends, however it ends: a killed one leaves nothing that blocks the next.
+    Where the system or the file system knows no such locks, nothing is held.
+
+    Raises:
+        CommandError: another process holds it; ``busy`` is the message.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CommandError(busy) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+        yield
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ class SplitReport:
     heights: Range | None = None
     words: Range | None = None
     characters: Range | None = None
+    repeated_ids: list[str] = field(default_factory=list)
+    """Of texts; no fault, as nothing is looked up by them."""
 
     @property
     def usable(self) -> int:
@@ -97,6 +99,7 @@ def _inspect_split(known: DataSet, root: Path, split: str, images: bool, done: C
     report.widths = _range([width for width, _ in data.sizes])
     report.heights = _range([height for _, height in data.sizes])
     if isinstance(data, TextImages):
+        report.repeated_ids = [name for name, count in Counter(row.id for row in data.rows).items() if count > 1]
         report.words = _range([len(row.text.split()) for row in data.rows])
         report.characters = _range([len(row.text) for row in data.rows])
     return report

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
 
 from .baselines import evidential_loss
 from .evidential import combine, evidence
@@ -123,6 +123,31 @@ class LateFusion(Learner):
         return Answer(torch.stack(logits).mean(0), logits)
 
 
+class RankedAverage(LateFusion):
+    """Late fusion whose training ranks the weights that QMF would give: Table 2's row of the ranking loss alone.
+
+    Args:
+        heads: by modality.
+        num_samples: of the training set.
+        objective: options of ``QMFLoss``.
+        fusion: whose weights are ranked, and fuse nothing.
+    """
+
+    def __init__(
+        self, heads: Mapping[str, Head], num_samples: int, objective: Mapping[str, Any], fusion: QualityAwareFusion
+    ) -> None:
+        super().__init__(heads)
+        self.fusion = fusion
+        self.ranking_weight = objective["ranking_weight"]
+        self.ranking = TrajectoryRankingLoss(num_samples, len(heads), objective["form"], objective["pairs"])
+
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, epoch: int) -> Tensor:
+        logits = [x.float() for x in answer.unimodal_logits]
+        losses = torch.stack([F.cross_entropy(x.detach(), target, reduction="none") for x in logits])
+        ranking = self.ranking(self.fusion(logits).weights, losses, index)
+        return super().loss(answer, target, index, epoch) + self.ranking_weight * ranking
+
+
 class MMTMFusion(Learner):
     """Two ResNets that excite each other's channels, and the mean of their logits; the losses of late fusion."""
 
@@ -233,6 +258,8 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
 
 def make_fusion(method: str, names: Sequence[str], num_classes: int, detach_weights: bool) -> QualityAwareFusion:
     """The layer of a method that weights modalities per sample; ``robust`` is the package's recommended rule."""
+    if method == "ranking-only":
+        return QualityAwareFusion(names)
     if method == "robust":
         return QualityAwareFusion.robust(names, num_classes=num_classes)
     return QualityAwareFusion(names, detach_weights=detach_weights, **WEIGHTINGS[method])
@@ -240,5 +267,5 @@ def make_fusion(method: str, names: Sequence[str], num_classes: int, detach_weig
 
 def objective_options(method: str, ranking_weight: float, form: str, pairs: str) -> dict[str, Any]:
     """Options of ``QMFLoss``: the rules of Figure 3 go without the ranking."""
-    ranked = method in ("qmf", "robust")
+    ranked = method in ("qmf", "robust", "ranking-only")
     return {"ranking_weight": ranking_weight if ranked else 0.0, "form": form, "pairs": pairs}

@@ -151,6 +151,15 @@ def check_class_count(known: DataSet, classes: Sequence[str], num_classes: int |
         raise DataError(f"{where}: {known.title} has {expected} classes, found {len(classes)}: {few or 'none'}")
 
 
+def check_every_class(classes: Sequence[str], labels: Sequence[int], where: Path) -> None:
+    """Raise ``DataError`` where a class has no label: nothing could be learned of it."""
+    there = set(labels)
+    empty = [name for label, name in enumerate(classes) if label not in there]
+    if empty:
+        few = ", ".join(empty[:8]) + (", ..." if len(empty) > 8 else "")
+        raise DataError(f"{where}: {len(empty)} of {len(classes)} classes without a usable sample: {few}")
+
+
 def split_pair(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     """The left half and the right half, each RGB, shrunk as the released code does.
 

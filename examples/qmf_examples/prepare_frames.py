@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data_faults import DataError, Fault
-from .files import write_atomically
+from .files import held, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 SETTINGS_FILE = "prepared.json"
+LOCK_FILE = "prepared.json.lock"
 _CHUNK = 4
 
 
@@ -61,7 +62,8 @@ def prepare_frames(
     """Write one PNG per frame, RGB left and depth right; what an earlier run finished stays as it is.
 
     A broken frame is left out and told in the outcome. A file appears under its name once it is complete, so a run
-    killed at any moment leaves finished frames and, at worst, ``.part`` files, which the next run removes.
+    killed at any moment leaves finished frames and, at worst, ``.part`` files, which the next run removes. Of two runs
+    at the same time onto the same folder, the second is refused.
 
     Args:
         frames: with distinct targets.
@@ -74,25 +76,28 @@ def prepare_frames(
 
     Raises:
         DataError: a folder made with other settings, or that cannot be written to; a worker that was killed.
+        CommandError: another run is writing to the folder.
     """
-    settings = {**settings, "size": size}
-    outcome = Outcome()
     with _write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        _claim(out, settings)
-        for part in out.rglob("*.part"):
-            part.unlink(missing_ok=True)
-        todo = [frame for frame in frames if not (out / frame.target).exists()]
-    for _ in range(len(frames) - len(todo)):
-        done()
-    outcome.finished = len(frames) - len(todo)
-    job = partial(_convert_and_write, convert, out, size)
-    for fault in _run(job, todo, workers if workers is not None else os.cpu_count() or 1):
-        if fault is None:
-            outcome.written += 1
-        else:
-            outcome.faults.append(fault)
-        done()
+    with contextlib.ExitStack() as stack:
+        with _write_errors(out):
+            busy = f"{out}: another run of prepare is writing there; wait for it, or choose another --out"
+            stack.enter_context(held(out / LOCK_FILE, busy))
+            _claim(out, {**settings, "size": size})
+            for part in out.rglob("*.part"):
+                part.unlink(missing_ok=True)
+            todo = [frame for frame in frames if not (out / frame.target).exists()]
+        outcome = Outcome(finished=len(frames) - len(todo))
+        for _ in range(outcome.finished):
+            done()
+        job = partial(_convert_and_write, convert, out, size)
+        for fault in _run(job, todo, workers if workers is not None else os.cpu_count() or 1):
+            if fault is None:
+                outcome.written += 1
+            else:
+                outcome.faults.append(fault)
+            done()
     outcome.faults.sort(key=lambda fault: fault.file)
     return outcome
 

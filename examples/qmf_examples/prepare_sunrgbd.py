@@ -138,7 +138,7 @@ def convert_frame(raw: Path, depth: str, gravity: str, name: str) -> tuple[NDArr
     """
     folder = raw / name
     rgb = np.asarray(open_image(_only_file(folder / "image")).convert("RGB"))
-    metres = decode_depth(np.asarray(open_image(_only_file(folder / "depth_bfx"))))
+    metres = decode_depth(np.asarray(open_image(_only_file(folder / "depth_bfx"), deep=True)))
     if metres.shape != rgb.shape[:2]:
         raise DataError(f"image is {rgb.shape[:2]} and depth_bfx {metres.shape}, height by width")
     try:

@@ -6,8 +6,9 @@ from importlib.resources import files
 from typing import NamedTuple
 
 SOURCE = "Zhang et al., Provable Dynamic Fusion for Low-Quality Multimodal Data, ICML 2023"
-NAMES = {"late": "late-fusion", "image": "img"}
-"""What the tables call our methods, where they call them otherwise."""
+NAMES = {"late": "late-fusion", "image": "img", "energy": "weights-only"}
+"""What the tables call our methods, where they call them otherwise; weights by energy without the ranking loss are the
+row of Table 2 with dynamic weights alone."""
 TABLES = {"gaussian": ("5", "1", "2"), "salt-pepper": ("6",)}
 """Where a cell is looked up: Table 5 repeats Table 1 with deviations, and has its RGB and depth rows the right way."""
 

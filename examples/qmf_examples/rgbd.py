@@ -19,12 +19,13 @@ from .learners import (
     Learner,
     MMTMFusion,
     QualityAware,
+    RankedAverage,
     Trusted,
     classifier,
     make_fusion,
     objective_options,
 )
-from .paired_images import PairedImages
+from .paired_images import PairedImages, check_every_class
 from .settings import Settings
 from .stratified_split import stratified_split
 
@@ -66,7 +67,8 @@ def build_learner(settings: Settings, num_classes: int, num_samples: int, pretra
         return Trusted(heads, head(2 * rgb.width) if method == "etmc" else None)
     fusion = make_fusion(method, NAMES, num_classes, settings.detach_weights)
     objective = objective_options(method, settings.ranking_weight, settings.form, settings.pairs)
-    return QualityAware(heads, num_samples, objective, fusion)
+    fused = RankedAverage if method == "ranking-only" else QualityAware
+    return fused(heads, num_samples, objective, fusion)
 
 
 @dataclass(frozen=True)
@@ -92,20 +94,8 @@ def load_training(settings: Settings) -> RGBDData:
         CommandError: so few samples of every class that none is held out.
     """
     known, root = DATA_SETS[settings.data_set], Path(settings.data_root)
-    images = PairedImages(
-        known,
-        root,
-        "train",
-        transform=v2.Compose(
-            [
-                v2.Resize((settings.load_size, settings.load_size)),
-                v2.RandomCrop(settings.image_size),
-                v2.RandomHorizontalFlip(),
-            ]
-        ),
-        finish=_to_tensors(settings),
-        skip_bad=settings.skip_bad,
-    )
+    images = load_images(settings)
+    check_every_class(images.classes, images.labels, root / "train")
     as_tested = v2.Resize((settings.image_size, settings.image_size))
     if settings.selection == "test":
         select: Dataset[Any] = PairedImages(
@@ -123,6 +113,24 @@ def load_training(settings: Settings) -> RGBDData:
             )
         train, select = torch.utils.data.Subset(images, rest), torch.utils.data.Subset(same, held)
     return RGBDData(train, select, len(images.classes), len(images), tuple(images.classes), len(images.faults))
+
+
+def load_images(settings: Settings) -> PairedImages:
+    """The whole training split, with random crops and flips, the same for both images of a pair."""
+    return PairedImages(
+        DATA_SETS[settings.data_set],
+        Path(settings.data_root),
+        "train",
+        transform=v2.Compose(
+            [
+                v2.Resize((settings.load_size, settings.load_size)),
+                v2.RandomCrop(settings.image_size),
+                v2.RandomHorizontalFlip(),
+            ]
+        ),
+        finish=_to_tensors(settings),
+        skip_bad=settings.skip_bad,
+    )
 
 
 def load_test(settings: Settings, corrupt: Any = None) -> PairedImages:

@@ -1,5 +1,6 @@
 """Every setting of a training run: the released defaults, then a YAML file, then the command line."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from .errors import CommandError
 from .files import write_atomically
 
 FILE = "settings.yaml"
+MOST_SEEDS = 2**31
 
 RGBD_METHODS = (
     "rgb",
@@ -19,6 +21,7 @@ RGBD_METHODS = (
     "mmtm",
     "tmc",
     "etmc",
+    "ranking-only",
     "qmf",
     "robust",
     "msp",
@@ -36,6 +39,7 @@ TEXT_METHODS = (
     "mmbt",
     "tmc",
     "etmc",
+    "ranking-only",
     "qmf",
     "robust",
     "msp",
@@ -46,6 +50,8 @@ TEXT_METHODS = (
 METHODS = {"nyud2": RGBD_METHODS, "sunrgbd": RGBD_METHODS, "food101": TEXT_METHODS, "mvsa": TEXT_METHODS}
 """The rows of the paper's tables, in their order, the package's recommended rule, and the weightings of
 the paper's Figure 3 and Table 3."""
+ABLATION = ("late", "ranking-only", "energy", "qmf")
+"""The rows of Table 2: neither part, the ranking loss alone, the weights alone, both."""
 
 
 @dataclass(frozen=True)
@@ -185,17 +191,22 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
     for known in fields(Settings):
         kind = kinds.get(str(getattr(known.type, "__name__", known.type)))
         value = made.get(known.name)
-        if value is None or kind is None or (kind is not str and isinstance(value, kind)):
+        if value is None or kind is None or (kind is not str and type(value) is kind):
             continue
         try:
-            if kind is bool or (kind is int and isinstance(value, float)):
+            # Python would make 1 of True, 2 of 2.5, and text of a list.
+            if kind is bool or isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float)):
                 raise ValueError
             made[known.name] = kind(value)
         except (TypeError, ValueError) as error:
             raise CommandError(f"{known.name} must be of type {kind.__name__}, got {value!r}") from error
     freeze = made.get("freeze")
     if isinstance(freeze, str):
-        made["freeze"] = parse_freeze(freeze)
+        freeze = made["freeze"] = parse_freeze(freeze)
+    if freeze is not None and not (
+        isinstance(freeze, Mapping) and all(type(epochs) is int and epochs >= 0 for epochs in freeze.values())
+    ):
+        raise CommandError(f"freeze must map modalities to numbers of epochs, such as image: 3, got {freeze!r}")
     return made
 
 
@@ -229,11 +240,20 @@ def _check(settings: Settings) -> None:
     ):
         if getattr(settings, name) not in allowed:
             raise CommandError(f"{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}")
-    for name in ("batch_size", "accumulate", "epochs", "patience", "regions", "image_size", "load_size", "max_tokens"):
-        if getattr(settings, name) < 1:
-            raise CommandError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    if settings.max_tokens < 3:
-        raise CommandError(f"max_tokens must be at least 3, got {settings.max_tokens}")
+    for names, least in (
+        (("batch_size", "accumulate", "epochs", "patience", "regions", "image_size", "load_size", "limit_batches"), 1),
+        (("max_tokens",), 3),
+        (("seed", "workers", "hidden", "plateau_patience"), 0),
+        (("weight_decay", "ranking_weight"), 0),
+    ):
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not least <= value < math.inf:
+                raise CommandError(f"{name} must be at least {least}, got {value}")
+    if not 0 < settings.learning_rate < math.inf:
+        raise CommandError(f"learning_rate must be above 0, got {settings.learning_rate}")
+    if settings.seed > MOST_SEEDS:
+        raise CommandError(f"seed must be at most {MOST_SEEDS}, got {settings.seed}")
     for name, low, high in (
         ("validation", 0.0, 1.0),
         ("dropout", 0.0, 1.0),

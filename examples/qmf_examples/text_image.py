@@ -16,6 +16,7 @@ from .learners import (
     LateFusion,
     Learner,
     QualityAware,
+    RankedAverage,
     Trusted,
     Whole,
     classifier,
@@ -23,6 +24,7 @@ from .learners import (
     objective_options,
 )
 from .mmbt import MultimodalBert
+from .paired_images import check_every_class
 from .settings import Settings
 from .text_encoders import BagOfWords, BertEncoder, Numbering, WordNumbers, load_bert, load_numbering, pad
 from .text_images import TextImages, read_rows
@@ -74,7 +76,8 @@ def build_learner(
         return Trusted(heads, head(text.width + pictures.width) if method == "etmc" else None)
     fusion = make_fusion(method, tuple(heads), num_classes, settings.detach_weights)
     objective = objective_options(method, settings.ranking_weight, settings.form, settings.pairs)
-    return QualityAware(heads, num_samples, objective, fusion)
+    fused = RankedAverage if method == "ranking-only" else QualityAware
+    return fused(heads, num_samples, objective, fusion)
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,16 @@ class TextImageData:
 def load_training(settings: Settings) -> TextImageData:
     """Read and check the data; the epoch is chosen on dev, as in the released code, or with ``"test"`` on test."""
     numbering = load_texts_numbering(settings)
-    train = _read(settings, "train", numbering)
-    select = _read(settings, "test" if settings.selection == "test" else "dev", numbering)
+    train = load_texts(settings, "train", numbering)
+    check_every_class(train.classes, train.labels, Path(settings.data_root) / "train.jsonl")
+    select = load_texts(settings, "test" if settings.selection == "test" else "dev", numbering)
     faults = len(train.faults) + len(select.faults)
     return TextImageData(train, select, len(train.classes), len(train), tuple(train.classes), faults, numbering)
 
 
 def load_test(settings: Settings, numbering: Numbering, corrupt: Any = None, corrupt_text: Any = None) -> TextImages:
     """The test split; ``corrupt`` acts on the resized image before the crop, as in the released code."""
-    return _read(settings, "test", numbering, corrupt, corrupt_text)
+    return load_texts(settings, "test", numbering, corrupt, corrupt_text)
 
 
 def load_texts_numbering(settings: Settings) -> Numbering:
@@ -114,9 +118,10 @@ def load_texts_numbering(settings: Settings) -> Numbering:
     return load_numbering(settings.text_model, texts, settings.max_tokens)
 
 
-def _read(
+def load_texts(
     settings: Settings, split: str, numbering: Numbering, corrupt: Any = None, corrupt_text: Any = None
 ) -> TextImages:
+    """One split, as tensors and numbers; see ``load_test`` for the corruptions."""
     known = DATA_SETS[settings.data_set]
     return TextImages(
         known,

@@ -1,5 +1,6 @@
 """FOOD101 and MVSA: JSON lines of id, label, text and img, as a torch data set."""
 
+import codecs
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,8 @@ class TextImages(Dataset[TextImageSample]):
             image = Image.new("RGB", (256, 256), (128, 128, 128))
         else:
             try:
-                image = open_image(file_inside(self.root, row.img)).convert("RGB")
+                image = open_image(file_inside(self.root, row.img))
+                image = image if image.mode == "RGB" else image.convert("RGB")
             except DataError as error:
                 raise DataError(f"{self.root / self.split}.jsonl, line {row.line}: {error}") from error
         made: Any = image if self.transform is None else self.transform(image)
@@ -167,6 +169,8 @@ def read_rows(known: DataSet, file: Path) -> tuple[list[Row], list[Fault]]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     row = _parse(line, number)
                     if isinstance(row, str):

@@ -8,7 +8,7 @@ import typer
 
 from .errors import CommandError, require_extras, resumable
 from .output_folder import disk_errors, prepare_output
-from .settings import DEFAULTS, METHODS, QUICK, Settings, read_settings, resolve
+from .settings import ABLATION, DEFAULTS, METHODS, QUICK, Settings, read_settings, resolve
 
 PAPER_SEEDS = {"nyud2": 10, "sunrgbd": 10, "food101": 3, "mvsa": 5}
 PACKAGES = ("numpy", "PIL", "lightning", "torchmetrics", "torchvision", "transformers", "tensorboard", "yaml", "rich")
@@ -25,14 +25,19 @@ def attach(train: typer.Typer) -> None:
     """Add one command per data set to ``train``; they differ in their defaults and methods alone."""
     for name, title in HELP.items():
         methods = ", ".join(METHODS[name])
-        train.command(name, help=f"{title}\n\nMethods: {methods}; all. Defaults are the released settings.")(train_set)
+        about = (
+            f"Methods: {methods}; all; ablation (Table 2: {', '.join(ABLATION)}). Defaults are the released settings."
+        )
+        train.command(name, help=f"{title}\n\n{about}")(train_set)
 
 
 def train_set(
     context: typer.Context,
     data_root: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the runs. [default: runs/SET]")] = None,
-    method: Annotated[str | None, typer.Option(help="A method, several with commas, or all. [default: qmf]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A method, several with commas, all, or ablation. [default: qmf]")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; the paper's number if not given.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**31, help="The first seed. [default: 1]")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings, which options override.")] = None,
@@ -100,7 +105,7 @@ def train_set(
 
         raise CommandError(f"--data-root: must name the data set's folder. {how_to_obtain(DATA_SETS[data_set])}")
     base = dataclasses.replace(base, **_absolute(base))
-    methods = _methods(data_set, chosen)
+    methods = choose_methods(data_set, chosen)
     plan = [resolve(data_set, _as_layer(base), {"method": m, "seed": s}) for m in methods for s in _seeds(first, count)]
     folder = output if output is not None else Path("runs") / data_set
     prepare_output(folder)
@@ -121,8 +126,8 @@ def _absolute(settings: Settings) -> dict[str, Any]:
 
 
 def _seeds(first: Any, count: Any) -> range:
-    if not isinstance(first, int) or not isinstance(count, int) or count < 1:
-        raise CommandError(f"seed and seeds must be whole numbers, got {first!r} and {count!r}")
+    if type(first) is not int or type(count) is not int or count < 1:
+        raise CommandError(f"seed and seeds must be whole numbers, seeds at least 1, got {first!r} and {count!r}")
     return range(first, first + count)
 
 
@@ -130,12 +135,21 @@ def _as_layer(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
 
 
-def _methods(data_set: str, given: Any) -> tuple[str, ...]:
+def choose_methods(data_set: str, given: Any) -> tuple[str, ...]:
+    """What ``--method`` names: methods and groups of them, with commas, each method once.
+
+    Raises:
+        CommandError: a name that is neither.
+    """
     known = METHODS[data_set]
-    names = known if given == "all" else tuple(dict.fromkeys(name.strip() for name in str(given).split(",")))
+    groups = {"all": known, "ablation": ABLATION}
+    asked = [name.strip() for name in str(given).split(",")]
+    names = tuple(dict.fromkeys(name for one in asked for name in groups.get(one, (one,))))
     strangers = [name for name in names if name not in known]
     if strangers:
-        raise CommandError(f"--method: {', '.join(strangers)} is none of {data_set}'s: {', '.join(known)}, all")
+        raise CommandError(
+            f"--method: {', '.join(strangers)} is none of {data_set}'s: {', '.join(known)}, all, ablation"
+        )
     return names
 
 

@@ -101,7 +101,11 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     if state is None or not _is_over(state, settings):
         module = TrainingModule(learner, settings, data.num_classes, data.num_samples)
         batches = Batches(data.train, data.select, collate, settings)
-        trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
+        try:
+            trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
+        except SystemExit:  # what Lightning makes of an interrupt, without a word
+            if not trainer.interrupted:
+                raise
         if trainer.interrupted:
             raise KeyboardInterrupt
         state = read_checkpoint(last)

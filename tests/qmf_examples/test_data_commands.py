@@ -96,6 +96,15 @@ def test_inspect_counts_all_names_a_few_and_exits_with_1(run, tmp_path):
     assert report["splits"][0]["widths"] == [16, 16, 16]
 
 
+def test_inspect_notes_ids_that_stand_on_several_lines(run, tmp_path):
+    run("sample", "mvsa", tmp_path / "m", "--train", 1, "--dev", 1, "--test", 1, "--image-size", 16)
+    file = tmp_path / "m" / "train.jsonl"
+    file.write_text(file.read_text() * 2)
+    output = run("inspect", "mvsa", "--data-root", tmp_path / "m")
+    assert "train: 3 ids stand on several lines, such as '1'\n" in output
+    assert "dev: 1 ids" not in output
+
+
 def test_inspect_finds_what_skipping_cannot_mend(run, tmp_path):
     output = run("inspect", "food101", "--data-root", tmp_path / "nowhere", "--skip-bad", code=1)
     assert "no file" in output
@@ -104,6 +113,17 @@ def test_inspect_finds_what_skipping_cannot_mend(run, tmp_path):
     (tmp_path / "n/train/office/office_0000.png").write_bytes(b"")
     output = run("inspect", "nyud2", "--data-root", tmp_path / "n", "--skip-bad", code=1)
     assert "train: 1 classes without a usable row: office" in output
+    arguments = [
+        "train",
+        "nyud2",
+        "--quick",
+        "--skip-bad",
+        "--data-root",
+        tmp_path / "n",
+        "--output",
+        tmp_path / "runs",
+    ]
+    assert "1 of 10 classes without a usable sample: office" in run(*arguments, code=1)
     output = run("inspect", "sunrgbd", "--data-root", tmp_path / "n", "--skip-bad", code=1)
     assert "SUN RGB-D has 19 classes, found 10" in output
 

@@ -146,7 +146,12 @@ def _truncate(path):
     path.write_bytes(data[: len(data) // 2])
 
 
+def _deepen(path):
+    Image.fromarray(np.full((20, 40), 40_000, np.uint16)).save(path, format="PNG")
+
+
 IMAGE_FAULTS = {
+    "16 bits": (_deepen, "grey values of more than 8 bits"),
     "truncated": (_truncate, "cannot be read: .*truncated|cannot be read"),
     "missing": (lambda path: path.unlink(), "no such file"),
     "empty": (lambda path: path.write_bytes(b""), "empty file"),
@@ -180,6 +185,32 @@ def test_bad_images_of_texts_are_told_by_line(mvsa, fault):
     row = json.loads((mvsa / "train.jsonl").read_text().splitlines()[3])
     damage(mvsa / row["img"])
     check_told(mvsa, "train", 4, reason, 6)
+
+
+def test_odd_images_that_can_be_used_are_used(mvsa):
+    """CMYK, a GIF of several frames under another name, one pixel, and grey with transparency."""
+    paths = [mvsa / json.loads(line)["img"] for line in (mvsa / "train.jsonl").read_text().splitlines()]
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(paths[0])
+    frames = [Image.new("P", (8, 8), colour) for colour in (0, 1)]
+    frames[0].save(paths[1], format="GIF", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (1, 1)).save(paths[2], format="PNG")
+    Image.new("LA", (8, 8)).save(paths[3], format="PNG")
+    data = read("mvsa", mvsa, "train")
+    assert [data[i]["image"].mode for i in range(4)] == ["RGB"] * 4
+    assert data[0]["image"].getpixel((4, 4))[0] < 10  # cyan
+    assert data[2]["image"].size == (1, 1)
+
+
+def test_a_mark_of_byte_order_windows_lines_and_a_long_line(mvsa):
+    file = mvsa / "train.jsonl"
+    before = read("mvsa", mvsa, "train")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["text"] = "word " * 400_000
+    file.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\r\n" for row in rows).encode())
+    after = read("mvsa", mvsa, "train")
+    assert after.labels == before.labels
+    assert [after[i]["text"] for i in (0, 2)] == [before[i]["text"] for i in (0, 2)]
+    assert len(after[1]["text"]) == 2_000_000
 
 
 LINE_FAULTS = {

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from qmf_examples.data_faults import DataError
+from qmf_examples.errors import CommandError
 from qmf_examples.prepare_frames import Frame, prepare_frames
 
 FRAMES = [Frame(str(i), f"train/a/{i}.png") for i in range(60)]
@@ -86,6 +87,28 @@ def test_a_killed_run_leaves_whole_files_and_goes_on_where_it_was(tmp_path, conv
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
     assert len(list(out.rglob("*.png"))) == 60
     assert list(out.rglob("*.part")) == []
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_disturbs_nothing(tmp_path, converters):
+    pytest.importorskip("fcntl", reason="file locks of POSIX")
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    first = subprocess.Popen([sys.executable, converters.__file__, str(out)], env=environment)
+    try:
+        while first.poll() is None and not list(out.rglob("*.png")):
+            time.sleep(0.005)
+        half = out / "train" / "a" / "59.png.123.part"  # as the first run's own, in the middle of a write
+        half.write_bytes(b"half")
+        with pytest.raises(CommandError, match="another run of prepare is writing there"):
+            prepare_frames(FRAMES, converters.slow, out, {}, size=0, workers=1)
+        assert first.poll() is None, "the first run ended before the second could begin"
+        assert half.exists()
+        assert first.wait() == 0
+    finally:
+        first.kill()
+        first.wait()
+    outcome = prepare_frames(FRAMES, converters.slow, out, {}, size=0, workers=1)
+    assert (outcome.written, outcome.finished) == (0, 60)
 
 
 def test_a_killed_worker_is_one_clear_error(tmp_path, converters):

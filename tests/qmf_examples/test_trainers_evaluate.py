@@ -21,7 +21,7 @@ from qmf_examples.reliability import (
     relative_robustness,
     risk_coverage_area,
 )
-from qmf_examples.settings import resolve
+from qmf_examples.settings import ABLATION, resolve
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.booleans()), min_size=1, max_size=6))
@@ -89,6 +89,14 @@ def test_published_figures():
     assert published_accuracy("mvsa", "late", "salt-pepper", 10).mean == 55.43
     assert published_accuracy("nyud2", "qmf", "gaussian", 20).table == "2"
     assert published_accuracy("mvsa", "etmc", "gaussian", 0) is None
+    ablation = [published_accuracy("nyud2", method, "gaussian", 20) for method in ABLATION]
+    assert [(cell.table, cell.mean, cell.worst) for cell in ablation] == [
+        ("2", 43.76, 36.85),
+        ("2", 47.32, 42.97),
+        ("2", 47.46, 42.05),
+        ("2", 48.26, 43.73),
+    ]
+    assert published_accuracy("sunrgbd", "energy", "gaussian", 0) is None
     assert published_correlation("food101", "qmf", 10) == 0.735
 
 

@@ -19,6 +19,7 @@ from qmf_examples.learners import (
     Joint,
     LateFusion,
     QualityAware,
+    RankedAverage,
     Trusted,
     cosine_distance,
     make_fusion,
@@ -182,6 +183,32 @@ def test_late_fusion_is_the_mean_and_trains_on_all_three():
     torch.testing.assert_close(answer.scores, (a + b) / 2)
     expected = sum(F.cross_entropy(x, target) for x in (a, b, (a + b) / 2))
     torch.testing.assert_close(learner.loss(answer, target, torch.arange(5), 0), expected)
+
+
+def test_the_ranking_alone_moves_the_training_of_late_fusion_and_not_its_answer():
+    torch.manual_seed(0)
+    options = objective_options("ranking-only", 0.5, "margin", "all")
+    late = LateFusion(tiny_heads())
+    ranked = RankedAverage(tiny_heads(), 5, options, make_fusion("ranking-only", ["rgb", "depth"], 3, True))
+    ranked.heads.load_state_dict(late.heads.state_dict())
+    target, index = torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)
+    answer = ranked(tiny_inputs())
+    torch.testing.assert_close(answer.scores, late(tiny_inputs()).scores)
+    plain = late.loss(late(tiny_inputs()), target, index, 0)
+    torch.testing.assert_close(ranked.loss(answer, target, index, 0), plain)  # the first visit: nothing to compare with
+    second = ranked.loss(ranked(tiny_inputs()), target, index, 1)
+    # Float64, by the definition: pairs in their losses' order, a hinge on weights and scaled losses, the mean over 10.
+    expected = 0.0
+    for x in (logits.detach().double() for logits in answer.unimodal_logits):
+        kappa, weight = F.cross_entropy(x, target, reduction="none"), 0.1 * x.logsumexp(-1)
+        kappa = (kappa - kappa.min()) / (kappa.max() - kappa.min())
+        pairs = [(i, j) for i in range(5) for j in range(5) if kappa[i] > kappa[j]]
+        assert len(pairs) == 10
+        expected += sum((weight[i] + kappa[i] - weight[j] - kappa[j]).clamp_min(0).item() for i, j in pairs) / 10
+    assert expected > 0
+    assert abs((second - plain).item() - 0.5 * expected) < 1e-5
+    (second - plain).backward()
+    assert all(p.grad is not None for p in ranked.heads.parameters())
 
 
 @pytest.mark.parametrize("method", ["qmf", "energy", "msp", "entropy", "evidence"])

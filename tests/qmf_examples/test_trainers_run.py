@@ -12,9 +12,11 @@ import torch
 import yaml
 from transformers import BertConfig, BertModel
 
+from qmf_examples import training_run
 from qmf_examples.cli import main
 from qmf_examples.errors import CommandError
 from qmf_examples.settings import METHODS, QUICK, resolve
+from qmf_examples.training_module import TrainingModule
 from qmf_examples.training_run import load_learner, read_checkpoint, train_run
 
 SMALL = {"batch_size": 8, "limit_batches": 3}
@@ -88,8 +90,7 @@ def _one_thread():
 
 @pytest.mark.parametrize(
     ("data_set", "method"),
-    [(name, method) for name in ("nyud2", "mvsa") for method in METHODS[name]]
-    + [("sunrgbd", "qmf"), ("food101", "qmf")],
+    [(name, method) for name in ("nyud2", "mvsa") for method in METHODS[name]],
 )
 def test_every_method_trains_and_loads(data_set, method, sample, tmp_path):
     settings = resolve(data_set, QUICK, SMALL, {"data_root": str(sample(data_set)), "method": method, "epochs": 1})
@@ -101,6 +102,20 @@ def test_every_method_trains_and_loads(data_set, method, sample, tmp_path):
     state = read_checkpoint(tmp_path / "run" / "last.ckpt")["state_dict"]
     for name, value in learner.state_dict().items():
         torch.testing.assert_close(value, state[f"learner.{name}"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("data_set", "classes"), [("sunrgbd", 19), ("food101", 101)])
+def test_the_other_two_sets_from_inspection_to_evaluation(data_set, classes, sample, tmp_path, capsys):
+    root = ["--data-root", str(sample(data_set))]
+    assert main(["inspect", data_set, *root]) == 0
+    train = ["train", data_set, "--quick", "--limit-batches", "2", *root, "--output", str(tmp_path / "runs")]
+    assert main(train) == 0, capsys.readouterr().err
+    assert main([*train, "--resume"]) == 0
+    assert main(["evaluate", str(tmp_path / "runs"), "--levels", "0,5", "--noise", "salt-pepper"]) == 0
+    written = json.loads((tmp_path / "runs" / "evaluation" / "results.json").read_text())
+    assert [(cell["method"], cell["level"]) for cell in written["cells"]] == [("qmf", 0), ("qmf", 5)]
+    sizes = read_checkpoint(tmp_path / "runs" / "qmf" / "seed1" / "best.ckpt")["sizes"]
+    assert sizes["num_classes"] == classes
 
 
 def test_it_learns_what_the_sample_shows(sample, tmp_path):
@@ -335,3 +350,45 @@ def test_an_interrupted_training_says_how_to_go_on(sample, tmp_path, capsys, mon
     arguments = ["train", "mvsa", "--quick", "--data-root", str(sample("mvsa")), "--output", str(tmp_path / "runs")]
     assert main(arguments) == 130
     assert capsys.readouterr().err.endswith("what was finished is kept: run it again with --resume to go on\n")
+
+
+def test_an_interrupt_in_the_middle_of_an_epoch_is_one_line_and_can_be_resumed(sample, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    step, seen = TrainingModule.training_step, []
+
+    def interrupted(self, batch, number):
+        seen.append(number)
+        if len(seen) == 6:  # of four batches an epoch
+            raise KeyboardInterrupt
+        return step(self, batch, number)
+
+    monkeypatch.setattr(TrainingModule, "training_step", interrupted)
+    arguments = ["train", "mvsa", "--quick", "--batch-size", "4", "--output", str(tmp_path / "runs")]
+    arguments += ["--data-root", str(sample("mvsa"))]
+    try:
+        assert main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # which Lightning has turned off
+    assert capsys.readouterr().err == (
+        "qmf-fusion: error: interrupted; what was finished is kept: run it again with --resume to go on\n"
+    )
+    assert main([*arguments, "--resume"]) == 0, capsys.readouterr().err
+
+
+def test_an_image_that_vanishes_while_a_process_loads_it_is_one_line(sample, tmp_path, capsys, monkeypatch):
+    shutil.copytree(sample("nyud2"), tmp_path / "data")
+    gone = tmp_path / "data" / "train" / "office"
+    build = training_run.build
+
+    def build_and_lose(settings):
+        built = build(settings)
+        shutil.rmtree(gone)
+        return built
+
+    monkeypatch.setattr(training_run, "build", build_and_lose)
+    arguments = ["train", "nyud2", "--quick", "--method", "rgb", "--workers", "1", "--output", str(tmp_path / "runs")]
+    assert main([*arguments, "--data-root", str(tmp_path / "data")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"qmf-fusion: error: {gone}")
+    assert "no such file" in error
+    assert len(error.splitlines()) == 1

@@ -3,7 +3,8 @@
 import pytest
 
 from qmf_examples.errors import CommandError
-from qmf_examples.settings import differences, load_run, read_settings, resolve, write_settings
+from qmf_examples.settings import ABLATION, METHODS, differences, load_run, read_settings, resolve, write_settings
+from qmf_examples.train_cli import choose_methods
 
 
 def test_defaults_are_the_released_ones():
@@ -53,6 +54,21 @@ def test_a_run_reads_back_as_written(tmp_path):
         ({"image_size": 300}, "image_size must be at most load_size"),
         ({"freeze": "text=3"}, "freeze names text; nyud2 has rgb, depth"),
         ({"freeze": "rgb"}, "freeze must be like image=3,text=5, or none; got 'rgb'"),
+        ({"freeze": [1]}, r"freeze must map modalities to numbers of epochs, .* got \[1\]"),
+        ({"freeze": {"rgb": "x"}}, "freeze must map modalities"),
+        ({"freeze": {"rgb": -2}}, "freeze must map modalities"),
+        ({"freeze": "rgb=-2"}, "freeze must map modalities"),
+        ({"batch_size": True}, "batch_size must be of type int, got True"),
+        ({"weights": ["a"]}, r"weights must be of type str, got \['a'\]"),
+        ({"learning_rate": [1, 2]}, "learning_rate must be of type float"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+        ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
+        ({"ranking_weight": -1}, "ranking_weight must be at least 0, got -1"),
+        ({"weight_decay": float("inf")}, "weight_decay must be at least 0, got inf"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"limit_batches": 0}, "limit_batches must be at least 1, got 0"),
+        ({"seed": -4}, "seed must be at least 0, got -4"),
+        ({"seed": 2**32}, "seed must be at most"),
         ({"data_set": "mvsa"}, "the settings are for mvsa, the command for nyud2"),
     ],
 )
@@ -73,3 +89,10 @@ def test_yaml_holds_plain_values_only(tmp_path):
             read_settings(file)
     with pytest.raises(CommandError, match="No such file"):
         read_settings(tmp_path / "none.yaml")
+
+
+def test_method_takes_names_and_groups():
+    assert choose_methods("nyud2", "ablation, rgb,late") == (*ABLATION, "rgb")
+    assert choose_methods("mvsa", "all") == METHODS["mvsa"]
+    with pytest.raises(CommandError, match=r"--method: rgb is none of mvsa's: bow, .* all, ablation"):
+        choose_methods("mvsa", "qmf,rgb")

@@ -206,6 +206,22 @@ CASES = {
     "criterion fusion": (lambda: QMFLoss(2, 10), TypeError, r"fusion must be a QualityAwareFusion, got int"),
     "criterion num_samples": (lambda: QMFLoss(QualityAwareFusion(2), 0), ValueError, r"num_samples must be .* got 0"),
     "criterion weight": (criterion(weight=X), ValueError, r"class_weight must be \[K\], .* got \(3, 4\)"),
+    "class_weight nan": (
+        objective(class_weight=torch.tensor([1.0, 2.0, float("nan"), 1.0])),
+        ValueError,
+        r"class_weight must be finite and at least 0, got nan for class 2",
+    ),
+    "class_weight complex": (
+        objective(class_weight=torch.ones(4) * 1j),
+        TypeError,
+        r"class_weight .* got torch.complex64",
+    ),
+    "criterion weight below 0": (
+        criterion(weight=torch.tensor([1.0, -0.5, 1.0, 1.0])),
+        ValueError,
+        r"class_weight must be finite and at least 0, got -0.5 for class 1",
+    ),
+    "criterion weight inf": (criterion(weight=torch.full((4,), float("inf"))), ValueError, r"class_weight .* got inf"),
     "criterion weight count": (criterion(weight=X[0, :3]), ValueError, r"class_weight must be \[4\], .* got \(3,\)"),
     "criterion smoothing": (criterion(label_smoothing=-1), ValueError, r"label_smoothing must be .* got -1"),
     "criterion backend": (criterion(backend="x"), ValueError, r"backend must be one of .* got 'x'"),

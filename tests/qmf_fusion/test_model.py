@@ -121,6 +121,56 @@ def test_freezing_stops_gradients_and_statistics(model):
     assert len(model.parameter_groups()) == 2
 
 
+def partly_frozen():
+    """Two heads over one encoder whose bias its user froze."""
+    torch.manual_seed(0)
+    encoder = nn.Linear(4, 4)
+    encoder.bias.requires_grad_(False)
+    return FusionModel({"a": nn.Sequential(encoder, nn.Linear(4, 3)), "b": nn.Sequential(encoder, nn.Linear(4, 3))})
+
+
+def learned(model):
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+@pytest.mark.parametrize("through", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_unfreezing_restores_what_freezing_changed_and_no_more(through):
+    model = partly_frozen()
+    keys, before = list(model.state_dict()), learned(model)
+    model = through(model.freeze("a").freeze("a"))
+    assert learned(model) == {"heads.b.1.weight", "heads.b.1.bias"}
+    assert learned(through(model.unfreeze("a"))) == before
+    assert list(model.state_dict()) == keys
+
+
+def test_what_frozen_heads_share_stays_until_the_last_is_unfrozen():
+    model = partly_frozen()
+    before = learned(model)
+    model.freeze("a")
+    model.freeze("b").unfreeze("a")
+    assert learned(model) == {"heads.a.1.weight", "heads.a.1.bias"}
+    assert not model.heads["b"].training
+    model.unfreeze("b")
+    assert learned(model) == before
+    model.unfreeze()  # of heads that are not frozen: nothing
+    assert learned(model) == before
+
+
+def test_freezing_leaves_other_heads_modes_alone(model):
+    model.heads["text"].eval()
+    model.freeze("rgb").unfreeze("rgb")
+    assert model.heads["rgb"].training
+    assert not model.heads["text"].training
+
+
+def test_a_shared_parameter_is_given_once():
+    head = nn.Linear(2, 3)
+    model = FusionModel({"a": head, "b": head, "c": nn.Sequential(head, nn.Linear(3, 3))})
+    groups = model.parameter_groups(lr=0.1)
+    assert [(group["name"], len(group["params"])) for group in groups] == [("a", 2), ("c", 2)]
+    torch.optim.Adam(groups)  # which refuses duplicates
+
+
 def test_parameter_groups():
     model = FusionModel({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)}, learnable=True)
     groups = model.parameter_groups({"a": {"lr": 1e-5}, "fusion": {"weight_decay": 0.0}}, lr=1e-3, weight_decay=0.1)
