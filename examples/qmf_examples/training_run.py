@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 
 from . import rgbd, text_image
 from .errors import CommandError
@@ -80,11 +81,10 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
         DataError: data that cannot be used.
     """
     if (folder / FILE).exists():
-        # Of several processes, the first has written the settings by the time that the others look.
-        first = is_first_process()
-        if not resume and first:
+        # Of several processes, the first looks before it writes them, and may have by the time that the others do.
+        if not resume and is_first_process():
             raise CommandError(f"{folder} holds a run: go on with it by --resume, or give another --output")
-        different = differences(settings, load_run(folder)) if first else []
+        different = differences(settings, load_run(folder)) if resume else []
         if different:
             raise CommandError(f"--resume: {folder} was made with {'; '.join(different)}")
         if (folder / FINISHED).exists():
@@ -93,7 +93,8 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     L.seed_everything(settings.seed, verbose=False)
     data, collate, learner = build(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    write_settings(folder / FILE, settings)
+    if is_first_process():
+        write_settings(folder / FILE, settings)
     last = folder / LAST
     state = read_checkpoint(last) if resume and last.exists() else None
     stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
@@ -113,8 +114,8 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process of a run on this machine, or the one that speaks for it."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this is the only process of a run, or the one that speaks and writes for all."""
+    return int(rank_zero_only.rank) == 0  # type: ignore[attr-defined]
 
 
 def build(settings: Settings) -> tuple[Any, Any, Learner]:
@@ -144,6 +145,8 @@ def make_trainer(settings: Settings, folder: Path, stopping: EarlyStopping) -> L
             limit_train_batches=settings.limit_batches,
             limit_val_batches=settings.limit_batches,
             num_sanity_val_steps=0,
+            # The loaders come with samplers that share out among processes as their epochs' seeds say.
+            use_distributed_sampler=False,
             # A fresh loader for every epoch, whose order is drawn from the seed and the epoch.
             reload_dataloaders_every_n_epochs=1,
             callbacks=[stopping, best, last],
