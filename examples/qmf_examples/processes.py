@@ -51,7 +51,7 @@ def run_in_processes(number: int, device: str, work: Callable[..., Any], *argume
         )
         assert group is not None
         try:
-            while not group.join():
+            while not group.join(grace_period=10):
                 pass
         except ProcessExitedException as error:
             killed = [i for i, process in enumerate(group.processes) if process.exitcode == -signal.SIGKILL]
@@ -80,6 +80,7 @@ def _join(
     try:
         with lost_processes(number):
             work(*arguments)
+            dist.barrier()  # so that none leaves while others still talk
     finally:
         dist.destroy_process_group()
 
