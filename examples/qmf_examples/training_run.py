@@ -13,12 +13,14 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
 from . import rgbd, text_image
 from .errors import CommandError
 from .files import save_checkpoint, write_atomically
 from .learners import Learner
+from .processes import launched, lost_processes, most_devices
 from .settings import FILE, Settings, differences, load_run, write_settings
 from .training_module import ACCURACY, Batches, TrainingModule
 
@@ -74,7 +76,7 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     Args:
         settings: of the run, saved with it.
         folder: for settings.yaml, best.ckpt, last.ckpt, finished.json and TensorBoard's files.
-        resume: go on from what is there, to the same numbers as without a stop (one process on a CPU).
+        resume: go on from what is there, to the same numbers as without a stop (on CPUs, with as many processes).
 
     Raises:
         CommandError: a run is there already and ``resume`` is False, or was made with other settings.
@@ -102,7 +104,8 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     if state is None or not _is_over(state, settings):
         module = TrainingModule(learner, settings, data.num_classes, data.num_samples)
         batches = Batches(data.train, data.select, collate, settings)
-        trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
+        with lost_processes(trainer.world_size):
+            trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
         if trainer.interrupted:
             raise KeyboardInterrupt
         state = read_checkpoint(last)
@@ -116,6 +119,28 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
 def is_first_process() -> bool:
     """Whether this is the only process of a run, or the one that speaks and writes for all."""
     return int(rank_zero_only.rank) == 0  # type: ignore[attr-defined]
+
+
+def check_machine(settings: Settings) -> None:
+    """Whether there are the devices and the strategy that are asked for, before any data is read.
+
+    Raises:
+        CommandError: there are not.
+    """
+    if settings.strategy not in ("auto", *StrategyRegistry.available_strategies()):
+        raise CommandError(f"--strategy: must be auto, ddp or another of Lightning's, got {settings.strategy!r}")
+    devices, there = settings.devices, launched()
+    number = int(devices) if devices.isdecimal() else None
+    if there is not None and number != there:
+        raise CommandError(f"--devices: torchrun has started {there} processes, got {devices!r}")
+    kind = settings.accelerator
+    if kind == "auto" and not torch.backends.mps.is_available():
+        kind = "gpu" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "gpu", "cuda") or devices == "auto" or (kind != "cpu" and number is None):
+        return  # Lightning knows of more devices, and of more ways to name them.
+    most = most_devices("cpu" if kind == "cpu" else "cuda")
+    if number is None or not 1 <= number <= (most if there is None else there):
+        raise CommandError(f"--devices: must be from 1 to the {most} there are here ({kind}), got {devices!r}")
 
 
 def build(settings: Settings) -> tuple[Any, Any, Learner]:
@@ -134,11 +159,15 @@ def make_trainer(settings: Settings, folder: Path, stopping: EarlyStopping) -> L
     best = ModelCheckpoint(filename="best", monitor=ACCURACY, mode="max", save_weights_only=True, **options)
     last = ModelCheckpoint(filename="last", save_top_k=1, **options)
     devices: Any = int(settings.devices) if settings.devices.lstrip("-").isdigit() else settings.devices
+    # What is frozen at first has no gradients for the other processes to wait for.
+    strategy = (
+        "ddp_find_unused_parameters_true" if settings.freeze and settings.strategy == "ddp" else settings.strategy
+    )
     try:
         return L.Trainer(
             accelerator=settings.accelerator,
             devices=devices,
-            strategy=settings.strategy,
+            strategy=strategy,
             precision=settings.precision,  # type: ignore[arg-type]
             max_epochs=settings.epochs,
             accumulate_grad_batches=settings.accumulate,
