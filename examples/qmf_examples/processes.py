@@ -1,6 +1,7 @@
 """Several processes for one job: how many can be had, how they start and find each other, and what if one is lost."""
 
 import contextlib
+import gc
 import os
 import signal
 import tempfile
@@ -78,7 +79,7 @@ def _join(
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=number)
     try:
-        with lost_processes(number):
+        with together(number):
             work(*arguments)
             dist.barrier()  # so that none leaves while others still talk
     finally:
@@ -86,8 +87,12 @@ def _join(
 
 
 @contextlib.contextmanager
-def lost_processes(number: int) -> Iterator[None]:
-    """Errors of the group's collectives as ``CommandError``: another of the ``number`` processes has ended."""
+def together(number: int) -> Iterator[None]:
+    """Around work of ``number`` processes of a group, whose collectives fail where another of them has ended.
+
+    Raises:
+        CommandError: in place of such an error.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -97,3 +102,8 @@ def lost_processes(number: int) -> Iterator[None]:
         raise CommandError(
             f"another of the {number} processes was lost ({reason.splitlines()[0]}): {RESUME}"
         ) from error
+    finally:
+        if number > 1:
+            # A DistributedDataParallel refers to itself and so outlives its use. With it lives the group, whose
+            # threads then sometimes abort the interpreter when it ends.
+            gc.collect()

@@ -20,7 +20,7 @@ from . import rgbd, text_image
 from .errors import CommandError
 from .files import save_checkpoint, write_atomically
 from .learners import Learner
-from .processes import launched, lost_processes, most_devices
+from .processes import launched, most_devices, together
 from .settings import FILE, Settings, differences, load_run, write_settings
 from .training_module import ACCURACY, Batches, TrainingModule
 
@@ -104,7 +104,7 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     if state is None or not _is_over(state, settings):
         module = TrainingModule(learner, settings, data.num_classes, data.num_samples)
         batches = Batches(data.train, data.select, collate, settings)
-        with lost_processes(trainer.world_size):
+        with together(trainer.world_size):
             trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
         if trainer.interrupted:
             raise KeyboardInterrupt
