@@ -190,7 +190,7 @@ for copies in (False, True):
             model.module.trajectory.sync()
     saved.append((model.module.trajectory.count, [str(warning.message) for warning in caught]))
 torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
-# What is wrapped refers to itself; left to the end, it takes the group's threads along, which may abort the interpreter.
+# What is wrapped refers to itself; left to the end, it holds threads of the group that may abort the interpreter.
 del model
 gc.collect()
 dist.destroy_process_group()
