@@ -6,13 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qmf_examples.cli import main
 from qmf_examples.errors import CommandError
+from qmf_examples.learners import Answer, Learner
 from qmf_examples.processes import run_in_processes
+from qmf_examples.settings import QUICK, resolve
+from qmf_examples.training_module import Batches, TrainingModule
 from qmf_examples.training_run import read_checkpoint
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
@@ -130,6 +134,38 @@ def test_shares_of_a_batch_must_be_equal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert main([*DIGITS, "--devices", "3", "--output", str(tmp_path)]) == 2
     assert "'--devices': 3: it must divide the batch of 128" in capsys.readouterr().err
+
+
+class Echo(Learner):
+    """Answers with its input."""
+
+    def forward(self, inputs):
+        return Answer(inputs)
+
+
+def test_samples_are_shared_out_and_repeats_count_once():
+    settings = resolve("nyud2", QUICK, {"batch_size": 2})
+    one, trained, correct, samples = None, [], 0, 0
+    for processes in (1, 2):
+        for rank in range(processes):
+            batches = Batches(range(7), range(5), torch.tensor, settings)
+            place = {"world_size": processes, "global_rank": rank, "current_epoch": 3}
+            batches.trainer = SimpleNamespace(**place)
+            if processes == 1:
+                one = list(batches.train_dataloader().sampler)
+                continue
+            trained.append(list(batches.train_dataloader().sampler))
+            module = TrainingModule(Echo(), settings, 4, 7)
+            module.trainer = SimpleNamespace(**place, val_dataloaders=batches.val_dataloader())
+            for number, batch in enumerate(batches.val_dataloader()):
+                # The first sample is the only one that is answered rightly: a repeat would show.
+                scores = torch.nn.functional.one_hot((batch == 0).long(), 4).float()
+                module.validation_step({"inputs": scores, "label": torch.ones_like(batch)}, number)
+            state = module.accuracy
+            correct, samples = correct + int(state.tp), samples + int(state.tp + state.fn)
+    assert (correct, samples) == (1, 5)
+    assert [sample for pair in zip(*trained, strict=True) for sample in pair] == [*one, one[0]]
+    assert sorted(one) == list(range(7))
 
 
 def train_pair(arguments, die_in_step=0):
