@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .processes import place_of_process
+
 _MASK = 0xFFFFFFFF
 
 
@@ -11,7 +13,8 @@ class ModalityDropout(nn.Module):
 
     Each modality is dropped with probability ``p``, but of a sample's last one the luckiest stays. Draws come from a
     counter (a buffer, so that a resumed run goes on where it stopped) through a hash: the same on every device,
-    compiled or not, and free of global random state.
+    compiled or not, and free of global random state. Of the processes of ``torch.distributed``, each draws for the
+    batches of all, put side by side in the order of ranks, and takes its own part: what one process would draw.
 
     Args:
         p: from 0 up to, not including, 1.
@@ -39,7 +42,9 @@ class ModalityDropout(nn.Module):
         """Bool ``[M, B]``, which are there, to bool ``[M, B]``, which stay."""
         if not self.training or self.p == 0:
             return available
-        place = torch.arange(available.numel(), device=available.device).view(available.shape)
+        rank, size = place_of_process()
+        num, batch = available.shape
+        place = torch.arange(num * size * batch, device=available.device).view(num, size, batch)[:, rank]
         # A call must not change the draw that its own backward, or a checkpointed forward, may look at again.
         calls = self.calls.clone()
         self.calls += 1

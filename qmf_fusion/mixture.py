@@ -55,6 +55,9 @@ class ContaminatedProduct(nn.Module):
         floor: the least standard deviation of a logarithm that they are believed to have.
         gather: let ``QMFLoss`` gather running statistics in training, at the cost of factorising a ``[K, K]`` matrix
             per modality and step. False leaves them to ``calibrate``.
+        everywhere: where ``torch.distributed`` is initialised, gather over all its processes, step by step, as
+            ``SyncBatchNorm`` does (so every process takes the same number of steps). False keeps each to its own
+            samples, without a collective.
 
     Raises:
         ValueError: a number out of its range or not finite.
@@ -76,6 +79,7 @@ class ContaminatedProduct(nn.Module):
         spread: float = 0.1,
         floor: float = 0.3,
         gather: bool = True,
+        everywhere: bool = True,
     ) -> None:
         super().__init__()
         anything, at_least_0, positive = (lambda _: True), (lambda v: v >= 0), (lambda v: v > 0)
@@ -94,7 +98,7 @@ class ContaminatedProduct(nn.Module):
         self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
         self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor
         self.gather = gather
-        self.running = RunningStatistics(num_modalities, spread)
+        self.running = RunningStatistics(num_modalities, spread, everywhere)
         self.fitted = ClassStatistics(num_modalities, spread)
 
     def statistics(self) -> Statistics | None:

@@ -1,5 +1,7 @@
 """The loss trajectory ``kappa`` (Eq. 14): the mean of each sample's past unimodal losses, kept with the model."""
 
+import secrets
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import qmf_kernels
 
 from .checks import check_choice, check_count, check_index
 from .precision import KeepsPrecision
+from .processes import place_of_process
 
 RESCALES = ("minmax", None)
 
@@ -42,6 +45,7 @@ class LossTrajectory(KeepsPrecision):
     span: Tensor
     visits: Tensor | None
     synced: Tensor
+    mark: Tensor
 
     def __init__(self, num_samples: int, num_modalities: int, start_epoch: int = 1) -> None:
         super().__init__()
@@ -61,6 +65,9 @@ class LossTrajectory(KeepsPrecision):
         self.register_buffer("visits", torch.zeros(num_samples, dtype=torch.int64) if start_epoch > 1 else None)
         # What all processes agreed on last; each one's own records since are the difference.
         self.register_buffer("synced", torch.zeros_like(self.history), persistent=False)
+        # Each process's own number, 0 before the first sync: a buffer that another process overwrites shows by it.
+        self.register_buffer("mark", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._own_mark = 0
         self.register_load_state_dict_post_hook(_after_load)
 
     @property
@@ -130,15 +137,30 @@ class LossTrajectory(KeepsPrecision):
         A collective: every process of the group calls it, usually at the end of an epoch. Samples that a sampler gave
         to several processes count as often as they were visited. In a single process it does nothing. ``visits``
         (``start_epoch`` above 1) are merged as the largest, as a sample's visits are its epochs.
+
+        ``DistributedDataParallel`` copies the buffers of what it wraps from its first process into all others at every
+        forward, and what those have recorded is lost: leave the history out of it, or pass ``broadcast_buffers=False``.
+
+        A process that finds its buffers overwritten since its last call warns of it.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        if place_of_process(group)[1] == 1:
             return
+        if self._own_mark not in (0, int(self.mark)):
+            # One copy, when the model is wrapped anew, would do no harm; it looks the same from here.
+            warnings.warn(
+                "the loss history was overwritten by another process's since the last sync(): leave QMFLoss out of "
+                "DistributedDataParallel, or pass broadcast_buffers=False (unless that was constructed anew since)",
+                UserWarning,
+                stacklevel=2,
+            )
         added = self.history - self.synced
         dist.all_reduce(added, group=group)
         self.history.copy_(self.synced + added)
         if self.visits is not None:
             dist.all_reduce(self.visits, op=dist.ReduceOp.MAX, group=group)
         self.synced.copy_(self.history)
+        self._own_mark = 1 + secrets.randbits(62)
+        self.mark.fill_(self._own_mark)
         qmf_kernels.find_range(self.history, self.low, self.span)
 
     def resize(self, num_samples: int) -> None:

@@ -12,10 +12,11 @@ from einops import rearrange
 from torch import Tensor
 
 from .precision import KeepsPrecision
+from .processes import place_of_process, sum_over_processes
 
 MOMENTUM = 0.99  # of the running covariance: about the last 100 steps count
 CLASS_MOMENTUM = 0.95  # of a class mean, per sample of the class: about the last 20 samples count
-MOST_ROWS = 4096  # per step and modality; a dense prediction's positions beyond that are thinned out evenly
+MOST_ROWS = 4096  # per step, process and modality; a dense prediction's positions beyond that are thinned out evenly
 
 
 class Statistics(NamedTuple):
@@ -135,6 +136,15 @@ class RunningStatistics(ClassStatistics):
     """``Statistics`` gathered batch by batch in training, with exponential forgetting: no pass over the data.
 
     A sample is compared with the class means of *earlier* batches, so that none is measured against itself.
+
+    Args:
+        num_modalities: M.
+        spread: see ``ClassStatistics``.
+        everywhere: where ``torch.distributed`` is initialised, a step's batch is that of all its processes together:
+            each adds up counts and sums of its own rows, and two collectives a step (the second for what is measured
+            by the covariance that the first gives) add up the processes'. All then hold the same statistics, those of
+            one process that sees the same rows, to float64's rounding; there is nothing left to merge later. A sample
+            that a sampler repeats, so that all have the same number, counts as often as it is seen.
     """
 
     _shapes: ClassVar[Mapping[str, str]] = {**_SHAPES, **_RUNNING}
@@ -144,11 +154,16 @@ class RunningStatistics(ClassStatistics):
     steps: Any
     count: Any
 
+    def __init__(self, num_modalities: int, spread: float = 0.1, everywhere: bool = True) -> None:
+        super().__init__(num_modalities, spread)
+        self.everywhere = everywhere
+
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor, counted: Tensor) -> None:
         """A batch: logits ``[M, R, K]``, finite; target ``[R]``, a class everywhere; counted bool ``[M, R]``.
 
-        Rows so large that their squares overflow are left out.
+        Rows so large that their squares overflow are left out. With ``everywhere`` a collective: every process of the
+        default group calls it, each with rows of its own.
 
         Raises:
             ValueError: another number of classes than before.
@@ -161,21 +176,25 @@ class RunningStatistics(ClassStatistics):
         x, y, c = logits[:, ::stride], target[::stride], counted[:, ::stride]
         x = x.to(self.whiten.dtype)
         # Squares of residuals, up to four times a row's own, are summed: one that overflows would spoil them for good.
-        usable = x.square().sum(-1) < torch.finfo(x.dtype).max / (4 * MOST_ROWS)
+        most = MOST_ROWS * (place_of_process()[1] if self.everywhere else 1)
+        usable = x.square().sum(-1) < torch.finfo(x.dtype).max / (4 * most)
         x, c = torch.where(usable.unsqueeze(-1), x, 0), (c & usable).to(x.dtype)
         label = torch.nn.functional.one_hot(y, num_classes).to(x.dtype)
 
-        self.count += label.T @ c.amax(0)
-        self.prior.copy_((self.count + 1) / (self.count.sum() + num_classes))
         old = c * self.seen[:, y]  # [M, R]: the samples that there is a mean to compare with
-        total = old.sum(1)
+        residual = (x - self.mean[:, y]) * old.unsqueeze(-1)
+        here = torch.einsum("mr,rk->mk", c, label)
+        sums = torch.einsum("mr,rk,mrj->mkj", c, label, x)
+        number, total, scatter, here, sums = self._add_up(
+            label.T @ c.amax(0), old.sum(1), residual.mT @ residual, here, sums
+        )
+        self.count += number
+        self.prior.copy_((self.count + 1) / (self.count.sum() + num_classes))
         learn = total > 0
         self.steps += learn
         keep = torch.where(learn, (1 - 1 / self.steps.clamp_min(1)).clamp_max(MOMENTUM), 1.0)
-        residual = (x - self.mean[:, y]) * old.unsqueeze(-1)
         mean_of = total.clamp_min(1)
-        scatter = residual.mT @ residual / mean_of.view(-1, 1, 1)
-        self.scatter.copy_(torch.lerp(scatter, self.scatter, keep.view(-1, 1, 1)))
+        self.scatter.copy_(torch.lerp(scatter / mean_of.view(-1, 1, 1), self.scatter, keep.view(-1, 1, 1)))
         known = self.seen.to(x.dtype) * self.count
         whiten = _whitener(self.scatter, self.mean, known, self.prior, self.spread)
 
@@ -185,11 +204,9 @@ class RunningStatistics(ClassStatistics):
         # Classes without a mean are at an infinite distance, which no weight of 0 would cancel.
         to_own, nearest = (torch.where(old > 0, v, 0) for v in (to_own, nearest))
         values = torch.stack([to_own, size, size.square(), nearest, nearest.square()], -1)
-        batch = (values * old.unsqueeze(-1)).sum(1) / mean_of.unsqueeze(-1)
-        self.moments.copy_(torch.lerp(batch, self.moments, keep.unsqueeze(-1)))
+        (measured,) = self._add_up((values * old.unsqueeze(-1)).sum(1))
+        self.moments.copy_(torch.lerp(measured / mean_of.unsqueeze(-1), self.moments, keep.unsqueeze(-1)))
 
-        here = torch.einsum("mr,rk->mk", c, label)
-        sums = torch.einsum("mr,rk,mrj->mkj", c, label, x)
         forget = torch.where(self.seen, CLASS_MOMENTUM**here, torch.where(here > 0, 0.0, 1.0)).unsqueeze(-1)
         self.mean.copy_(torch.lerp(sums / here.clamp_min(1).unsqueeze(-1), self.mean, forget))
         self.seen |= here > 0
@@ -200,6 +217,9 @@ class RunningStatistics(ClassStatistics):
         for name, first, second in (("norm", 1, 2), ("distance", 3, 4)):
             mean, square = self.moments[:, first], self.moments[:, second]
             getattr(self, name).copy_(torch.stack([mean, (square - mean * mean).clamp_min(0).sqrt()], -1))
+
+    def _add_up(self, *sums: Tensor) -> list[Tensor]:
+        return sum_over_processes(sums) if self.everywhere else list(sums)
 
 
 def check_num_classes(logits: Tensor, prior: Tensor) -> None:

@@ -77,6 +77,30 @@ def _help_without_command(context: typer.Context) -> None:
         raise typer.Exit
 
 
+def check_devices(number: int, device: str, batch_size: int) -> None:
+    """Whether ``number`` processes can share out batches here.
+
+    Raises:
+        typer.BadParameter: they cannot.
+    """
+    from .processes import launched, most_devices
+
+    there = launched()
+    if there not in (None, number):
+        problem = f"torchrun has started {there} processes"
+    elif number == 1:
+        return
+    elif device not in ("cpu", "cuda"):
+        problem = f"several processes need --device cpu or cuda, not {device}"
+    elif number > (most := most_devices(device)) and there is None:
+        problem = f"there are {most} here"
+    elif batch_size % number:
+        problem = f"it must divide the batch of {batch_size}, which the processes share out"
+    else:
+        return
+    raise typer.BadParameter(f"{number}: {problem}", param_hint="'--devices'")
+
+
 @train.command(
     help="Four views of scikit-learn's handwritten digits, half of them damaged at test time: who fuses best?\n\n"
     "Nothing is downloaded. Trains small heads on clean views, damages half of each test image's views with Gaussian "
@@ -95,18 +119,39 @@ def digits(
         int | None, typer.Option(min=1, help="Epochs of each training: 40 if not given, 4 with --quick.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps, ...")] = "cpu",
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that share out every batch: 1 if not given, or as many as torchrun starts."
+        ),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="How they train together: ddp, or auto for that where needed.")
+    ] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Two seeds of a few epochs, in seconds.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoints of a run that was killed.")
     ] = False,
 ) -> None:
     require_extras(("numpy", "sklearn", "matplotlib", "rich"))
+    if strategy not in ("auto", "ddp"):
+        raise typer.BadParameter(f"{strategy!r} must be auto or ddp", param_hint="'--strategy'")
     check_device(device)
-    prepare_output(output)
     from .digits import DigitsConfig
     from .digits_report import run_and_report
+    from .processes import launched, run_in_processes
 
-    count = seeds or (2 if quick else 5)
-    config = DigitsConfig(seeds=tuple(range(seed, seed + count)), epochs=epochs or (4 if quick else 40), device=device)
+    processes = devices or launched() or 1
+    config = DigitsConfig(
+        seeds=tuple(range(seed, seed + (seeds or (2 if quick else 5)))),
+        epochs=epochs or (4 if quick else 40),
+        device=device,
+        devices=processes,
+    )
+    check_devices(processes, device, config.batch_size)
+    prepare_output(output)
     with disk_errors(), resumable("run it again with --resume to go on"):
-        run_and_report(config, output, resume)
+        if processes == 1:
+            run_and_report(config, output, resume)
+        else:
+            run_in_processes(processes, device, run_and_report, config, output, resume)

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 
 from qmf_fusion import FusionModel, QMFLoss
+from qmf_fusion.processes import place_of_process, sum_over_processes
 
 from .corruptions import CORRUPTIONS, choose_views, corrupt
 from .digits_data import NUM_CLASSES, VIEWS, Scaler, Split, load_split
@@ -32,7 +35,10 @@ class DigitsConfig:
     """Each seeds a split of the data, the heads' first weights, the order of the batches and the damage."""
     epochs: int = 40
     device: str = "cpu"
+    devices: int = 1
+    """Processes that train together. Each takes its share of every batch."""
     batch_size: int = 128
+    """Samples of a step, of all processes together."""
     hidden: int = 64
     learning_rate: float = 3e-3
     checkpoint_every: int = 10
@@ -119,6 +125,10 @@ def train_heads(
 ) -> tuple[FusionModel, QMFLoss]:
     """Train one set of heads on clean images.
 
+    The processes of a group of ``torch.distributed`` share out every batch, so that together they take the steps of
+    one; but the ranking loss compares samples of one process, by histories that are merged after each epoch. Each
+    returns the same model and trajectory; the first writes.
+
     Args:
         training: how.
         data: the seed's data.
@@ -133,6 +143,7 @@ def train_heads(
     """
     device = torch.device(config.device)
     num = len(data.train_labels)
+    rank, size = place_of_process()
     model = build_model({view: x.shape[1] for view, x in data.train.items()}, config.hidden, seed, training).to(device)
     criterion = QMFLoss(model.fusion, num, **training.options).to(device)
     optimizer = torch.optim.Adam(
@@ -149,21 +160,30 @@ def train_heads(
         if report is not None:
             report(seed, training.name, done)
 
+    parallel = model if size == 1 else DistributedDataParallel(model)
+    # The order depends on the seed and the epoch alone, so that a resumed run needs no generator's state.
+    sampler = DistributedSampler[Any](data.train_labels, size, rank, seed=1_000_003 * seed)  # type: ignore[arg-type]
     for epoch in range(done, config.epochs):
-        # The order depends on the seed and the epoch alone, so that a resumed run needs no generator's state.
-        order = torch.randperm(num, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).to(device)
+        sampler.set_epoch(epoch)
+        order = torch.tensor(list(sampler), device=device)
         epoch_loss = torch.zeros((), device=device)
-        for index in torch.split(order, config.batch_size):
+        for index in torch.split(order, config.batch_size // size):
             optimizer.zero_grad()
-            out = model({view: x[index] for view, x in data.train.items()})
+            out = parallel({view: x[index] for view, x in data.train.items()})
             objective = criterion(out.unimodal_logits, data.train_labels[index], index)
             loss = objective.unimodal_losses.sum() if training.unimodal_only else objective.loss
             loss.backward()
             optimizer.step()
             epoch_loss += loss.detach() * len(index)
-        losses[epoch] = epoch_loss.cpu() / num
+        criterion.ranking.sync()
+        (epoch_loss,) = sum_over_processes([epoch_loss])
+        losses[epoch] = epoch_loss.cpu() / (len(order) * size)
         finished = epoch + 1
-        if checkpoint is not None and (finished % config.checkpoint_every == 0 or finished == config.epochs):
+        if (
+            rank == 0
+            and checkpoint is not None
+            and (finished % config.checkpoint_every == 0 or finished == config.epochs)
+        ):
             state = {
                 "made_with": made_with,
                 "epoch": finished,
@@ -206,6 +226,8 @@ def run_digits(
 ) -> list[Score]:
     """The whole comparison: every seed, training, condition and method.
 
+    Of several processes (see ``train_heads``) the first has the scores, and the others return none.
+
     Args:
         config: the settings.
         checkpoints: an existing folder for them; None writes none.
@@ -215,7 +237,8 @@ def run_digits(
     Raises:
         CommandError: a checkpoint to resume that cannot be read, or is another run's.
     """
-    if checkpoints is not None and not resume:
+    first = place_of_process()[0] == 0
+    if first and checkpoints is not None and not resume:
         for old in checkpoints.glob("seed*-*.pt"):
             old.unlink(missing_ok=True)
     scores: list[Score] = []
@@ -225,7 +248,8 @@ def run_digits(
             for training in TRAININGS:
                 path = None if checkpoints is None else checkpoint_path(checkpoints, seed, training)
                 model, _ = train_heads(training, data, config, seed, path, resume, report)
-                scores += score(model, training, data, seed)
+                if first:
+                    scores += score(model, training, data, seed)
     methods = [method.name for method in list_methods(tuple(VIEWS))]
     conditions = list_conditions()
     return sorted(scores, key=lambda s: (methods.index(s.method), conditions.index((s.condition, s.level)), s.seed))

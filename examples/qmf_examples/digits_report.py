@@ -5,6 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qmf_fusion.processes import place_of_process
+
 from .corruptions import CORRUPTIONS
 from .digits import DigitsConfig, describe, run_digits
 from .digits_data import VIEWS
@@ -18,9 +20,13 @@ from .verdicts import judge
 def run_and_report(config: DigitsConfig, output: Path, resume: bool = False) -> list[Row]:
     """Run, write `results.json` and `accuracy.png` to the folder ``output``, and print the tables.
 
-    Checkpoints go to ``output / "checkpoints"``; see ``run_digits`` for ``resume`` and what is raised.
+    Checkpoints go to ``output / "checkpoints"``; see ``run_digits`` for ``resume`` and what is raised. Of several
+    processes, the first alone writes and prints.
     """
     checkpoints = output / "checkpoints"
+    if place_of_process()[0]:
+        run_digits(config, checkpoints, resume)
+        return []
     checkpoints.mkdir(parents=True, exist_ok=True)
     methods = list_methods(tuple(VIEWS))
     with _progress() as progress:

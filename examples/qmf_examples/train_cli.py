@@ -154,8 +154,9 @@ def choose_methods(data_set: str, given: Any) -> tuple[str, ...]:
 
 
 def _train_all(plan: list[Settings], folder: Path, resume: bool) -> None:
-    from .training_run import is_first_process, train_run
+    from .training_run import check_machine, is_first_process, train_run
 
+    check_machine(plan[0])
     say = typer.echo if is_first_process() else lambda _: None
     if plan[0].selection == "test":
         say("--selection test: epochs are chosen on the test set, as published; their accuracies are flattered")

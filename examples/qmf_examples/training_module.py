@@ -1,16 +1,15 @@
 """The training loop's two halves that Lightning asks for: what a step does, and where batches come from."""
 
 import math
-from collections.abc import Iterator, Sized
 from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from qmf_fusion import TrajectoryRankingLoss
+from qmf_fusion import LossTrajectory
 
 from .learners import Learner
 from .settings import Settings
@@ -35,11 +34,20 @@ class TrainingModule(L.LightningModule):
         self.sizes = {"num_classes": num_classes, "num_samples": num_samples}
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        # DistributedDataParallel copies the first process's buffers into all others at every step, and would so undo
+        # what they record of their own samples. It looks for the names of those to leave alone here.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{name}.{buffer}"
+            for name, module in self.named_modules()
+            if isinstance(module, LossTrajectory)
+            for buffer, _ in module.named_buffers()
+        ]
 
     def on_train_epoch_start(self) -> None:
-        # Dropout and crops draw from generators that depend on the seed and the epoch alone, so that a resumed run
-        # needs no generator's state.
-        L.seed_everything(_epoch_seed(self.settings.seed, self.current_epoch), verbose=False)
+        # Dropout and crops draw from generators that depend on the seed, the epoch and the process alone, so that a
+        # resumed run needs no generator's state.
+        seed = _epoch_seed(self.settings.seed, self.current_epoch, self.global_rank)
+        L.seed_everything(seed, verbose=False)
         for name, epochs in self.settings.freeze.items():
             # A modality that the method does not look at has nothing to freeze, and what is fixed anyway stays so.
             encoder = self.learner.encoders.get(name)
@@ -56,11 +64,17 @@ class TrainingModule(L.LightningModule):
         # Each process has seen samples of its own; merged here, before the checkpoint of the epoch is written.
         if not self.trainer.sanity_checking:
             for module in self.learner.modules():
-                if isinstance(module, TrajectoryRankingLoss):
+                if isinstance(module, LossTrajectory):
                     module.sync()
 
-    def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        self.accuracy.update(self.learner(batch["inputs"]).scores, batch["label"])
+    def validation_step(self, batch: dict[str, Any], number: int) -> None:
+        scores, label = self.learner(batch["inputs"]).scores, batch["label"]
+        # Of several processes, some repeat a sample at the end, so that all take as many steps; it counts once.
+        num = len(cast(DataLoader[Any], self.trainer.val_dataloaders).dataset)  # type: ignore[arg-type]
+        own = len(range(self.global_rank, num, self.trainer.world_size))
+        counted = max(0, min(len(label), own - number * self.settings.batch_size))
+        if counted:
+            self.accuracy.update(scores[:counted], label[:counted])
 
     def on_validation_epoch_end(self) -> None:
         accuracy = self.accuracy.compute()
@@ -106,19 +120,14 @@ class TrainingModule(L.LightningModule):
             self.plateau.load_state_dict(saved)
 
 
-class Shuffled(Sampler[int]):
-    """``0..num - 1`` in the order that ``seed`` draws, however often it is asked: Lightning starts the iterator of an
-    epoch twice, and of one that it resumes once.
+class Shuffled(DistributedSampler[Any]):
+    """All samples in the order that ``seed`` draws, however often it is asked: Lightning starts the iterator of an
+    epoch twice, and of one that it resumes once. Of several processes each takes every so manieth, some repeating one
+    of the first so that all have the same number: together their batches are those of one process.
     """
 
-    def __init__(self, num: int, seed: int) -> None:
-        self.num, self.seed = num, seed
-
-    def __len__(self) -> int:
-        return self.num
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.num, generator=torch.Generator().manual_seed(self.seed)).tolist())
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the seed is the epoch's own."""
 
 
 class Batches(L.LightningDataModule):
@@ -131,12 +140,15 @@ class Batches(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
-        seed = _epoch_seed(self.settings.seed, self.trainer.current_epoch)
-        order = Shuffled(len(cast(Sized, self.train)), seed)
-        return self._load(self.train, sampler=order, worker_init_fn=partial(_seed_worker, seed))
+        seed, epoch, processes = self.settings.seed, self.trainer.current_epoch, self.trainer.world_size
+        order = Shuffled(self.train, processes, self.trainer.global_rank, seed=_epoch_seed(seed, epoch))
+        own = _epoch_seed(seed, epoch, self.trainer.global_rank)
+        return self._load(self.train, sampler=order, worker_init_fn=partial(_seed_worker, own))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._load(self.select)
+        assert self.trainer is not None
+        place = self.trainer.world_size, self.trainer.global_rank
+        return self._load(self.select, sampler=DistributedSampler[Any](self.select, *place, shuffle=False))
 
     def _load(self, samples: Dataset[Any], **options: Any) -> DataLoader[Any]:
         s = self.settings
@@ -156,5 +168,5 @@ def _seed_worker(seed: int, worker: int) -> None:
     L.seed_everything((seed + 7919 * (worker + 1)) % 2**32, verbose=False)
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return (1_000_003 * seed + epoch) % 2**32
+def _epoch_seed(seed: int, epoch: int, process: int = 0) -> int:
+    return (1_000_003 * seed + epoch + 15_485_863 * process) % 2**32

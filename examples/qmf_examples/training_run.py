@@ -13,11 +13,14 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 
 from . import rgbd, text_image
 from .errors import CommandError
 from .files import save_checkpoint, write_atomically
 from .learners import Learner
+from .processes import launched, most_devices, together
 from .settings import FILE, Settings, differences, load_run, write_settings
 from .training_module import ACCURACY, Batches, TrainingModule
 
@@ -73,18 +76,17 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     Args:
         settings: of the run, saved with it.
         folder: for settings.yaml, best.ckpt, last.ckpt, finished.json and TensorBoard's files.
-        resume: go on from what is there, to the same numbers as without a stop (one process on a CPU).
+        resume: go on from what is there, to the same numbers as without a stop (on CPUs, with as many processes).
 
     Raises:
         CommandError: a run is there already and ``resume`` is False, or was made with other settings.
         DataError: data that cannot be used.
     """
     if (folder / FILE).exists():
-        # Of several processes, the first has written the settings by the time that the others look.
-        first = is_first_process()
-        if not resume and first:
+        # Of several processes, the first looks before it writes them, and may have by the time that the others do.
+        if not resume and is_first_process():
             raise CommandError(f"{folder} holds a run: go on with it by --resume, or give another --output")
-        different = differences(settings, load_run(folder)) if first else []
+        different = differences(settings, load_run(folder)) if resume else []
         if different:
             raise CommandError(f"--resume: {folder} was made with {'; '.join(different)}")
         if (folder / FINISHED).exists():
@@ -93,7 +95,8 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     L.seed_everything(settings.seed, verbose=False)
     data, collate, learner = build(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    write_settings(folder / FILE, settings)
+    if is_first_process():
+        write_settings(folder / FILE, settings)
     last = folder / LAST
     state = read_checkpoint(last) if resume and last.exists() else None
     stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
@@ -102,7 +105,8 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
         module = TrainingModule(learner, settings, data.num_classes, data.num_samples)
         batches = Batches(data.train, data.select, collate, settings)
         try:
-            trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
+            with together(trainer.world_size):
+                trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
         except SystemExit:  # what Lightning makes of an interrupt, without a word
             if not trainer.interrupted:
                 raise
@@ -117,8 +121,30 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process of a run on this machine, or the one that speaks for it."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this is the only process of a run, or the one that speaks and writes for all."""
+    return int(rank_zero_only.rank) == 0  # type: ignore[attr-defined]
+
+
+def check_machine(settings: Settings) -> None:
+    """Whether there are the devices and the strategy that are asked for, before any data is read.
+
+    Raises:
+        CommandError: there are not.
+    """
+    if settings.strategy not in ("auto", *StrategyRegistry.available_strategies()):
+        raise CommandError(f"--strategy: must be auto, ddp or another of Lightning's, got {settings.strategy!r}")
+    devices, there = settings.devices, launched()
+    number = int(devices) if devices.isdecimal() else None
+    if there is not None and number != there:
+        raise CommandError(f"--devices: torchrun has started {there} processes, got {devices!r}")
+    kind = settings.accelerator
+    if kind == "auto" and not torch.backends.mps.is_available():
+        kind = "gpu" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "gpu", "cuda") or devices == "auto" or (kind != "cpu" and number is None):
+        return  # Lightning knows of more devices, and of more ways to name them.
+    most = most_devices("cpu" if kind == "cpu" else "cuda")
+    if number is None or not 1 <= number <= (most if there is None else there):
+        raise CommandError(f"--devices: must be from 1 to the {most} there are here ({kind}), got {devices!r}")
 
 
 def build(settings: Settings) -> tuple[Any, Any, Learner]:
@@ -137,17 +163,23 @@ def make_trainer(settings: Settings, folder: Path, stopping: EarlyStopping) -> L
     best = ModelCheckpoint(filename="best", monitor=ACCURACY, mode="max", save_weights_only=True, **options)
     last = ModelCheckpoint(filename="last", save_top_k=1, **options)
     devices: Any = int(settings.devices) if settings.devices.lstrip("-").isdigit() else settings.devices
+    # What is frozen at first has no gradients for the other processes to wait for.
+    strategy = (
+        "ddp_find_unused_parameters_true" if settings.freeze and settings.strategy == "ddp" else settings.strategy
+    )
     try:
         return L.Trainer(
             accelerator=settings.accelerator,
             devices=devices,
-            strategy=settings.strategy,
+            strategy=strategy,
             precision=settings.precision,  # type: ignore[arg-type]
             max_epochs=settings.epochs,
             accumulate_grad_batches=settings.accumulate,
             limit_train_batches=settings.limit_batches,
             limit_val_batches=settings.limit_batches,
             num_sanity_val_steps=0,
+            # The loaders come with samplers that share out among processes as their epochs' seeds say.
+            use_distributed_sampler=False,
             # A fresh loader for every epoch, whose order is drawn from the seed and the epoch.
             reload_dataloaders_every_n_epochs=1,
             callbacks=[stopping, best, last],

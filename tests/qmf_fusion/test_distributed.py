@@ -1,10 +1,12 @@
-"""Two processes with half of the samples each end up with the history of one process that saw them all."""
+"""Two processes with half of the samples each end up with the history, and the statistics, of one that saw them all."""
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from qmf_fusion import TrajectoryRankingLoss
+from qmf_fusion import QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
+from qmf_fusion.dropout import ModalityDropout
 
 from ..two_processes import run_two
 
@@ -68,3 +70,139 @@ def test_alone_it_changes_nothing() -> None:
     before = rank.trajectory.history.clone()
     rank.sync()
     assert torch.equal(rank.trajectory.history, before)
+
+
+STATISTICS_WORKER = """
+import copy, sys
+import torch
+import torch.distributed as dist
+from qmf_fusion.dropout import ModalityDropout
+from qmf_fusion.processes import sum_over_processes
+from tests.qmf_fusion.test_distributed import make_criterion, part_of, steps_of_robust
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+everywhere, own = make_criterion(), make_criterion(everywhere=False)
+for rows, target, index in steps_of_robust():
+    batch = (list(rows[:, part_of(rank)]), target[part_of(rank)], index[part_of(rank)])
+    for criterion in (everywhere, own):
+        criterion(*batch)
+saved = {"everywhere": copy.deepcopy(everywhere.fusion.state_dict()), "own": own.fusion.state_dict()}
+for _ in range(2):
+    everywhere.ranking.sync()
+saved["synced"] = everywhere.fusion.state_dict()
+dropout = ModalityDropout(0.4, seed=3)
+saved["masks"] = [dropout(torch.ones(3, 50, dtype=torch.bool)) for _ in range(2)]
+add_up = torch.compile(sum_over_processes, fullgraph=True, backend="eager")
+saved["sums"] = add_up([torch.tensor([1.0 + rank]), torch.tensor([[2.0, 4.0 * rank]])])
+torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def make_criterion(**switches: bool) -> QMFLoss:
+    return QMFLoss(QualityAwareFusion.robust(2, **switches), 60)
+
+
+def steps_of_robust() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Batches ``[M, B, K]``, of an even size and an odd one, some rows broken; the last repeats a sample as padding."""
+    g = torch.Generator().manual_seed(5)
+    steps = []
+    for size in (12, 12, 9, 12, 3):
+        index = torch.randint(60, (size,), generator=g)
+        if size == 12:
+            index[-1] = index[0]
+        rows = 3 * torch.nn.functional.one_hot(index % 4, 4) + torch.randn(2, size, 4, generator=g)
+        rows[0, 1] = torch.nan
+        steps.append((rows, index % 4, index))
+    return steps
+
+
+def part_of(rank: int) -> slice:
+    return slice(rank, None, 2)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("statistics")
+    run_two(STATISTICS_WORKER, folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_have_the_statistics_of_one(found: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+    single = make_criterion()
+    for rows, target, index in steps_of_robust():
+        single(list(rows), target, index)
+    expected = single.fusion.state_dict()
+    assert expected["mixture.running.count"].sum() == 12 + 12 + 9 + 12 + 3  # repeats count
+    for state in found:
+        torch.testing.assert_close(state["everywhere"], expected, rtol=1e-10, atol=1e-12)
+        assert [x.tolist() for x in state["sums"]] == [[3.0], [[4.0, 4.0]]]
+    for name, value in found[0]["everywhere"].items():
+        assert torch.equal(value, found[1]["everywhere"][name]), name
+        assert all(torch.equal(value, state["synced"][name]) for state in found), name
+
+
+def test_each_keeps_to_its_own_samples_where_asked(found: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+    for rank, state in enumerate(found):
+        alone = make_criterion()
+        for rows, target, index in steps_of_robust():
+            alone(list(rows[:, part_of(rank)]), target[part_of(rank)], index[part_of(rank)])
+        torch.testing.assert_close(state["own"], dict(alone.fusion.state_dict()), rtol=0, atol=0)
+
+
+def test_two_processes_drop_other_modalities_each(found: list[dict[str, list[torch.Tensor]]]) -> None:
+    single = ModalityDropout(0.4, seed=3)
+    for first, second in zip(*(state["masks"] for state in found), strict=True):
+        assert not torch.equal(first, second)
+        assert torch.equal(torch.cat([first, second], 1), single(torch.ones(3, 100, dtype=torch.bool)))
+
+
+WRAPPED_WORKER = """
+import gc, sys, warnings
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from qmf_fusion import LossTrajectory
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+
+class Recorder(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+        self.trajectory = LossTrajectory(8, 1)
+
+    def forward(self, losses, index):
+        self.trajectory.record(losses, index)
+        return losses.sum() + self.weight.sum()
+
+
+saved = []
+for copies in (False, True):
+    model = DistributedDataParallel(Recorder(), broadcast_buffers=copies)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(2):
+            for i in range(rank, 8, 2):
+                model(torch.ones(1, 1), torch.tensor([i]))
+            model.module.trajectory.sync()
+    saved.append((model.module.trajectory.count, [str(warning.message) for warning in caught]))
+torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
+# What is wrapped refers to itself; left to the end, it holds threads of the group that may abort the interpreter.
+del model
+gc.collect()
+dist.destroy_process_group()
+"""
+
+
+def test_a_history_that_ddp_overwrites_is_told(tmp_path: Path) -> None:
+    run_two(WRAPPED_WORKER, tmp_path)
+    for rank in range(2):
+        (count, none), (spoilt, some) = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(count, torch.full((1, 8), 2.0, dtype=torch.float64))
+        assert none == []
+        assert not torch.equal(spoilt, count)
+        assert len(some) == rank
+        assert all("broadcast_buffers=False" in message for message in some)
