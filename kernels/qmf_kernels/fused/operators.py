@@ -96,12 +96,13 @@ def ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tens
     num, batch = weights.shape
     block = sample_block(batch, pairs)
     programs = -(-batch // block.samples)
+    weights = weights.contiguous()
     grad, partial = torch.empty_like(weights), weights.new_empty((programs,), dtype=torch.float64)
     launch(
         ranking_kernel,
         programs,
         weights.device,
-        *(weights.contiguous(), kappa.contiguous(), grad, partial, batch),
+        *(weights, kappa.contiguous(), grad, partial, batch),
         **{"M": num, "SB": block.samples, "JB": block.partners, "RULES": ranking_rules(form, pairs)},
         **{"ACC": TYPES[weights.dtype], "num_warps": block.warps},
     )
