@@ -191,7 +191,8 @@ def objective(
             first.device,
             *(*where, make_makers(weight_rule), labels, trajectory, samples, results, partial, ranking_weight),
             *(*written, _NO_GRADS, Kept(made.stats, made.inverse, ranking_grad, None)),
-            *(tuple(d_logits), tuple(d.stride() for d in d_logits), _NO_MAKERS, batch, rows.num_classes),
+            *(tuple(d_logits), tuple((d.stride(0), d.stride(-1)) for d in d_logits), _NO_MAKERS, batch),
+            rows.num_classes,
             **constants,
             **by_samples,
         )
