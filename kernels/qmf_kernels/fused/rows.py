@@ -102,6 +102,12 @@ def number(parts, ACC: tl.constexpr):
 
 
 @triton.jit
+def widen(number):
+    """An integer as int64, so that what it multiplies may exceed 2^31; of one that is compiled in too."""
+    return tl.full((), number, tl.int64)
+
+
+@triton.jit
 def row_offset(row, sizes, strides, DIMS: tl.constexpr):
     """Elements from a tensor's start to the given rows, int64."""
     if DIMS == 1:
@@ -109,7 +115,7 @@ def row_offset(row, sizes, strides, DIMS: tl.constexpr):
     elif DIMS == 2:
         return (row // sizes[1]) * strides[0] + (row % sizes[1]) * strides[1]
     else:
-        inner = sizes[1] * sizes[2]
+        inner = widen(sizes[1]) * sizes[2]
         rest = row % inner
         return (row // inner) * strides[0] + (rest // sizes[2]) * strides[1] + (rest % sizes[2]) * strides[2]
 
