@@ -1,9 +1,17 @@
-"""What every test shares: the same random numbers, whatever ran before, and one thread, for tests run side by side."""
+"""What every test shares: the same random numbers, whatever ran before, and one thread, for tests run side by side.
 
+Where no GPU is, kernels run in Triton's interpreter, which has to be asked for before Triton is imported; tests of the
+compiler run in processes of their own.
+"""
+
+import os
 from importlib.util import find_spec
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 MISSING = [name for name in ("lightning", "torchmetrics", "torchvision", "transformers", "yaml") if not find_spec(name)]
 collect_ignore_glob = ["qmf_examples/test_trainers_*.py"] if MISSING else []

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .gradients import loss_coefficients, tile_gradients, weight_gradients
 from .passes import fuse_tile, label_logits, read_labels, zeros
-from .rows import clamp_weights, coefficient, number, raw_weight, read_tile, row_offset
+from .rows import clamp_weights, coefficient, number, raw_weight, read_tile, row_offset, widen
 
 
 class Kept(NamedTuple):
@@ -90,6 +90,7 @@ def backward_rows(
     RULES: tl.constexpr, SLOTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Rows ``[RB]``. ``grads.fused``, if there, has its strides after the M heads'."""
+    num_rows = widen(num_rows)
     in_row = row < num_rows
     zero = tl.where(in_row, 0.0, 0.0).to(ACC)
     counts, lses = _log_sum_exps(kept, makers, row, in_row, num_rows, M, RULES, SLOTS, ACC)

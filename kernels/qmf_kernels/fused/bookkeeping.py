@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .history import find_range, record_samples
 from .ranking import count_pairs, rank_adjacent, rank_all
-from .rows import number
+from .rows import number, widen
 
 MOVED = tl.constexpr(1)  # slots of a program's sums: the history's flag, then the hinges, numerators, denominators
 
@@ -61,7 +61,8 @@ def book_samples(
     M: tl.constexpr, SB: tl.constexpr, JB: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Block ``program`` of SB samples; its sums go into ``partial``, float64 ``[2 M + 4, programs]``."""
-    sample = program * SB + tl.arange(0, SB).to(tl.int64)
+    batch = widen(batch)
+    sample = widen(program) * SB + tl.arange(0, SB)
     inside = sample < batch
     num_pairs = count_pairs(batch, RULES)
     hinges = tl.zeros((), tl.float64)

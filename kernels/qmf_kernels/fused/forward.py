@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .history import read_history
 from .passes import cross_entropies, first_pass, label_logits, read_labels, second_pass, share_in_mean
-from .rows import row_offset
+from .rows import row_offset, widen
 
 
 @triton.jit(debug=True)
@@ -41,6 +41,7 @@ def forward_rows(
 
     ``weights_out``, ``energy_out`` and ``losses_out`` are ``[M, R]``, ``stats`` is ``[slots, R]``.
     """
+    num_rows = widen(num_rows)
     in_row = row < num_rows
     tiles, offsets, counts, lses, _, energies, weights, _ = first_pass(
         logits, sizes, strides, present, present_strides, makers, row, in_row, num_rows, num_classes,

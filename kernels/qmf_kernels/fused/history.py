@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .rows import widen
+
 RANGE_BLOCK = tl.constexpr(1024)
 _TINY = tl.constexpr(2.2250738585072014e-308)
 
@@ -90,9 +92,10 @@ def record_samples(trajectory, past, losses, sample, batch, M: tl.constexpr, RUL
 
 @triton.jit
 def _sums(trajectory, m, index, there, M: tl.constexpr):
-    place = trajectory.history + m * trajectory.num_samples + index
+    num_samples = widen(trajectory.num_samples)
+    place = trajectory.history + m * num_samples + index
     total = tl.load(place, there, other=0.0)
-    count = tl.load(place + M * trajectory.num_samples, there, other=0.0)
+    count = tl.load(place + M * num_samples, there, other=0.0)
     return total, count
 
 
@@ -102,9 +105,10 @@ def _record(trajectory, m, kappa, count_before, losses, index, there, M: tl.cons
     losses = losses.to(tl.float64)
     finite = (losses == losses) & (tl.abs(losses) < float("inf"))
     adds = there & finite & (count_before == count_before)
-    place = trajectory.history + m * trajectory.num_samples + index
+    num_samples = widen(trajectory.num_samples)
+    place = trajectory.history + m * num_samples + index
     total = tl.atomic_add(place, losses, adds)
-    count = tl.atomic_add(place + M * trajectory.num_samples, tl.where(adds, 1.0, 0.0).to(tl.float64), adds)
+    count = tl.atomic_add(place + M * num_samples, tl.where(adds, 1.0, 0.0).to(tl.float64), adds)
     before = kappa if RULES.minmax else (kappa - low) / span
     after = ((total + losses) / (count + 1) - low) / span
     # It has not while the samples lie strictly inside, before and after. A count that is not the one read means that

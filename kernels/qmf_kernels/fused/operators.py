@@ -128,12 +128,13 @@ def ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tens
     num, batch = weights.shape
     block = sample_block(batch, pairs)
     programs = -(-batch // block.samples)
+    weights = weights.contiguous()
     grad, partial = torch.empty_like(weights), weights.new_empty((programs,), dtype=torch.float64)
     launch(
         ranking_kernel,
         programs,
         weights.device,
-        *(weights.contiguous(), kappa.contiguous(), grad, partial, batch),
+        *(weights, kappa.contiguous(), grad, partial, batch),
         **{"M": num, "SB": block.samples, "JB": block.partners, "RULES": ranking_rules(form, pairs)},
         **{"ACC": TYPES[weights.dtype], "num_warps": block.warps},
     )
@@ -247,7 +248,8 @@ def objective(
             first.device,
             *(*where, make_makers(weight_rule), labels, trajectory, samples, results, partial, ranking_weight),
             *(*written, _NO_GRADS, Kept(made.stats, made.inverse, ranking_grad, None)),
-            *(tuple(d_logits), tuple(d.stride() for d in d_logits), _NO_MAKERS, batch, rows.num_classes),
+            *(tuple(d_logits), tuple((d.stride(0), d.stride(-1)) for d in d_logits), _NO_MAKERS, batch),
+            rows.num_classes,
             **constants,
             **by_samples,
         )

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .rows import widen
+
 
 @triton.jit
 def positions_kernel(
@@ -14,7 +16,7 @@ def positions_kernel(
     ``weights``, ``energy`` and ``losses`` are ``[M, B P]``; written are ``[M, B]``, the fractions ``[M + 1, B]``.
     """
     sample, m = (tl.program_id(0) // (M + 1)).to(tl.int64), (tl.program_id(0) % (M + 1)).to(tl.int64)
-    num_rows = batch * positions
+    num_rows = widen(batch) * positions
     first = m * num_rows + sample * positions
     of_modality = (m + tl.zeros((PB,), tl.int64)) < M
     weight_sum, weight_count = tl.zeros((PB,), tl.float64), tl.zeros((PB,), tl.float64)

@@ -7,6 +7,8 @@ one order. A NaN in kappa or in the sample's loss, or a weight that is not finit
 import triton
 import triton.language as tl
 
+from .rows import widen
+
 
 @triton.jit
 def ranking_kernel(
@@ -14,7 +16,8 @@ def ranking_kernel(
     M: tl.constexpr, SB: tl.constexpr, JB: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The ranking alone: SB samples per program, whose share of the loss goes into ``partial`` ``[programs]``."""
-    sample = tl.program_id(0).to(tl.int64) * SB + tl.arange(0, SB)
+    batch = widen(batch)
+    sample = widen(tl.program_id(0)) * SB + tl.arange(0, SB)
     inside = sample < batch
     pairs = count_pairs(batch, RULES)
     hinges = tl.zeros((), tl.float64)

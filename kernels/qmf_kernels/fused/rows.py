@@ -102,6 +102,12 @@ def number(parts, ACC: tl.constexpr):
 
 
 @triton.jit
+def widen(number):
+    """An integer as int64, so that what it multiplies may exceed 2^31; of one that is compiled in too."""
+    return tl.full((), number, tl.int64)
+
+
+@triton.jit
 def row_offset(row, sizes, strides, DIMS: tl.constexpr):
     """Elements from a tensor's start to the given rows, int64."""
     if DIMS == 1:
@@ -109,7 +115,7 @@ def row_offset(row, sizes, strides, DIMS: tl.constexpr):
     elif DIMS == 2:
         return (row // sizes[1]) * strides[0] + (row % sizes[1]) * strides[1]
     else:
-        inner = sizes[1] * sizes[2]
+        inner = widen(sizes[1]) * sizes[2]
         rest = row % inner
         return (row // inner) * strides[0] + (rest // sizes[2]) * strides[1] + (rest % sizes[2]) * strides[2]
 
@@ -155,6 +161,15 @@ def raw_weight(m, lse, makers, row, present_row, num_rows, RULES: tl.constexpr, 
 
 
 @triton.jit
+def divide(x, y):
+    """Correctly rounded, so that x / x is 1: without asking, a GPU's float32 quotient is not."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
 def clamp_weights(raws, counts, M: tl.constexpr, RULES: tl.constexpr):
     """Weights, 0 where a row does not count; and the sum that they were divided by, 0 where there is none."""
     weights = ()
@@ -171,10 +186,11 @@ def clamp_weights(raws, counts, M: tl.constexpr, RULES: tl.constexpr):
     if RULES.normalize:
         # Where every weight is 0, the modalities that count share equally.
         some = total > 0
-        scale = 1.0 / tl.where(some, total, tl.where(share > 0, share, 1.0))
+        whole = tl.where(some, total, tl.where(share > 0, share, 1.0))
         normalized = ()
         for m in tl.static_range(M):
-            normalized = normalized + (tl.where(some, weights[m], tl.where(counts[m], 1.0, 0.0)) * scale,)
+            part = tl.where(some, weights[m], tl.where(counts[m], 1.0, 0.0))
+            normalized = normalized + (divide(part, whole),)
         weights = normalized
     return weights, total
 
