@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qmf_examples.benchmarks.objective import main
-from qmf_examples.benchmarks.released import LossHistory, released_objective
+from qmf_kernels.benchmarks.released import LossHistory, released_objective
 from qmf_fusion import QMFLoss, QualityAwareFusion
 
 
