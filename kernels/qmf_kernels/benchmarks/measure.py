@@ -1,7 +1,6 @@
 """Measuring steps on a device: time with and without the host's part, launches, and memory.
 
-Every function takes steps that need no arguments but the number of a batch. On a CPU the two times are one, and launches
-and memory are None.
+A step takes the number of a batch and nothing else. On a CPU the two times are one, and launches and memory are None.
 """
 
 import functools
@@ -24,7 +23,7 @@ _REPLAYS = 20
 
 
 class Times(NamedTuple):
-    """Seconds per step, one entry per repeat: on the device with the queue full, and until the host knows it is done."""
+    """Seconds per step, one entry per repeat: on the device, its queue full; and until the host knows it is done."""
 
     device: list[float]
     host: list[float]
@@ -49,9 +48,7 @@ def time_steps(runs: Mapping[str, Run], repeats: int, batches: int, device: torc
                 continue
             try:
                 found.host.append(_host_seconds(run, repeat % batches, device))
-                found.device.append(
-                    _device_seconds(run, repeat % batches) if device.type == "cuda" else found.host[-1]
-                )
+                found.device.append(_device_seconds(run, repeat % batches) if device.type == "cuda" else found.host[-1])
             except Exception as error:  # one contender's failure is a result, not the end
                 times[name] = describe(error)
                 release(device)
@@ -125,9 +122,13 @@ def time_replays(run: Run, repeats: int, device: torch.device) -> tuple[float, f
     seconds: list[list[float]] = [[], []]
     for _ in range(repeats):
         for (graph, _), found in zip(graphs, seconds, strict=True):
-            found.append(_device_seconds(lambda _, graph=graph: graph.replay(), 0, _REPLAYS))
+            found.append(_device_seconds(functools.partial(_replay, graph), 0, _REPLAYS))
     step, empty = (float(torch.tensor(found).median()) for found in seconds)
     return step, empty
+
+
+def _replay(graph: Any, _: int) -> None:
+    graph.replay()
 
 
 def capture(run: Callable[[], Any]) -> tuple[Any, Any]:

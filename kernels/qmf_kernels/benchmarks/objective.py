@@ -21,7 +21,17 @@ from typing import Any
 import torch
 
 from .contenders import BATCHES, COMPILED, COPY, OURS, Case, Problem, Step, contenders, make_problem
-from .measure import Launches, Run, bytes_in_use, count_launches, describe, peak_memory, release, time_replays, time_steps
+from .measure import (
+    Launches,
+    Run,
+    bytes_in_use,
+    count_launches,
+    describe,
+    peak_memory,
+    release,
+    time_replays,
+    time_steps,
+)
 from .plain import reference_step
 from .report import Outcome, Row, as_json, judge, make_row, table, verdict_lines
 

@@ -45,9 +45,7 @@ class Verdict(NamedTuple):
     met: bool | None
 
 
-def make_row(
-    name: str, times: Times | str, launches: Launches | None, peak: int | None, error: float | None
-) -> Row:
+def make_row(name: str, times: Times | str, launches: Launches | None, peak: int | None, error: float | None) -> Row:
     if isinstance(times, str):
         return Row(name, None, None, None, launches, peak, error, times)
     device = sorted(times.device)
