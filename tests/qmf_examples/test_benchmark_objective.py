@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qmf_examples.benchmarks.objective import main
-from qmf_examples.benchmarks.released import LossHistory, released_objective
 from qmf_fusion import QMFLoss, QualityAwareFusion
+from qmf_kernels.benchmarks.released import LossHistory, released_objective
 
 
 def test_prints_and_writes_a_ratio_per_shape(tmp_path, capsys):

@@ -35,7 +35,7 @@ Shape = tuple[int, int, int, int]
 
 def time_shape(shape: Shape, repeats: int, compiled: bool) -> dict[str, float]:
     """Median seconds per step of each contender, by name."""
-    from .released import LossHistory, released_objective
+    from qmf_kernels.benchmarks.released import LossHistory, released_objective
 
     num, batch, classes, samples = shape
     generator = torch.Generator().manual_seed(0)

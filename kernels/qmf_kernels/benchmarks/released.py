@@ -1,5 +1,6 @@
 """The objective as the paper's published training code computes it, in eager PyTorch and NumPy: what ours is timed
-against. Its steps, their order and its trips to the host are kept; the words are ours.
+against. Its steps, their order and its trips to the host are kept (per modality: four from the device, two back); the
+words are ours.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ class LossHistory:
         self.sums: np.typing.NDArray[np.float64] = np.random.default_rng(0).random(num_samples)
 
     def update(self, index: Tensor, losses: Tensor) -> None:
-        self.sums[index.cpu().numpy()] += losses.cpu().numpy()
+        losses = losses.cpu()
+        self.sums[index.cpu().numpy()] += (losses.float() if losses.dtype == torch.bfloat16 else losses).numpy()
 
     def scaled(self, index: Tensor) -> np.typing.NDArray[np.float64]:
         """The samples' sums, min-max scaled over all samples."""
@@ -33,7 +35,8 @@ class LossHistory:
         """Which of each pair has the larger history (1, 0 or -1), and by how much."""
         a, b = self.scaled(first), self.scaled(second)
         sign = np.array(a > b, dtype="float") - np.array(a < b, dtype="float")
-        return torch.from_numpy(sign).float(), torch.from_numpy(abs(a - b)).float()
+        margin = torch.from_numpy(abs(a - b)).float()
+        return torch.from_numpy(sign).float().to(first.device), margin.to(first.device)
 
 
 def ranking_loss(weight: Tensor, index: Tensor, history: LossHistory) -> Tensor:
