@@ -2,7 +2,8 @@
 
 Shape contract: ``history`` ``[2, M, N]`` float64 holds, per modality and sample, the sum of the losses recorded and
 their count; ``low`` and ``span`` ``[M, 1]`` float64 hold the smallest mean loss over the samples that have one, and how
-far above it the largest lies (``find_range`` sets them for a history from elsewhere, an empty one too). ``losses`` is ``[M, B]``, ``index`` int64 ``[B]`` within N, ``visits`` ``[N]`` int64 or None.
+far above it the largest lies (``find_range`` sets them for a history from elsewhere, an empty one too). ``losses`` is
+``[M, B]``, ``index`` int64 ``[B]`` within N, ``visits`` ``[N]`` int64 or None.
 """
 
 import math
