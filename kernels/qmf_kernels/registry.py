@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -52,12 +53,16 @@ def below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return inner
 
 
-@functools.cache
-def has_triton() -> bool:
+def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
     except ValueError:  # a module that somebody has put aside
         return False
+
+
+# Known once, at import: torch.compile traces what asks.
+HAS_TRITON = _has_triton()
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
@@ -73,10 +78,10 @@ def takes_triton(device: torch.device, backend: str | None) -> bool:
         RuntimeError: ``backend="triton"`` where they can't run.
     """
     if backend != "triton":
-        return backend is None and device.type == "cuda" and has_triton()
-    if not has_triton():
+        return backend is None and device.type == "cuda" and HAS_TRITON
+    if not HAS_TRITON:
         raise RuntimeError("backend='triton' needs Triton: pip install triton (on Linux)")
-    if device.type == "cpu" and not fused().INTERPRETED:
+    if device.type == "cpu" and not INTERPRETED:
         raise RuntimeError(
             "backend='triton' on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 in the environment "
             "before Python starts; or move the tensors to a CUDA or ROCm device"

@@ -99,9 +99,39 @@ def test_a_loss_scale_reaches_small_half_precision_gradients() -> None:
     assert grad[0, 1] > 0
 
 
+@needs_interpreter
+@pytest.mark.parametrize("name", ["plain", "learnable", "dense"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_steps(name: str, dynamic: bool) -> None:
+    """As on a device, but for the interpreter: fakes, kept tensors and the history's own operator."""
+    torch.compiler.reset()
+    options, loss_options = OPTIONS[name]
+    found = []
+    for compiled in (False, True):
+        criterion = QMFLoss(QualityAwareFusion(2, **options), 8, backend="triton", **loss_options)
+        call = torch.compile(criterion, fullgraph=True, backend="aot_eager", dynamic=dynamic) if compiled else criterion
+        generator = torch.Generator().manual_seed(0)
+        values = []
+        for batch in (6, 6, 5) if dynamic else (6, 6):
+            shape = (batch, 4, 3) if name == "dense" else (batch, 4)
+            rows = [torch.randn(*shape, generator=generator).requires_grad_() for _ in range(2)]
+            out = call(rows, torch.randint(3, (batch, *shape[2:]), generator=generator), torch.arange(batch))
+            out.loss.backward()
+            values += [out.loss.detach(), out.logits.detach(), *(x.grad for x in rows)]
+        found.append([*values, criterion.ranking.trajectory.history])
+    torch.compiler.reset()
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_vmap_says_that_it_does_not_work() -> None:
+    heads, target = torch.randn(3, 2, 4, 5), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(lambda x: qmf_objective(list(x), target, None).loss)(heads)
+
+
 def test_without_the_interpreter_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    if registry.has_triton():
-        monkeypatch.setattr(registry.fused(), "INTERPRETED", False)
+    monkeypatch.setattr(registry, "INTERPRETED", False)
     heads = [torch.randn(2, 3) for _ in range(2)]
     with pytest.raises(RuntimeError, match=r"backend='triton' .*(TRITON_INTERPRET=1|pip install triton)"):
         qmf_objective(heads, torch.tensor([0, 1]), None, backend="triton")
@@ -110,6 +140,6 @@ def test_without_the_interpreter_it_says_what_to_do(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "has_triton", lambda: False)
+    monkeypatch.setattr(registry, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match=r"backend='triton' needs Triton: pip install triton"):
         qmf_objective([torch.randn(2, 3)] * 2, torch.tensor([0, 1]), None, backend="triton")

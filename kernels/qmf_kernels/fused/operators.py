@@ -16,7 +16,6 @@ from ..fusion import MakerGrads, WeightRule, accumulate_dtype
 from ..objective import Losses, LossRule
 from ..trajectory import Past
 from .arguments import (
-    INTERPRETED,
     TYPES,
     Rows,
     give_back,
@@ -42,7 +41,6 @@ from .single import scale_kernel, single_kernel
 from .tiling import fits_one, sample_block, tile
 
 __all__ = [
-    "INTERPRETED",
     "fake_kept",
     "fuse",
     "fuse_backward",
