@@ -69,7 +69,7 @@ def differentiate(case, grads):
     return found[: len(leaves)], fusion.MakerGrads(*(None if x is None else next(rest) for x in makers))
 
 
-@bounded(40)
+@bounded(20)
 @given(
     st.one_of(
         cases((1, 2, 7, 13), (1, 2, 3, 19, 33, 70)),

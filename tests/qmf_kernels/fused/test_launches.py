@@ -99,6 +99,6 @@ def test_a_target_that_is_no_class(single, label):
 def test_an_index_outside_the_history(single, sample):
     heads, target = [torch.randn(3, 3) for _ in range(2)], torch.tensor([0, 1, 2])
     past: Past = make_past(2, 9)._replace(samples=torch.tensor([0, sample, 8]))
-    with pytest.raises(Exception, match="index must be within the trajectory's num_samples"):
+    with pytest.raises(Exception, match="index must be within the trajectory"):
         losses(heads, target, past, single=single)
     losses(heads, target, past._replace(samples=torch.tensor([0, 5, 8])), single=single)

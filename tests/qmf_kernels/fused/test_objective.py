@@ -100,7 +100,7 @@ LARGE = cases((1, 3, 13), (1, 5, 33, 70))
 DENSE = cases((1, 2, 3), (1, 3, 40), ((1,), (5,), (2, 3), (3, 1, 2), (2, 2, 3)))
 
 
-@bounded(45)
+@bounded(35)
 @given(
     st.one_of(LARGE, DENSE),
     st.sampled_from(sorted(TILINGS)),
@@ -123,7 +123,7 @@ def test_three_launches(case, how, given, strange, seed):
     assert all(same(x, y) for x, y in zip(case.tensors(), before, strict=True))
 
 
-@bounded(25)
+@bounded(15)
 @given(
     SMALL,
     st.sampled_from(["as is", "short"]),
