@@ -1,8 +1,9 @@
 """From an operator's arguments to a kernel's: rows as they lie, rules to compile for, and the launch itself."""
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,11 +65,28 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
     """Put ``programs`` programs of a kernel into the device's queue."""
     if INTERPRETED:
         del constants["num_warps"]
-        kernel[(programs,)](*arguments, **constants)
+        with _asserting():
+            kernel[(programs,)](*arguments, **constants)
         return
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **constants, sanitize_overflow=False)
+
+
+@contextlib.contextmanager
+def _asserting() -> Iterator[None]:
+    """The interpreter skips device-side assertions, which the compiled kernels make, unless told to debug; and it looks
+    for overflow at every sum, which they do not.
+    """
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    options = builder.options
+    if not options.debug:
+        builder.options = dataclasses.replace(options, debug=True, sanitize_overflow=False)
+    try:
+        yield
+    finally:
+        builder.options = options
 
 
 def make_makers(rule: WeightRule) -> Makers:

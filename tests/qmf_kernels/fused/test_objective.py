@@ -100,7 +100,7 @@ LARGE = cases((1, 3, 13), (1, 5, 33, 70))
 DENSE = cases((1, 2, 3), (1, 3, 40), ((1,), (5,), (2, 3), (3, 1, 2), (2, 2, 3)))
 
 
-@bounded(45)
+@bounded(35)
 @given(
     st.one_of(LARGE, DENSE),
     st.sampled_from(sorted(TILINGS)),
@@ -121,3 +121,103 @@ def test_three_launches(case, how, given, strange, seed):
     for name in ours:
         assert same(ours[name], again[name]), name
     assert all(same(x, y) for x, y in zip(case.tensors(), before, strict=True))
+
+
+@bounded(15)
+@given(
+    SMALL,
+    st.sampled_from(["as is", "short"]),
+    st.lists(st.booleans(), min_size=7, max_size=7),
+    st.sampled_from([1.0, 2.5, 0.0]),
+)
+def test_one_launch(case, how, given, scale):
+    """What it keeps serves the gradients of other outputs too."""
+    grads = incoming(case, given, False, torch.Generator().manual_seed(0))
+    dtype, before = fusion.accumulate_dtype(case.logits), [x.clone() for x in case.tensors()]
+    with tiled(how):
+        with poisoned(math.nan):
+            ours, d_logits = run(case, grads, gradients=True)
+        with poisoned(12345):
+            again, d_again = run(case, grads, gradients=True)
+    assert len(d_logits) == len(case.logits)
+    check(case, ours, grads)
+    assert all(same(ours[name], again[name]) for name in ours)
+    assert all(same(x, y) for x, y in zip(d_logits, d_again, strict=True))
+    assert all(same(x, y) for x, y in zip(case.tensors(), before, strict=True))
+
+    unit = [torch.full((), scale), *[None] * 6]
+    eager, truth = compute(case.eager, unit), compute(case.wide, unit)
+    with poisoned(math.nan):
+        scaled = fused.scale_gradients(d_logits, torch.tensor(scale, dtype=dtype), case.logits)
+    for m, (d, x) in enumerate(zip(scaled, case.logits, strict=True)):
+        assert d.dtype == x.dtype
+        assert_errors_close(f"scaled[{m}]", d, eager[f"d_logits[{m}]"], truth[f"d_logits[{m}]"], 1 + size(case))
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("form", ["paper", "margin", "released"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_autograd_through_the_equations(single, form, masked):
+    """Independent of the operators' PyTorch: every equation written out, differentiated by autograd, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    heads = [2 * torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    target, kappa = torch.tensor([0, 3, 2, -100, 1, 1]), torch.rand(3, 6, generator=generator, dtype=torch.float64)
+    present = torch.rand(3, 6, generator=generator) > 0.3 if masked else None
+    coefficients = [torch.tensor(x, dtype=torch.float64) for x in ([-0.1, -0.5, -1.0], [0.0, 1.0, 0.5], [1.0, 2.0, 0.5])]
+    weight = torch.tensor([1.0, 0.5, 0.25, 2.0])
+    options = {"form": form, "pairs": "all", "weight": weight, "label_smoothing": 0.1, "ranking_weight": 0.7}
+
+    leaves = [x.clone().requires_grad_() for x in (*heads, *coefficients)]
+    alpha, beta, temperature = leaves[3:]
+    expected = reference.objective(
+        leaves[:3], target, kappa, present, alpha=alpha, beta=beta, temperature=temperature, nonnegative=True, **options
+    )
+    grads = torch.autograd.grad(expected["loss"], leaves)
+
+    rule = fusion.WeightRule(None, *coefficients, True, False)
+    loss_rule = objective.LossRule(weight, 0.1, -100, 0.7, form, "all")
+    out, made, d_logits = fused.objective(heads, target, kappa, present, rule, loss_rule, False, single, True)
+    for ours, name in zip(out, ("loss", "fused_loss", "unimodal_losses", "ranking_loss", "logits", "weights"), strict=False):
+        torch.testing.assert_close(ours, expected[name].detach(), rtol=1e-12, atol=1e-12)
+    one = torch.ones((), dtype=torch.float64)
+    d_rows, d_makers = fused.objective_backward([one, *[None] * 6], made, heads, target, rule, loss_rule, False, True)
+    assert len(d_logits) == 3 * single
+    torch.testing.assert_close([*d_rows, *d_makers[1:]], list(grads), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(d_logits, list(grads[: 3 * single]), rtol=1e-11, atol=1e-12)
+
+
+def test_more_row_dimensions_than_a_kernel_walks_are_copied():
+    """Four that do not fold into fewer."""
+    heads = [torch.randn(2, 3, 2, 2, 4).permute(3, 2, 1, 0, 4), torch.randn(2, 2, 3, 2, 4)]
+    case = Case(
+        heads, torch.randint(4, (2, 2, 3, 2)), torch.rand(2, 2), torch.rand(2, 2, 2, 3, 2) > 0.3,
+        fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None, False, False),
+        objective.LossRule(None, 0.0, -100, 0.1, "paper", "adjacent"), False,
+    )  # fmt: skip
+    grads = incoming(case, [True] * 7, False, torch.Generator().manual_seed(0))
+    with poisoned(math.nan):
+        ours, _ = run(case, grads)
+    check(case, ours, grads)
+
+
+def test_samples_without_any_modality_leave_the_others_as_they_were():
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(5, 6, generator=generator) for _ in range(2)]
+    target, kappa = torch.arange(5), torch.rand(2, 5, generator=generator)
+    rule = fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None, False, True)
+    loss_rule = objective.LossRule(None, 0.0, -100, 0.1, "paper", "all")
+    none = Case(heads, target, kappa, torch.zeros(2, 5, dtype=torch.bool), rule, loss_rule, False)
+    for single in (False, True):
+        ours, d_logits = run(none, [torch.ones(()), *[None] * 6], gradients=single)
+        assert ours["loss"] == ours["ranking"] == 0
+        assert ours["sample_losses"].isnan().all()
+        assert not any(d.any() for d in (*d_logits, *(ours[f"d_logits[{m}]"] for m in range(2))))
+        assert (ours["fused"] == 0).all()
+        assert (ours["energy"] == torch.inf).all()
+        broken = [heads[0].clone(), heads[1]]
+        broken[0][2], broken[0][4, 1] = torch.nan, torch.inf
+        masked = Case(heads, target, kappa, torch.ones(2, 5, dtype=torch.bool), rule, loss_rule, False)
+        masked.present[0, 2] = masked.present[0, 4] = False
+        given = [torch.ones(()), *[None] * 6]
+        left, right = (run(x, given, gradients=single)[0] for x in (masked._replace(logits=broken, present=None), masked))
+        assert all(same(left[name], right[name]) for name in left)
