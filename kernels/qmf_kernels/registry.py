@@ -56,7 +56,7 @@ def below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
-    except ValueError:  # a module that somebody has put aside
+    except (ImportError, ValueError):  # somebody has put it aside
         return False
 
 
