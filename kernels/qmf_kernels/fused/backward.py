@@ -66,7 +66,7 @@ def _log_sum_exps(
     return counts, (tops, logs, tempered_tops, tempered_logs)
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=["num_rows"])
 def backward_kernel(
     logits, sizes, strides, makers, labels, grads, kept, ranking_weight, d_logits, d_strides, maker_out,
     num_rows, num_classes, positions,

@@ -39,7 +39,7 @@ class Results(NamedTuple):
     ranking_grad: Any  # [M, B], or None without ranking
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=["batch"])
 def bookkeeping_kernel(
     samples, results, trajectory, partial, counter, batch, ranking_weight,
     M: tl.constexpr, SB: tl.constexpr, JB: tl.constexpr, GB: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,

@@ -11,7 +11,7 @@ from .passes import cross_entropies, first_pass, label_logits, read_labels, seco
 from .rows import row_offset, widen
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=["num_rows"])
 def forward_kernel(
     logits, sizes, strides, present, present_strides, makers, labels, trajectory,
     stats, fused, weights_out, energy_out, losses_out, past_out, counter, num_rows, num_classes, positions,

@@ -53,7 +53,7 @@ def read_history(trajectory, past, sample, wanted, batch, M: tl.constexpr, RULES
                 tl.store(past + (M + m) * batch + sample, count, wanted)
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=["batch"])
 def record_kernel(trajectory, losses, past, batch, M: tl.constexpr, SB: tl.constexpr, RULES: tl.constexpr):
     """One program: everything is read before anything is recorded."""
     lane = tl.arange(0, SB).to(tl.int64)

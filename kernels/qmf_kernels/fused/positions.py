@@ -6,7 +6,7 @@ import triton.language as tl
 from .rows import widen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def positions_kernel(
     weights, energy, losses, stats, sample_weights, sample_losses, counts_out, numerators, denominators,
     positions, batch, M: tl.constexpr, PB: tl.constexpr, RULES: tl.constexpr, SLOTS: tl.constexpr, ACC: tl.constexpr,

@@ -10,7 +10,7 @@ import triton.language as tl
 from .rows import widen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def ranking_kernel(
     weights, kappas, grad_out, partial, batch,
     M: tl.constexpr, SB: tl.constexpr, JB: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,

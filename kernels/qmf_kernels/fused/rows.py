@@ -4,6 +4,7 @@ A program holds RB rows of M modalities, and a tuple of M tensors ``[RB]`` for w
 one tensor ``[slots, R]``, carry such numbers from the forward to the backward.
 """
 
+import functools
 import struct
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ class Stats(NamedTuple):
     size: int
 
 
+@functools.lru_cache(maxsize=256)
 def plan_stats(num: int, rules: Rules) -> Stats:
     """Slots for M modalities; none for what the rules do not need."""
     sizes = {
@@ -90,6 +92,7 @@ def plan_stats(num: int, rules: Rules) -> Stats:
     return Stats._make([*starts, end])
 
 
+@functools.lru_cache(maxsize=256)
 def split_number(value: float) -> tuple[float, float]:
     """A number in two parts: kernels take float32, and one part would leave float64 the digits of that."""
     high = struct.unpack("f", struct.pack("f", value))[0]

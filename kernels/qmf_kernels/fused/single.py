@@ -12,7 +12,7 @@ from .bookkeeping import book_samples, finish_sums
 from .forward import forward_rows
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=["batch"])
 def single_kernel(
     logits, sizes, strides, present, present_strides, makers, labels, trajectory, samples, results, partial,
     ranking_weight, stats, fused, weights_out, energy_out, losses_out, grads, kept, d_logits, d_strides, maker_out,
