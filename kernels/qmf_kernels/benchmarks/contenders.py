@@ -100,7 +100,7 @@ def released(problem: Problem) -> Step:
 
 def plain(problem: Problem, mode: str | None) -> Step:
     """The plain formulation, eager where ``mode`` is None, else under ``torch.compile(mode=mode)``."""
-    sums = problem.sums.to(torch.float64 if problem.logits[0].dtype == torch.float64 else torch.float32)
+    sums = problem.sums.to(torch.promote_types(problem.logits[0].dtype, torch.float32), copy=True)
     objective: Any = plain_objective
     if mode is not None:
         dynamo: Any = torch._dynamo

@@ -10,7 +10,6 @@ On a CPU every case shrinks to a few rows, which shows that the benchmark runs a
 
 import argparse
 import json
-import os
 import platform
 import re
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..registry import INTERPRETED
 from .contenders import BATCHES, COMPILED, COPY, OURS, Case, Problem, Step, contenders, make_problem
 from .measure import (
     Launches,
@@ -46,7 +46,8 @@ CASES = (
     *(Case(f"growth-{m}", "growth", m, 32_768, 1000, 1_281_167, torch.float32) for m in (2, 3, 4, 6, 8)),
 )
 KERNELS = frozenset(
-    f"{name}_kernel" for name in ("forward", "bookkeeping", "backward", "single", "scale", "positions", "ranking")
+    f"{name}_kernel"
+    for name in ("forward", "bookkeeping", "backward", "single", "scale", "positions", "ranking", "record")
 )
 _WARM_UP = 3
 # Errors of a check, relative to the largest value: what a formulation in the logits' own dtype may have.
@@ -116,7 +117,11 @@ def check_step(make: Callable[[Problem], Step], problem: Problem) -> float:
     loss, gradients, after = reference_step(problem.logits, problem.target, problem.indices[0], problem.sums)
     step = make(problem)
     found_loss, found = step.run(0)
-    pairs = [(found_loss, torch.tensor(loss)), (step.sums(), after), *zip(found, gradients, strict=True)]
+    pairs = [
+        (found_loss, torch.tensor(loss, dtype=torch.float64)),
+        (step.sums(), after),
+        *zip(found, gradients, strict=True),
+    ]
     errors = [(a.detach().cpu().double() - b).abs().amax() / b.abs().amax() for a, b in pairs]
     return float(torch.stack(errors).amax())  # NaN if any is
 
@@ -180,8 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    backend = None if on_gpu else "triton" if interpreted else "torch"
+    backend = None if on_gpu else "triton" if INTERPRETED else "torch"
     where = describe_environment(device)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     if not on_gpu:
