@@ -156,6 +156,8 @@ LARGE = {
 OPTIONS = {
     "everything": lambda: step(3, (128,), 1000, 1000, pairs="all", options=True, every=True),
     "float64": lambda: step(3, (128,), 1000, 1000, "float64"),
+    "float64 with everything": lambda: step(3, (128,), 1000, 1000, "float64", options=True, every=True),
+    "one class": lambda: step(2, (4096,), 1, 1000, options=True, every=True),
     "fusion": lambda: fuse(3, (65_536,), 1000),
     "nyud2 in three": lambda: step(2, (256,), 10, 795),
     "six views": lambda: step(6, (200,), 10, 1600),
@@ -169,10 +171,8 @@ MANY = {
     "a million with everything": lambda: step(4, (64,), 1_000_000, 1000, options=True, every=True),
     "dense with everything": lambda: step(4, (8, 512, 512), 150, 1000, options=True, every=True),
     "few classes with everything": lambda: step(2, (4096,), 3, 1000, options=True, every=True),
-    "one class": lambda: step(2, (4096,), 1, 1000, options=True, every=True),
     "fusion of sixteen": lambda: fuse(16, (4096,), 100),
     "fusion in float64": lambda: fuse(3, (4096,), 1000, "float64"),
-    "float64 with everything": lambda: step(3, (128,), 1000, 1000, "float64", options=True, every=True),
 }
 BRIEF = {
     "nyud2": SMALL["nyud2"],

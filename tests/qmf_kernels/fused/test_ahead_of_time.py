@@ -26,6 +26,8 @@ LAUNCHES = {
     "options": {
         "everything": THREE,
         "float64": THREE,
+        "float64 with everything": THREE,
+        "one class": THREE,
         "fusion": ["forward_kernel", "backward_kernel"],
         "nyud2 in three": THREE,
         "six views": THREE,
