@@ -70,7 +70,7 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
         return
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, sanitize_overflow=False)
+        kernel[(programs,)](*arguments, **constants, sanitize_overflow=False, enable_fp_fusion=True)
 
 
 @contextlib.contextmanager

@@ -154,12 +154,14 @@ def backward_rows(
             )
         y = tl.where(valid, y, -1)
         weight_grads = weight_gradients(
-            incoming, products, ruleds, label, ruled, coefficients[M], raws, weights, counts, weight_total, M, RULES
-        )
+            incoming, products, ruleds, label, ruled, coefficients[M], mass, raws, weights, counts, weight_total,
+            M, RULES,
+        )  # fmt: skip
     else:
         weight_grads = weight_gradients(
-            incoming, products, ruleds, label, ruled, (zero, zero, zero), raws, weights, counts, weight_total, M, RULES
-        )
+            incoming, products, ruleds, label, ruled, (zero, zero, zero), zero, raws, weights, counts, weight_total,
+            M, RULES,
+        )  # fmt: skip
 
     energy_grads = ()
     for m in tl.static_range(M):

@@ -40,19 +40,20 @@ def loss_coefficients(y, wanted, scale, inverse, mass, labels, num_classes, RULE
 
 @triton.jit
 def weight_gradients(
-    incoming, products, ruleds, label, ruled, fused_coefficients, raws, weights, counts, weight_total,
+    incoming, products, ruleds, label, ruled, fused_coefficients, mass, raws, weights, counts, weight_total,
     M: tl.constexpr, RULES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the raw weights: of what comes in, and of the fused row's loss through <d f, x[m]>."""
-    hard, soft, share = fused_coefficients
+    hard, soft, _ = fused_coefficients
     grads = ()
     for m in tl.static_range(M):
         grad = incoming[m]
         if not RULES.detach:
-            # No gradient passes through a class that is ruled out.
-            grad += share * products[m] - tl.where(ruled, 0.0, hard * label[m])
+            # No gradient passes through a class that is ruled out. Differences first: where the label has all of the
+            # probability they are 0, which the difference of two products, one of them rounded, would not be.
+            grad += hard * (products[m] - tl.where(ruled, 0.0, label[m]))
             if RULES.smoothing:
-                grad -= soft * ruleds[m]
+                grad += soft * (mass * products[m] - ruleds[m])
         grads = grads + (grad,)
     return clamp_backward(grads, raws, weights, counts, weight_total, M, RULES)
 

@@ -89,7 +89,7 @@ def fuse(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> 
     weights, energy = (first.new_empty((len(logits), *first.shape[:-1]), dtype=dtype) for _ in range(2))
     rows = lay_rows(logits, present, fused)
     rules = make_rules(rule)
-    tiling = tile(len(logits), rows.num_classes, rows.num_rows)
+    tiling = tile(len(logits), rows.num_classes, rows.num_rows, dtype == torch.float64)
     launch(
         forward_kernel,
         -(-rows.num_rows // tiling.rows),
@@ -218,7 +218,7 @@ def objective(
     programs = -(-batch // block.samples)
     partial = first.new_empty((2 * num + 4, programs), dtype=torch.float64)
     trajectory, labels = make_trajectory(kappa, past), make_labels(target, loss_rule)
-    tiling = tile(num, rows.num_classes, rows.num_rows, alone=single)
+    tiling = tile(num, rows.num_classes, rows.num_rows, dtype == torch.float64, alone=single)
     where = (rows.logits, rows.layout.sizes, rows.layout.strides, rows.present, rows.layout.present_strides)
     written = (
         made.stats,
@@ -347,7 +347,7 @@ def _backward(
     rows = lay_rows(logits, None, *d_logits, *([] if grads.fused is None else [grads.fused]))
     written, incoming = rows.extra[:num], rows.extra[num:]
     strides = rows.layout.strides
-    tiling = tile(num, rows.num_classes, rows.num_rows)
+    tiling = tile(num, rows.num_classes, rows.num_rows, dtype == torch.float64)
     programs = -(-rows.num_rows // tiling.rows)
     out = _maker_out(rule, rows, programs, dtype) if maker_gradients else _NO_MAKERS
     launch(

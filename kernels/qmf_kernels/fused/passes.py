@@ -7,7 +7,7 @@ The first finds each modality's log-sum-exp, hence its weight; the second the fu
 import triton
 import triton.language as tl
 
-from .rows import accumulate, clamp_weights, coefficient, keep_finite, number, raw_weight, read_tile, row_offset
+from .rows import accumulate, clamp_weights, coefficient, keep_finite, number, raw_weight, read_tile, row_offset, widen
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def first_pass(
         )
         counted = in_row & (total > 0) & (total < float("inf"))
         if present is not None:
-            place = m * present_strides[0] + row_offset(row, sizes, present_strides[1], DIMS)
+            place = m * widen(present_strides[0]) + row_offset(row, sizes, present_strides[1], DIMS)
             counted = counted & (tl.load(present + place, in_row, other=0) != 0)
         top = tl.where(counted, top, 0.0)
         log = tl.log(tl.where(counted, total, 1.0))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 _ROW = 8192  # most logits of one row, all modalities, that are kept in registers: 32 per lane of 8 warps
 _ROWS = 2048  # logits of a program that takes several short rows
+_MOST_ROWS = 256  # of rows, two per lane of 4 warps: what is one number per row would fill its registers
 _WALK = 2048  # logits of a step along a wide row
 _BATCH = 8192  # most logits of a batch that one program takes alone
 _BATCH_PAIRS = 128  # most samples of it where each has all the others for partners
@@ -23,17 +24,22 @@ class Tiling(NamedTuple):
     warps: int
 
 
-def tile(num_modalities: int, num_classes: int, num_rows: int, alone: bool = False) -> Tiling:
-    """The tile for M heads of K classes and R rows; ``alone``: one program walks them all, with eight warps."""
+def tile(num_modalities: int, num_classes: int, num_rows: int, double: bool = False, alone: bool = False) -> Tiling:
+    """The tile for M heads of K classes and R rows; ``double``: in float64, whose exponentials take registers besides
+    the numbers; ``alone``: one program walks them all, with eight warps.
+    """
     classes = power_of_two(num_classes)
     many = 2 if num_modalities > 4 else 1  # numbers per row take registers too
-    if num_modalities * classes > _ROW:
-        classes = min(1024, max(32, power_of_two(_WALK // many // num_modalities + 1) // 2))
+    if num_modalities * classes > (_ROW // 4 if double else _ROW):
+        walk = _WALK // (2 * many if double else many)
+        classes = min(1024, max(32, power_of_two(walk // num_modalities + 1) // 2))
         return Tiling(1, classes, -(-num_classes // classes), _warps(num_modalities * classes, _SHORT))
-    rows = max(1, min(_ROWS // many // power_of_two(num_modalities * classes), power_of_two(num_rows)))
+    rows = min(_ROWS // many // power_of_two(num_modalities * classes), power_of_two(num_rows), _MOST_ROWS)
+    rows = max(1, rows)
     if alone:
         return Tiling(rows, classes, 1, 8)
-    return Tiling(rows, classes, 1, _warps(num_modalities * rows * classes, _SHORT if rows > 1 else _WIDE))
+    warps = _warps(num_modalities * rows * classes, _SHORT if rows > 1 else _WIDE)
+    return Tiling(rows, classes, 1, max(warps, rows // 64))
 
 
 def fits_one(num_modalities: int, num_classes: int, batch: int, pairs: str) -> bool:

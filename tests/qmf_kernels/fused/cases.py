@@ -14,6 +14,7 @@ from torch import Tensor
 from qmf_kernels.fusion import WeightRule, accumulate_dtype
 from qmf_kernels.objective import LossRule
 
+
 def bounded(examples: int) -> settings:
     """The same examples in every run, so that what passes here passes there; none is shrunk, for each takes a while."""
     return settings(
@@ -207,7 +208,9 @@ def assert_errors_close(name: str, ours: Tensor, eager: Tensor, truth: Tensor, s
     infinite = truth.isinf()
     assert torch.equal(ours.double()[infinite], truth.double()[infinite]), f"{name}: infinite elsewhere"
     finite = torch.isfinite(truth) & torch.isfinite(ours)
-    assert torch.equal(finite | infinite | truth.isnan(), torch.ones_like(finite)), f"{name}: not finite\n{ours}\n{truth}"
+    assert torch.equal(finite | infinite | truth.isnan(), torch.ones_like(finite)), (
+        f"{name}: not finite\n{ours}\n{truth}"
+    )
     if not finite.any():
         return
     dtype = ours.dtype

@@ -4,7 +4,6 @@ import math
 from unittest import mock
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import given
 
@@ -69,7 +68,7 @@ def differentiate(case, grads):
     return found[: len(leaves)], fusion.MakerGrads(*(None if x is None else next(rest) for x in makers))
 
 
-@bounded(20)
+@bounded(14)
 @given(
     st.one_of(
         cases((1, 2, 7, 13), (1, 2, 3, 19, 33, 70)),

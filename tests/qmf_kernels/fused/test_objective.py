@@ -1,4 +1,4 @@
-"""The objective's kernels in the interpreter: losses, gradients of every output, and the one launch of a small batch."""
+"""The objective's kernels in the interpreter: losses, gradients of every output, one launch for a small batch."""
 
 import contextlib
 import math
@@ -100,7 +100,7 @@ LARGE = cases((1, 3, 13), (1, 5, 33, 70))
 DENSE = cases((1, 2, 3), (1, 3, 40), ((1,), (5,), (2, 3), (3, 1, 2), (2, 2, 3)))
 
 
-@bounded(35)
+@bounded(25)
 @given(
     st.one_of(LARGE, DENSE),
     st.sampled_from(sorted(TILINGS)),
@@ -123,7 +123,7 @@ def test_three_launches(case, how, given, strange, seed):
     assert all(same(x, y) for x, y in zip(case.tensors(), before, strict=True))
 
 
-@bounded(15)
+@bounded(12)
 @given(
     SMALL,
     st.sampled_from(["as is", "short"]),
@@ -163,7 +163,9 @@ def test_equals_autograd_through_the_equations(single, form, masked):
     heads = [2 * torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
     target, kappa = torch.tensor([0, 3, 2, -100, 1, 1]), torch.rand(3, 6, generator=generator, dtype=torch.float64)
     present = torch.rand(3, 6, generator=generator) > 0.3 if masked else None
-    coefficients = [torch.tensor(x, dtype=torch.float64) for x in ([-0.1, -0.5, -1.0], [0.0, 1.0, 0.5], [1.0, 2.0, 0.5])]
+    coefficients = [
+        torch.tensor(x, dtype=torch.float64) for x in ([-0.1, -0.5, -1.0], [0.0, 1.0, 0.5], [1.0, 2.0, 0.5])
+    ]
     weight = torch.tensor([1.0, 0.5, 0.25, 2.0])
     options = {"form": form, "pairs": "all", "weight": weight, "label_smoothing": 0.1, "ranking_weight": 0.7}
 
@@ -177,7 +179,9 @@ def test_equals_autograd_through_the_equations(single, form, masked):
     rule = fusion.WeightRule(None, *coefficients, True, False)
     loss_rule = objective.LossRule(weight, 0.1, -100, 0.7, form, "all")
     out, made, d_logits = fused.objective(heads, target, kappa, present, rule, loss_rule, False, single, True)
-    for ours, name in zip(out, ("loss", "fused_loss", "unimodal_losses", "ranking_loss", "logits", "weights"), strict=False):
+    for ours, name in zip(
+        out, ("loss", "fused_loss", "unimodal_losses", "ranking_loss", "logits", "weights"), strict=False
+    ):
         torch.testing.assert_close(ours, expected[name].detach(), rtol=1e-12, atol=1e-12)
     one = torch.ones((), dtype=torch.float64)
     d_rows, d_makers = fused.objective_backward([one, *[None] * 6], made, heads, target, rule, loss_rule, False, True)
@@ -219,5 +223,7 @@ def test_samples_without_any_modality_leave_the_others_as_they_were():
         masked = Case(heads, target, kappa, torch.ones(2, 5, dtype=torch.bool), rule, loss_rule, False)
         masked.present[0, 2] = masked.present[0, 4] = False
         given = [torch.ones(()), *[None] * 6]
-        left, right = (run(x, given, gradients=single)[0] for x in (masked._replace(logits=broken, present=None), masked))
+        left, right = (
+            run(x, given, gradients=single)[0] for x in (masked._replace(logits=broken, present=None), masked)
+        )
         assert all(same(left[name], right[name]) for name in left)
