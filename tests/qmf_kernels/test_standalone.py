@@ -33,7 +33,7 @@ def step(copy):
     makers = torch.tensor([-0.1, -0.5]), torch.zeros(2)
     out = copy.ops.objective(
         heads, torch.tensor([0, 1, 1]), None, None, None, *makers, None, False, False,
-        None, 0.0, -100, 0.1, "paper", "adjacent", False, True, False,
+        None, 0.0, -100, 0.1, "paper", "adjacent", False, True, False, True, None,
     )
     return round(float(out[0]), 6)
 """

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .rows import widen
 
-RANGE_BLOCK = tl.constexpr(1024)
+RANGE_BLOCK = tl.constexpr(512)
 _TINY = tl.constexpr(2.2250738585072014e-308)
 
 

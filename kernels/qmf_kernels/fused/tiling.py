@@ -64,7 +64,7 @@ def sample_block(batch: int, pairs: str, alone: bool = False) -> Block:
         samples = power_of_two(batch)
         return Block(samples, min(samples, max(1, 2048 // samples)), 8)
     if pairs == "adjacent":
-        samples = min(512, max(32, power_of_two(batch)))
+        samples = min(256, max(32, power_of_two(batch)))
         return Block(samples, 1, max(4, samples // 64))
     return Block(min(32, power_of_two(batch)), min(128, power_of_two(batch)), 4)
 

@@ -38,9 +38,9 @@ def train(num, rows, classes, single, pairs="adjacent", past=None, smoothing=0.0
     out, d_logits, _, kept = fused.objective(
         heads, target, None, None, rule, loss_rule, False, single, False, True, past
     )
-    if d_logits:
+    if d_logits and fused.is_small(heads, pairs):
         fused.scale_gradients(d_logits, out.loss, heads)
-    else:
+    elif not d_logits:
         fused.objective_backward([out.loss, *[None] * 6], kept, heads, target, rule, loss_rule, False, False)
 
 
