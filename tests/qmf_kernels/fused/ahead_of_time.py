@@ -117,13 +117,15 @@ def step(
     past = Past(
         meta(2, num, samples), meta(num, 1), meta(num, 1), None, meta(rows[0], dtype=torch.int64), 1, *[True] * 3
     )
-    out, made, d_logits = fused.objective(heads, target, None, present, rule, loss_rule, False, single, False, past)
+    out, d_logits, _, kept = fused.objective(
+        heads, target, None, present, rule, loss_rule, False, single, False, False, past
+    )
     if d_logits:
         fused.scale_gradients(d_logits, out.loss, heads)
     elif backward:
         wide = meta(*rows, classes, dtype=out.loss.dtype)
         grads = [*out[:4], wide, *out[5:7]] if every else [out.loss, *[None] * 6]
-        fused.objective_backward(grads, made, heads, target, rule, loss_rule, False, options or every)
+        fused.objective_backward(grads, kept, heads, target, rule, loss_rule, False, options or every)
 
 
 def fuse(num: int, rows: tuple[int, ...], classes: int, dtype: str = "float32") -> None:

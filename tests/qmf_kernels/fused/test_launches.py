@@ -35,11 +35,13 @@ def train(num, rows, classes, single, pairs="adjacent", past=None, smoothing=0.0
     loss_rule = objective.LossRule(None, smoothing, -100, 0.1, "paper", pairs)
     rule = makers(num)
     past = past or make_past(num, 50)._replace(samples=torch.arange(rows[0]))
-    out, made, d_logits = fused.objective(heads, target, None, None, rule, loss_rule, False, single, True, past)
+    out, d_logits, _, kept = fused.objective(
+        heads, target, None, None, rule, loss_rule, False, single, False, True, past
+    )
     if d_logits:
         fused.scale_gradients(d_logits, out.loss, heads)
     else:
-        fused.objective_backward([out.loss, *[None] * 6], made, heads, target, rule, loss_rule, False, False)
+        fused.objective_backward([out.loss, *[None] * 6], kept, heads, target, rule, loss_rule, False, False)
 
 
 @pytest.mark.parametrize("num", [1, 2, 6, 9])
@@ -82,7 +84,7 @@ def test_fusion_alone_takes_one_each_way(launched):
 
 def losses(heads, target, past=None, single=False):
     loss_rule = objective.LossRule(None, 0.0, -100, 0.1, "paper", "adjacent")
-    return fused.objective(heads, target, None, None, makers(len(heads)), loss_rule, False, single, False, past)
+    return fused.objective(heads, target, None, None, makers(len(heads)), loss_rule, False, single, False, False, past)
 
 
 @pytest.mark.parametrize("single", [False, True])

@@ -60,10 +60,10 @@ def to(grads, dtype):
 def run(case, grads, gradients=False):
     dtype = fusion.accumulate_dtype(case.logits)
     inputs = (case.logits, case.target, case.kappa, case.present, case.rule, case.loss_rule, case.detach)
-    out, made, d_logits = fused.objective(*inputs, gradients, True)
+    out, d_logits, _, kept = fused.objective(*inputs, gradients, False, True)
     results = dict(zip(NAMES, out, strict=True))
     d_rows, d_makers = fused.objective_backward(
-        to(grads, dtype), made, case.logits, case.target, case.rule, case.loss_rule, case.detach, True
+        to(grads, dtype), kept, case.logits, case.target, case.rule, case.loss_rule, case.detach, True
     )
     results |= {f"d_logits[{m}]": d for m, d in enumerate(d_rows)}
     results |= {f"d_{name}": d for name, d in wanted(case, d_makers).items()}
@@ -178,13 +178,13 @@ def test_equals_autograd_through_the_equations(single, form, masked):
 
     rule = fusion.WeightRule(None, *coefficients, True, False)
     loss_rule = objective.LossRule(weight, 0.1, -100, 0.7, form, "all")
-    out, made, d_logits = fused.objective(heads, target, kappa, present, rule, loss_rule, False, single, True)
+    out, d_logits, _, kept = fused.objective(heads, target, kappa, present, rule, loss_rule, False, single, False, True)
     for ours, name in zip(
         out, ("loss", "fused_loss", "unimodal_losses", "ranking_loss", "logits", "weights"), strict=False
     ):
         torch.testing.assert_close(ours, expected[name].detach(), rtol=1e-12, atol=1e-12)
     one = torch.ones((), dtype=torch.float64)
-    d_rows, d_makers = fused.objective_backward([one, *[None] * 6], made, heads, target, rule, loss_rule, False, True)
+    d_rows, d_makers = fused.objective_backward([one, *[None] * 6], kept, heads, target, rule, loss_rule, False, True)
     assert len(d_logits) == 3 * single
     torch.testing.assert_close([*d_rows, *d_makers[1:]], list(grads), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(d_logits, list(grads[: 3 * single]), rtol=1e-11, atol=1e-12)

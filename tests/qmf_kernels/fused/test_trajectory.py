@@ -45,14 +45,14 @@ def step(past, heads, target, loss_rule, single, poison):
     num = len(heads)
     rule = fusion.WeightRule(None, -0.1 - torch.arange(num) / 10, torch.full((num,), 0.5), None, False, False)
     with poisoned(poison):
-        out, made, d_logits = fused.objective(
-            heads, target, None, None, rule, loss_rule, False, single, False, past=past
+        out, d_logits, _, kept = fused.objective(
+            heads, target, None, None, rule, loss_rule, False, single, False, False, past=past
         )
     assert bool(d_logits) == single
     kappa = None
     if past.ranks:
         kappa = trajectory.kappa(past.history, past.low, past.span, past.samples, past.minmax)
-    return out, made, (heads, target, kappa, None, rule, loss_rule, False, single, False)
+    return out, kept[2], (heads, target, kappa, None, rule, loss_rule, False, single, False, False)
 
 
 @bounded(7)
@@ -83,18 +83,18 @@ def test_steps(how, rows, num, samples, start_epoch, minmax, flags, values, pair
             past = past._replace(samples=torch.stack([index, index], 1)[:, 0])
             theirs, again = copy(past), copy(past)
             with backwards():
-                repeated, made_again, _ = step(again, heads, target, loss_rule, single, 12345)
+                repeated, ranking_again, _ = step(again, heads, target, loss_rule, single, 12345)
             before = copy(past)
-            out, made, _ = step(past, heads, target, loss_rule, single, math.nan)
+            out, ranking_grad, _ = step(past, heads, target, loss_rule, single, math.nan)
             assert all(same(x, y) for x, y in zip(out, repeated, strict=True))
-            assert same(made.ranking_grad, made_again.ranking_grad)
+            assert same(ranking_grad, ranking_again)
 
             # Kappa: what PyTorch reads goes in as it is, to the same result.
             *_, inputs = step(before._replace(records=False), heads, target, loss_rule, single, 12345)
             given = fused.objective(*inputs)
             for name, x, y in zip(objective.Losses._fields, out, given[0], strict=True):
                 assert same(x, y), name
-            assert same(made.ranking_grad, given[1].ranking_grad)
+            assert same(ranking_grad, given[3][2])
 
             if past.records:
                 trajectory.record(
