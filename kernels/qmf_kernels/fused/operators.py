@@ -218,7 +218,8 @@ def objective(
     programs = -(-batch // block.samples)
     partial = first.new_empty((2 * num + 4, programs), dtype=torch.float64)
     trajectory, labels = make_trajectory(kappa, past), make_labels(target, loss_rule)
-    tiling = tile(num, rows.num_classes, rows.num_rows, dtype == torch.float64, alone=single)
+    heavy = dtype == torch.float64 or (single and rules.tempered and rules.smoothing)
+    tiling = tile(num, rows.num_classes, rows.num_rows, heavy, alone=single)
     where = (rows.logits, rows.layout.sizes, rows.layout.strides, rows.present, rows.layout.present_strides)
     written = (
         made.stats,

@@ -24,18 +24,18 @@ class Tiling(NamedTuple):
     warps: int
 
 
-def tile(num_modalities: int, num_classes: int, num_rows: int, double: bool = False, alone: bool = False) -> Tiling:
-    """The tile for M heads of K classes and R rows; ``double``: in float64, whose exponentials take registers besides
-    the numbers; ``alone``: one program walks them all, with eight warps.
+def tile(num_modalities: int, num_classes: int, num_rows: int, heavy: bool = False, alone: bool = False) -> Tiling:
+    """The tile for M heads of K classes and R rows; ``heavy``: float64, or every option at once in one program, take
+    more registers per logit; ``alone``: one program walks them all, with eight warps.
     """
     classes = power_of_two(num_classes)
     many = 2 if num_modalities > 4 else 1  # numbers per row take registers too
-    if num_modalities * classes > (_ROW // 4 if double else _ROW):
-        walk = _WALK // (2 * many if double else many)
+    if num_modalities * classes > (_ROW // 4 if heavy else _ROW):
+        walk = _WALK // (2 * many if heavy else many)
         classes = min(1024, max(32, power_of_two(walk // num_modalities + 1) // 2))
         return Tiling(1, classes, -(-num_classes // classes), _warps(num_modalities * classes, _SHORT))
-    rows = min(_ROWS // many // power_of_two(num_modalities * classes), power_of_two(num_rows), _MOST_ROWS)
-    rows = max(1, rows)
+    rows = _ROWS // (2 * many if heavy else many) // power_of_two(num_modalities * classes)
+    rows = max(1, min(rows, power_of_two(num_rows), _MOST_ROWS))
     if alone:
         return Tiling(rows, classes, 1, 8)
     warps = _warps(num_modalities * rows * classes, _SHORT if rows > 1 else _WIDE)

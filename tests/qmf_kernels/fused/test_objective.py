@@ -95,7 +95,7 @@ def check(case, ours, grads):
         assert_errors_close(name, ours[name], eager[name], truth[name], 1 + size(case))
 
 
-SMALL = cases((1, 2, 5, 7, 13), (1, 2, 3, 7, 19))
+SMALL = cases((1, 2, 5, 7, 13), (1, 2, 3, 7, 19), ((), (1,), (1, 1)))
 LARGE = cases((1, 3, 13), (1, 5, 33, 70))
 DENSE = cases((1, 2, 3), (1, 3, 40), ((1,), (5,), (2, 3), (3, 1, 2), (2, 2, 3)))
 
