@@ -173,6 +173,8 @@ def objective_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     grads, (logits, target, kappa, present), rest = inputs[:7], inputs[7:11], inputs[11:]
     rules: Any = (WeightRule(*rest[:6]), LossRule(*rest[6:12]))
     detach_weights, maker_gradients, d_logits, d_makers, kept, backend = rest[12:]
+    # Under torch.compile, fused logits that were left out have a gradient too, as empty as they are.
+    grads = tuple(None if grad is not None and not grad.numel() else grad for grad in grads)
     scale = grads[0]
     if d_logits and scale is not None and not any(_may_differ_from_zero(grad) for grad in grads[1:]):
         d_logits, d_makers = [d * scale for d in d_logits], [d * scale for d in d_makers]

@@ -124,6 +124,24 @@ def test_compiled_steps(name: str, dynamic: bool) -> None:
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("rows", [6, 2000])
+def test_compiled_steps_without_fused_logits(rows: int, backend: str) -> None:
+    """Whose gradient, under torch.compile, is a tensor all the same: an empty one."""
+    torch.compiler.reset()
+    grads = []
+    for compiled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        criterion = QMFLoss(QualityAwareFusion(2), rows, backend=backend, return_logits=False)
+        call = torch.compile(criterion, fullgraph=True, backend="aot_eager") if compiled else criterion
+        heads = [torch.randn(rows, 5, generator=generator).requires_grad_() for _ in range(2)]
+        call(heads, torch.arange(rows) % 5, torch.arange(rows)).loss.backward()
+        grads.append([x.grad for x in heads])
+    torch.compiler.reset()
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_vmap_says_that_it_does_not_work() -> None:
     heads, target = torch.randn(3, 2, 4, 5), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="setup_context"):

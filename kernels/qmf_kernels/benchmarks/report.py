@@ -129,18 +129,18 @@ def table(outcome: Outcome) -> str:
     case = outcome.case
     dtype = str(case.dtype).removeprefix("torch.")
     lines = [f"{case.name}: M={case.modalities} B={case.batch} K={case.classes} N={case.samples} {dtype}"]
-    columns = ("device", "host", "x ours", "of copy", "launches", "ours", "copies", "peak", "error")
-    lines.append(f"  {'':24}" + "".join(f"{column:>11}" for column in columns))
+    columns = ("device", "90 %", "host", "x ours", "of copy", "launches", "ours", "copies", "peak", "error")
+    lines.append(f"  {'':24}" + "".join(f"{column:>12}" for column in columns))
     for row in outcome.rows.values():
         ratio, part = _ratio(row.device, outcome.seconds(OURS)), _ratio(outcome.seconds(COPY), row.device)
         launches = [None] * 3 if row.launches is None else row.launches[:3]
         cells = [
-            *(_microseconds(row.device), _microseconds(row.host)),
+            *(_microseconds(seconds) for seconds in (row.device, row.slow, row.host)),
             *(_cell(ratio, "{:.2f}"), _cell(part, "{:.1%}")),
             *(_cell(count, "{}") for count in launches),
             *(_cell(None if row.peak is None else row.peak / 1e6, "{:.2f} MB"), _cell(row.error, "{:.1e}")),
         ]
-        lines.append(f"  {row.name:24}" + "".join(f"{cell:>11}" for cell in cells))
+        lines.append(f"  {row.name:24}" + "".join(f"{cell:>12}" for cell in cells))
         if row.failed:
             lines.append(f"  {'':24} failed: {row.failed}")
     if outcome.replay is not None:
