@@ -86,9 +86,9 @@ class Fuse(torch.autograd.Function):
 
 
 class Objective(torch.autograd.Function):
-    """``apply(target, kappa, present, weights, alpha, beta, temperature, nonnegative, normalize, uncertainty, class_weight,
-    label_smoothing, ignore_index, ranking_weight, form, pairs, detach_weights, backend, return_logits, past,
-    *logits)``.
+    """``apply(target, kappa, present, weights, alpha, beta, temperature, nonnegative, normalize, uncertainty,
+    class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs, detach_weights, backend, return_logits,
+    past, *logits)``.
 
     Returns ``Losses``, the per-sample losses without a gradient. With ``past`` (``trajectory.Past`` or None), kappa
     comes from the history and the batch goes into it.

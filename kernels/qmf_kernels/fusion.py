@@ -300,7 +300,8 @@ def maker_grads(grads: RowGrads, fused: Fused, rule: WeightRule) -> MakerGrads:
         change = grads.energy * slope
         if grads.shape is not None:
             # With u a function of x / T, du/dT = -<du/dx, x> / T.
-            moments = [(s * x).sum(-1, keepdim=True) for s, x in zip(shapes(fused, rule), fused.finite, strict=True)]
+            pairs = zip(shapes(fused, rule), fused.finite, strict=True)
+            moments = [(s * x).sum(-1, keepdim=True) for s, x in pairs if s is not None]
             moment = (grads.energy - grads.softmax) * mean + grads.shape * join(moments)
             change = change - moment / per_modality(rule.temperature, energy)
         out = out._replace(temperature=change.sum(rest))
@@ -341,6 +342,7 @@ def fuse_backward(
     ]
     if d_rows.shape is not None:
         for grad, d, shape in zip(d_groups, split_like(d_rows.shape, sizes), shapes(fused, rule), strict=True):
-            grad.addcmul_(d, shape)
+            if shape is not None:
+                grad.addcmul_(d, shape)
     d_logits = [grad.to(x.dtype) for grad, x in zip(separate(d_groups), logits, strict=True)]
     return d_logits, maker_grads(d_rows, fused, rule)

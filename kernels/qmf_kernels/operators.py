@@ -19,8 +19,7 @@ from .registry import define, fused, takes_triton
 from .small import small_objective
 
 _RULE = (
-    "Tensor? weights, Tensor alpha, Tensor beta, Tensor? temperature, bool nonnegative, bool normalize, "
-    "str uncertainty"
+    "Tensor? weights, Tensor alpha, Tensor beta, Tensor? temperature, bool nonnegative, bool normalize, str uncertainty"
 )
 _LOSS_RULE = "Tensor? class_weight, float label_smoothing, int ignore_index, float ranking_weight, str form, str pairs"
 _LOSS_GRADS = ", ".join(f"Tensor? grad_{name}" for name in Losses._fields[:7])

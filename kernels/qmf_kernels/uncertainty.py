@@ -68,5 +68,5 @@ def _scale(logits: Tensor, temperature: Tensor | None) -> Tensor:
 
 
 def _log(num_classes: int) -> float:
-    """log K, or 1 where that is 0: the entropy of one class is 0 as it stands."""
+    """The logarithm of K, or 1 where that is 0: the entropy of one class is 0 as it stands."""
     return math.log(num_classes) or 1.0

@@ -136,6 +136,8 @@ def test_gradients_are_those_of_autograd(backend):
 
 def test_meta_tensors_say_the_shapes():
     given = [x.to("meta") for x in logits()]
-    fused, weights, energy = ops.fuse(given, None, None, *(x.to("meta") for x in MAKERS), None, False, False, "energy", None)
+    fused, weights, energy = ops.fuse(
+        given, None, None, *(x.to("meta") for x in MAKERS), None, False, False, "energy", None
+    )
     assert (fused.shape, weights.shape, energy.shape) == ((BATCH, CLASSES), (NUM, BATCH), (NUM, BATCH))
     assert fused.device.type == "meta"

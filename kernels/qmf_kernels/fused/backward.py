@@ -108,7 +108,7 @@ def backward_rows(
     num_rows = widen(num_rows)
     in_row = row < num_rows
     zero = tl.where(in_row, 0.0, 0.0).to(ACC)
-    offsets, raws, energies, uncertainties = (), (), (), ()
+    offsets, raws, uncertainties = (), (), ()
     for m in tl.static_range(M):
         offsets = offsets + (row_offset(row, sizes, strides[m], DIMS),)
     counts, lses, measured = _log_sum_exps(
@@ -117,9 +117,8 @@ def backward_rows(
     )  # fmt: skip
     for m in tl.static_range(M):
         u = value(measured[m], lses[3][m], RULES)
-        raw, energy, u = raw_weight(m, lses[2][m] + lses[3][m], u, makers, row, in_row, num_rows, RULES, ACC)
-        raws, energies = raws + (raw,), energies + (tl.where(counts[m], energy, 0.0),)
-        uncertainties = uncertainties + (tl.where(counts[m], u, 0.0),)
+        raw, _, u = raw_weight(m, lses[2][m] + lses[3][m], u, makers, row, in_row, num_rows, RULES, ACC)
+        raws, uncertainties = raws + (raw,), uncertainties + (tl.where(counts[m], u, 0.0),)
     weights, weight_total = clamp_weights(raws, counts, M, RULES)
     grad_offset, grad_stride = row, 0
     if grads.fused is not None:
@@ -200,7 +199,8 @@ def backward_rows(
     for tile in range(TILES):
         sums = _write_tile(
             sums, tile * KB + tl.arange(0, KB), logits, row, offsets, sizes, strides, y, fused_lse, coefficients, lses,
-            measured, weights, energy_grads, measure_grads, counts, labels, makers, grads.fused, grad_offset, grad_stride, d_logits, d_strides,
+            measured, weights, energy_grads, measure_grads, counts, labels, makers, grads.fused, grad_offset,
+            grad_stride, d_logits, d_strides,
             in_row, num_classes, maker_out, M, DIMS, RULES, ACC,
         )  # fmt: skip
 
@@ -210,23 +210,23 @@ def backward_rows(
             tl.store(maker_out.sums + m * programs + program, tl.sum(grad * uncertainties[m], 0))
             tl.store(maker_out.sums + (M + m) * programs + program, tl.sum(grad, 0))
             if RULES.tempered:
-                # With E = -T lse(x / T), dE/dT = (E + <softmax(x / T), x>) / T.
-                change = energy_grads[m] * (energies[m] + sums[0][m])
+                # With E = -T lse(x / T) and p = softmax(x / T), dE/dT = <p, log p>.
+                change = energy_grads[m] * sums[0][m]
                 if RULES.measured:
                     # With u a function of x / T, du/dT = -<du/dx, x> / T.
-                    change -= measure_grads[m] * sums[1][m]
-                change = change / coefficient(makers.temperature, m, ACC)
+                    change -= measure_grads[m] * sums[1][m] / coefficient(makers.temperature, m, ACC)
                 tl.store(maker_out.sums + (2 * M + m) * programs + program, tl.sum(change, 0))
 
 
 @triton.jit
 def _write_tile(
     sums, column, logits, row, offsets, sizes, strides, y, fused_lse, coefficients, lses,
-    measured, weights, energy_grads, measure_grads, counts, labels, makers, grad_fused, grad_offset, grad_stride, d_logits, d_strides,
+    measured, weights, energy_grads, measure_grads, counts, labels, makers, grad_fused, grad_offset, grad_stride,
+    d_logits, d_strides,
     in_row, num_classes, maker_out, M: tl.constexpr, DIMS: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile's gradients; returns ``sums`` with its parts of <softmax(x / T), x> and of the product of the
-    uncertainty's slope with x added where T has a gradient.
+    """A tile's gradients; returns ``sums`` with its parts of <p, log p>, p = softmax(x / T), and of the product of
+    the uncertainty's slope with x added where T has a gradient.
     """
     in_tile = in_row[:, None] & (column < num_classes)[None, :]
     tiles = ()
@@ -248,9 +248,9 @@ def _write_tile(
         mean, product = sums[0][m], sums[1][m]
         if RULES.tempered and maker_out.sums is not None:
             scaled = tiles[m] / coefficient(makers.temperature, m, ACC)
-            probs = tl.exp((scaled - lses[2][m][:, None]) - lses[3][m][:, None])
-            # Where a probability is 0, its logit may be -inf.
-            mean += tl.sum(tl.where(counts[m][:, None] & (probs > 0), probs * tiles[m], 0.0), 1)
+            log_probs = (scaled - lses[2][m][:, None]) - lses[3][m][:, None]
+            probs = tl.exp(log_probs)
+            mean += tl.sum(tl.where(counts[m][:, None] & (probs > 0), probs * log_probs, 0.0), 1)
             if RULES.measured:
                 slopes = slope(m, tiles[m], lses, measured[m], counts[m], makers, num_classes, RULES, ACC)
                 product += moment(slopes, tiles[m], lses[0][m], RULES)

@@ -1,8 +1,8 @@
 """The uncertainties that are no energies, and their slopes (``qmf_kernels.uncertainty`` has the formulas).
 
 While a row is read, each gathers one number: how many logits are largest (msp), the sum of exp(z - top) * (z - top)
-(entropy) or of softplus(z) (evidence), for z = x / T. Once it is read, one number is kept, its ``measure``: the first
-for msp, whose value follows from the log-sum-exp, and the value itself for the others.
+(entropy) or of softplus(z) (evidence), for z = x / T. Once it is read, one number is kept, its ``measure``: one over
+the first for msp, whose value follows from the log-sum-exp, and the value itself for the others.
 """
 
 import triton
@@ -34,7 +34,7 @@ def gather(gathered, x, z, old_top, top, scaled_old_top, scaled_old_total, scale
 def measure(gathered, total, log, counted, num_classes, RULES: tl.constexpr, ACC: tl.constexpr):
     """The number to keep, from what was gathered of a row, and the sum of exp(z - top) and its logarithm."""
     if RULES.uncertainty == "msp":
-        return tl.where(counted, gathered, 1.0)
+        return 1.0 / tl.where(counted, gathered, 1.0)
     elif RULES.uncertainty == "entropy":
         entropy = (log - gathered / tl.where(counted, total, 1.0)) / _log_classes(num_classes, ACC)
         return tl.where(counted, entropy, 0.0)
@@ -65,7 +65,7 @@ def slope(m, x, lses, measured, counted, makers, num_classes, RULES: tl.constexp
     log_probs = (z - lses[2][m][:, None]) - lses[3][m][:, None]
     probs = tl.exp(log_probs)
     if RULES.uncertainty == "msp":
-        share = tl.where(x == lses[0][m][:, None], (1.0 / measured)[:, None], 0.0)
+        share = tl.where(x == lses[0][m][:, None], measured[:, None], 0.0)
         out = tl.exp(-lses[3][m])[:, None] * (probs - share)
     elif RULES.uncertainty == "entropy":
         out = tl.where(probs > 0, -probs * (log_probs / _log_classes(num_classes, ACC) + measured[:, None]), 0.0)
@@ -85,6 +85,6 @@ def moment(slopes, x, top, RULES: tl.constexpr):
 
 @triton.jit
 def _log_classes(num_classes, ACC: tl.constexpr):
-    """log K, or 1 where that is 0: the entropy of one class is 0 as it stands."""
+    """The logarithm of K, or 1 where that is 0: the entropy of one class is 0 as it stands."""
     number = widen(num_classes).to(ACC)
     return tl.where(number > 1, tl.log(number), 1.0)
