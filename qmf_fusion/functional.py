@@ -25,6 +25,7 @@ class WeightOptions(NamedTuple):
     temperature: Tensor | None  # None: 1
     nonnegative: bool = False
     normalize: bool = False
+    uncertainty: str = "energy"
     detach_weights: bool = False
 
 
@@ -245,7 +246,7 @@ def qmf_objective(
         None if unit else _coefficient("temperature", temperature, len(rows), rows[0]),
         nonnegative,
         normalize,
-        detach_weights,
+        detach_weights=detach_weights,
     )
     options = LossOptions(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
     check_loss_options(options, rows[0].shape[-1])

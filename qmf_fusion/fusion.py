@@ -256,8 +256,8 @@ class QualityAwareFusion(KeepsPrecision):
 
     def weight_options(self, rows: Sequence[Tensor], present: Tensor | None) -> WeightOptions:
         """What the operators need to weight ``rows``, M of ``[*, K]``; ``present`` is ``[M, *]`` or None."""
-        weights, temperature = None, None if self._unit_temperature else self.temperature
-        if self.uncertainty != "energy":
+        weights, name = None, self.uncertainty
+        if not isinstance(name, str):
             # Rows that do not count would send NaN back through the uncertainty, whatever their weight.
             dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
             heights = [torch.logsumexp(x.detach().to(dtype), -1) for x, dtype in zip(rows, dtypes, strict=True)]
@@ -267,8 +267,10 @@ class QualityAwareFusion(KeepsPrecision):
             u = self._measure(safe)
             per_modality = (-1, *(1,) * (u.dim() - 1))
             weights = self.alpha.to(u.dtype).view(per_modality) * u + self.beta.to(u.dtype).view(per_modality)
+            name = "energy"
         return WeightOptions(
-            weights, self.alpha, self.beta, temperature, self.nonnegative, self.normalize, self.detach_weights
+            *(weights, self.alpha, self.beta, None if self._unit_temperature else self.temperature),
+            *(self.nonnegative, self.normalize, name, self.detach_weights),
         )
 
     def forward(self, logits: Logits, present: Tensor | None = None) -> FusionOutput:

@@ -59,16 +59,17 @@ class Ranking(torch.autograd.Function):
 
 
 class Fuse(torch.autograd.Function):
-    """``apply(present, weights, alpha, beta, temperature, nonnegative, normalize, detach_weights, backend, *logits)``.
+    """``apply(present, weights, alpha, beta, temperature, nonnegative, normalize, uncertainty, detach_weights, backend,
+    *logits)``.
 
     Returns fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        others, logits = inputs[:9], inputs[9:]
-        ctx.flags, ctx.backend = others[5:8], others[8]
-        fused_logits, weights, energy = ops.fuse.default(logits, *others[:7], others[8])
+        others, logits = inputs[:10], inputs[10:]
+        ctx.flags, ctx.backend = others[5:9], others[9]
+        fused_logits, weights, energy = ops.fuse.default(logits, *others[:8], others[9])
         ctx.save_for_backward(energy, *others[:5], *logits)
         return fused_logits, weights, energy
 
@@ -81,13 +82,13 @@ class Fuse(torch.autograd.Function):
         d_logits, d_makers = ops.fuse_backward.default(
             *grads, energy, logits, *tensors, *ctx.flags, makers, ctx.backend
         )
-        return None, *_where_given(d_makers, tensors[1:]), None, None, None, None, *d_logits
+        return None, *_where_given(d_makers, tensors[1:]), *(None,) * 5, *d_logits
 
 
 class Objective(torch.autograd.Function):
-    """``apply(target, kappa, present, weights, alpha, beta, temperature, nonnegative, normalize, class_weight,
-    label_smoothing, ignore_index, ranking_weight, form, pairs, detach_weights, backend, return_logits, past,
-    *logits)``.
+    """``apply(target, kappa, present, weights, alpha, beta, temperature, nonnegative, normalize, uncertainty,
+    class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs, detach_weights, backend, return_logits,
+    past, *logits)``.
 
     Returns ``Losses``, the per-sample losses without a gradient. With ``past`` (``trajectory.Past`` or None), kappa
     comes from the history and the batch goes into it.
@@ -95,7 +96,7 @@ class Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        others, (backend, return_logits, past), logits = inputs[:16], inputs[16:19], inputs[19:]
+        others, (backend, return_logits, past), logits = inputs[:17], inputs[17:20], inputs[20:]
         device, needed = others[0].device, ctx.needs_input_grad
         gradients, makers = any(needed), any(needed[3:7])
         # On a CPU, handing these arguments to the dispatcher costs a tenth of a small batch's step.
@@ -103,7 +104,7 @@ class Objective(torch.autograd.Function):
         direct = direct and all(type(x) in _PLAIN for x in logits)
         triton = takes_triton(device, backend)
         if triton:  # which makes them in the forward where that takes one launch for all, and else in the backward
-            gradients = gradients and not makers and direct and fused().is_small(logits, others[14])
+            gradients = gradients and not makers and direct and fused().is_small(logits, others[15])
         flags = (gradients, makers, return_logits, backend)
         if past is None:
             out = (_objective if direct else ops.objective.default)(logits, *others, *flags)
@@ -118,8 +119,8 @@ class Objective(torch.autograd.Function):
         *losses, ctx.d_logits, ctx.d_makers, ctx.kept = out
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses[7])
-        ctx.flags, ctx.backend, ctx.direct, ctx.triton = others[7:9] + others[10:], backend, direct, triton
-        ctx.save_for_backward(*others[:7], others[9], *logits)
+        ctx.flags, ctx.backend, ctx.direct, ctx.triton = others[7:10] + others[11:], backend, direct, triton
+        ctx.save_for_backward(*others[:7], others[10], *logits)
         return tuple(losses)
 
     @staticmethod
@@ -127,7 +128,7 @@ class Objective(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         given, class_weight, logits = tensors[:7], tensors[7], tensors[8:]
-        others = (*given, *ctx.flags[:2], class_weight, *ctx.flags[2:])
+        others = (*given, *ctx.flags[:3], class_weight, *ctx.flags[3:])
         makers = any(ctx.needs_input_grad[3:7])
         # The gradients of the loss are handed over once, which frees them; whoever comes again recomputes them.
         d_logits, d_makers, ctx.d_logits, ctx.d_makers = ctx.d_logits, ctx.d_makers, None, None
@@ -145,7 +146,7 @@ class Objective(torch.autograd.Function):
             kept = (d_logits or [], d_makers or [], ctx.kept)
             run = _objective_backward if ctx.direct else ops.objective_backward.default
             d_logits, d_makers = run(*grads[:7], logits, *others, makers, *kept, ctx.backend)
-        return None, None, None, *_where_given(d_makers, given[3:]), *(None,) * 12, *d_logits
+        return None, None, None, *_where_given(d_makers, given[3:]), *(None,) * 13, *d_logits
 
 
 def _with_kappa(others: tuple[Any, ...], past: Past) -> tuple[Any, ...]:
@@ -160,8 +161,8 @@ def _fused_step(logits: Any, others: tuple[Any, ...], flags: tuple[Any, ...], pa
     """kappa, objective and record in the launches of the objective."""
     target, _, present, *rest = others
     gradients, makers, return_logits, _ = flags
-    rules = WeightRule(*rest[:6]), LossRule(*rest[6:12])
+    rules = WeightRule(*rest[:7]), LossRule(*rest[7:13])
     losses, d_logits, _, kept = fused().objective(
-        logits, target, None, present, *rules, rest[12], gradients, makers, return_logits, past
+        logits, target, None, present, *rules, rest[13], gradients, makers, return_logits, past
     )
     return *losses, d_logits, [], kept

@@ -14,18 +14,21 @@ for a device: on one, masks are always there.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import uncertainty
+from .uncertainty import Measured
 
 # Elements per head up to which calls cost more than copying the heads' logits into one tensor.
 _STACK_BELOW = 16_384
 
 
 class WeightRule(NamedTuple):
-    """How weights come from energies (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` for ``alpha * E + beta``."""
+    """How weights come from uncertainties (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` for ``alpha * u + beta``."""
 
     weights: Tensor | None
     alpha: Tensor
@@ -33,6 +36,19 @@ class WeightRule(NamedTuple):
     temperature: Tensor | None  # None: 1
     nonnegative: bool
     normalize: bool
+    uncertainty: str = "energy"  # or one of ``uncertainty.NAMES``
+
+    @property
+    def measured(self) -> bool:
+        """Whether the weights come from an uncertainty that is no energy.
+
+        Raises:
+            ValueError: one that is not known.
+        """
+        if self.uncertainty != "energy" and self.uncertainty not in uncertainty.NAMES:
+            names = ("energy", *uncertainty.NAMES)
+            raise ValueError(f"uncertainty must be one of {names}, got {self.uncertainty!r}")
+        return self.weights is None and self.uncertainty != "energy"
 
 
 class Rows(NamedTuple):
@@ -56,6 +72,16 @@ class Fused(NamedTuple):
     energy: Tensor  # [M, *, 1]; +inf in rows that do not count
     weights: Tensor  # [M, *, 1], clamped and normalised as asked
     logits: Tensor  # [*, K]
+    measured: Measured | None  # [M, *, 1] each; None where the energy is the uncertainty, or weights are given
+
+
+class RowGrads(NamedTuple):
+    """Gradients of what is one number per row, ``[M, *, 1]``."""
+
+    weights: Tensor  # before clamping
+    energy: Tensor
+    softmax: Tensor  # what softmax(x / T) counts in the gradient of x, negative: through energy and uncertainty
+    shape: Tensor | None  # what the uncertainty's shape counts there; None where it is the energy
 
 
 class MakerGrads(NamedTuple):
@@ -113,16 +139,16 @@ def add(x: Tensor, y: Tensor | None) -> Tensor:
 def fuse_rows(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> Fused:
     rows = _read_rows(logits)
     if present is None:
-        energy, tempered, weights = _weigh(rows, rule)
+        energy, tempered, measured, weights = _weigh(rows, rule)
         fused = _weighted_sum(rows.logits, weights)
         if all_finite(fused):  # which a row that does not count makes impossible
-            return Fused(rows, rows.logits, tempered, energy, weights, fused)
+            return Fused(rows, rows.logits, tempered, energy, weights, fused, measured)
     rows = _mask_rows(rows, present)
-    energy, tempered, weights = _weigh(rows, rule)
+    energy, tempered, measured, weights = _weigh(rows, rule)
     ruled_out = [x == -torch.inf for x in rows.logits]
     finite = [x.masked_fill(out, 0) for x, out in zip(rows.logits, ruled_out, strict=True)]
     fused = _weighted_sum(finite, weights).masked_fill(join(ruled_out).any(0), -torch.inf)
-    return Fused(rows, finite, tempered, energy, weights, fused)
+    return Fused(rows, finite, tempered, energy, weights, fused, measured)
 
 
 def _read_rows(logits: Sequence[Tensor]) -> Rows:
@@ -147,8 +173,8 @@ def _mask_rows(rows: Rows, present: Tensor | None) -> Rows:
     )
 
 
-def _weigh(rows: Rows, rule: WeightRule) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Energies (Eq. 13), softmaxes of x / T, and weights (Eq. 9)."""
+def _weigh(rows: Rows, rule: WeightRule) -> tuple[Tensor, list[Tensor], Measured | None, Tensor]:
+    """Energies (Eq. 13), softmaxes of x / T, other uncertainties, and weights (Eq. 9)."""
     if rule.temperature is None:
         energy, tempered = -rows.lse, rows.probs
     else:
@@ -156,7 +182,12 @@ def _weigh(rows: Rows, rule: WeightRule) -> tuple[Tensor, list[Tensor], Tensor]:
         scaled = (x / t_m for x, t_m in zip(rows.logits, split_like(t, rows.logits), strict=True))
         probs, lse = zip(*(softmax_lse(x) for x in scaled), strict=True)
         energy, tempered = -t * join(lse), list(probs)
-    weights = _raw_weights(energy, rule)
+    measured = None
+    if rule.measured:
+        parts = zip(tempered, rows.logits, _temperatures(rule, rows), strict=True)
+        each = [uncertainty.measure(rule.uncertainty, p, x, t) for p, x, t in parts]
+        measured = Measured(*(join(values) for values in zip(*each, strict=True)))
+    weights = _raw_weights(energy if measured is None else measured.value, rule)
     if rule.nonnegative or rule.normalize:
         weights = weights.clamp(min=0)
     if rows.counted is not None:
@@ -168,14 +199,26 @@ def _weigh(rows: Rows, rule: WeightRule) -> tuple[Tensor, list[Tensor], Tensor]:
         equal = torch.ones_like(weights) if rows.counted is None else rows.counted.to(weights.dtype)
         weights = torch.where(total > 0, weights, equal)
         weights = weights / torch.where(total > 0, total, equal.sum(0).clamp(min=1))
-    return energy, tempered, weights
+    return energy, tempered, measured, weights
 
 
-def _raw_weights(energy: Tensor, rule: WeightRule) -> Tensor:
-    """``alpha * E + beta`` (Eq. 9), or the weights that stand in for it."""
+def _temperatures(rule: WeightRule, rows: Rows) -> Sequence[Tensor | None]:
+    """Each group's T, shaped to divide it; None for 1."""
+    if rule.temperature is None:
+        return [None] * len(rows.logits)
+    return split_like(per_modality(rule.temperature, rows.lse), rows.logits)
+
+
+def _raw_weights(u: Tensor, rule: WeightRule) -> Tensor:
+    """``alpha * u + beta`` (Eq. 9), or the weights that stand in for it."""
     if rule.weights is not None:
-        return rule.weights.unsqueeze(-1).to(energy.dtype)
-    return torch.addcmul(per_modality(rule.beta, energy), per_modality(rule.alpha, energy), energy)
+        return rule.weights.unsqueeze(-1).to(u.dtype)
+    return torch.addcmul(per_modality(rule.beta, u), per_modality(rule.alpha, u), u)
+
+
+def _uncertainty(fused: Fused) -> Tensor:
+    """Eq. 9's u, finite in rows that do not count."""
+    return keep_counted(fused.energy, fused.rows.counted) if fused.measured is None else fused.measured.value
 
 
 def _weighted_sum(groups: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -203,8 +246,8 @@ def forget_ruled_out(grad_fused: Tensor, fused: Fused) -> Tensor:
 
 def weigh_backward(
     grad_fused: Tensor | None, grad_weights: Tensor | None, grad_energy: Tensor | None, fused: Fused, rule: WeightRule
-) -> tuple[Tensor, Tensor]:
-    """Backward of Eq. 11 and 9: gradients of the weights as they were before clamping, and of the energies."""
+) -> RowGrads:
+    """Backward of Eq. 11 and 9."""
     counted = fused.rows.counted
     grad = grad_weights
     if grad_fused is not None:
@@ -213,29 +256,55 @@ def weigh_backward(
         grad = torch.zeros_like(fused.weights)
     grad = keep_counted(grad, counted)
     if rule.nonnegative or rule.normalize:
-        raw = keep_counted(_raw_weights(keep_counted(fused.energy, counted), rule).clamp(min=0), counted)
+        raw = keep_counted(_raw_weights(_uncertainty(fused), rule).clamp(min=0), counted)
         if rule.normalize:
             total = raw.sum(0)
             grad = (grad - (grad * fused.weights).sum(0)) / torch.where(total > 0, total, torch.inf)
         grad = torch.where(raw > 0, grad, 0)
-    energy_part = grad * per_modality(rule.alpha, grad) if rule.weights is None else torch.zeros_like(grad)
-    return grad, add(energy_part, None if grad_energy is None else keep_counted(grad_energy, counted))
+    d_uncertainty = grad * per_modality(rule.alpha, grad) if rule.weights is None else torch.zeros_like(grad)
+    outside = None if grad_energy is None else keep_counted(grad_energy, counted)
+    if fused.measured is None:
+        d_energy = add(d_uncertainty, outside)
+        return RowGrads(grad, d_energy, d_energy, None)
+    d_energy = torch.zeros_like(grad) if outside is None else outside
+    if rule.temperature is not None:
+        d_uncertainty = d_uncertainty / per_modality(rule.temperature, grad)
+    of_softmax, of_shape = uncertainty.slope(rule.uncertainty, fused.measured.factor, fused.logits.shape[-1])
+    d_softmax = d_energy if of_softmax is None else torch.addcmul(d_energy, d_uncertainty, of_softmax, value=-1)
+    return RowGrads(grad, d_energy, d_softmax, d_uncertainty * of_shape)
 
 
-def maker_grads(grad_weights: Tensor, grad_energy: Tensor, fused: Fused, rule: WeightRule) -> MakerGrads:
+def shapes(fused: Fused, rule: WeightRule) -> Iterable[Tensor | None]:
+    """The shapes of the uncertainty's slope, group by group as they are asked for; None where it is the energy."""
+    if fused.measured is None:
+        return [None] * len(fused.tempered)
+    factors = split_like(fused.measured.factor, fused.tempered)
+    parts = zip(factors, fused.tempered, fused.rows.logits, _temperatures(rule, fused.rows), strict=True)
+    return (uncertainty.shape(rule.uncertainty, *part) for part in parts)
+
+
+def maker_grads(grads: RowGrads, fused: Fused, rule: WeightRule) -> MakerGrads:
     """From the results of ``weigh_backward`` to the gradients of alpha, beta and the temperature (Eq. 9, 13)."""
     energy = keep_counted(fused.energy, fused.rows.counted)
     rest = tuple(range(1, energy.dim()))
     zeros = energy.new_zeros(len(energy))
-    out = MakerGrads(grad_weights.squeeze(-1).clone(), zeros, zeros.clone(), zeros.clone())
+    out = MakerGrads(grads.weights.squeeze(-1).clone(), zeros, zeros.clone(), zeros.clone())
     if rule.weights is None:
-        out = out._replace(alpha=(grad_weights * energy).sum(rest), beta=grad_weights.sum(rest))
+        u = energy if fused.measured is None else fused.measured.value
+        out = out._replace(alpha=(grads.weights * u).sum(rest), beta=grads.weights.sum(rest))
     if rule.temperature is not None:
         # With E = -T lse(x / T), dE/dT = (E + <softmax(x / T), x>) / T.
         both = zip(fused.tempered, fused.finite, strict=True)
         mean = join([(p * x).sum(-1, keepdim=True) for p, x in both])
         slope = (energy + mean) / per_modality(rule.temperature, energy)
-        out = out._replace(temperature=(grad_energy * slope).sum(rest))
+        change = grads.energy * slope
+        if grads.shape is not None:
+            # With u a function of x / T, du/dT = -<du/dx, x> / T.
+            pairs = zip(shapes(fused, rule), fused.finite, strict=True)
+            moments = [(s * x).sum(-1, keepdim=True) for s, x in pairs if s is not None]
+            moment = (grads.energy - grads.softmax) * mean + grads.shape * join(moments)
+            change = change - moment / per_modality(rule.temperature, energy)
+        out = out._replace(temperature=change.sum(rest))
     return out
 
 
@@ -263,13 +332,17 @@ def fuse_backward(
     grad_fused, grad_weights, grad_energy = grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)
     fused = fuse_rows(logits, present, rule)
     grad_fused = forget_ruled_out(grad_fused, fused)
-    d_weights, d_energy = weigh_backward(None if detach_weights else grad_fused, grad_weights, grad_energy, fused, rule)
+    d_rows = weigh_backward(None if detach_weights else grad_fused, grad_weights, grad_energy, fused, rule)
     sizes = fused.finite
     d_groups = [
         torch.addcmul(w * grad_fused, slope, d, value=-1)
         for w, d, slope in zip(
-            split_like(fused.weights, sizes), split_like(d_energy, sizes), fused.tempered, strict=True
+            split_like(fused.weights, sizes), split_like(d_rows.softmax, sizes), fused.tempered, strict=True
         )
     ]
+    if d_rows.shape is not None:
+        for grad, d, shape in zip(d_groups, split_like(d_rows.shape, sizes), shapes(fused, rule), strict=True):
+            if shape is not None:
+                grad.addcmul_(d, shape)
     d_logits = [grad.to(x.dtype) for grad, x in zip(separate(d_groups), logits, strict=True)]
-    return d_logits, maker_grads(d_weights, d_energy, fused, rule)
+    return d_logits, maker_grads(d_rows, fused, rule)

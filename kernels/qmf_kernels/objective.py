@@ -25,6 +25,7 @@ from .fusion import (
     maker_grads,
     per_modality,
     separate,
+    shapes,
     softmax_lse,
     split_like,
     weigh_backward,
@@ -190,23 +191,29 @@ def _backward(
         ranking_scale = 0.0 if grad_loss is None else grad_loss * loss_rule.ranking_weight
         ranking_scale = ranking_scale if grad_ranking is None else grad_ranking + ranking_scale
         d_weights = add(_spread(kept.ranking_grad * ranking_scale, fused.rows.counted, fused.weights), d_weights)
-    d_weights, d_energy = weigh_backward(
+    d_rows = weigh_backward(
         None if detach_weights else d_fused,
         d_weights,
         None if grad_energy is None else grad_energy.unsqueeze(-1),
         fused,
         weight_rule,
     )
-    d_makers = maker_grads(d_weights, d_energy, fused, weight_rule) if maker_gradients else None
+    d_makers = maker_grads(d_rows, fused, weight_rule) if maker_gradients else None
 
     share = share[:-1]
     if weight_rule.temperature is None:
-        share = share - d_energy
-    columns = [split_like(x, sizes) for x in (share, fused.weights, d_energy, hard[:-1])]
+        share = share - d_rows.softmax
+    columns = [split_like(x, sizes) for x in (share, fused.weights, d_rows.softmax, hard[:-1])]
     softs = [None] * len(sizes) if soft is None else split_like(soft[:-1], sizes)
+    of_shape = softs if d_rows.shape is None else split_like(d_rows.shape, sizes)
+    slopes = zip(shapes(fused, weight_rule), of_shape, strict=True)  # each made before its softmax is used up
     d_groups = []
-    for probs, tempered, c, w, d, h, s in zip(fused.rows.probs, fused.tempered, *columns, softs, strict=True):
+    for (shape, u), probs, tempered, c, w, d, h, s in zip(
+        slopes, fused.rows.probs, fused.tempered, *columns, softs, strict=True
+    ):
         grad = probs.mul_(c).addcmul_(w, d_fused)
+        if shape is not None:
+            grad.addcmul_(u, shape)
         if weight_rule.temperature is not None:
             grad.addcmul_(tempered, d, value=-1)
         _subtract_labels(grad, kept.label, h, s, loss_rule)

@@ -33,7 +33,7 @@ def small_objective(
     maker_gradients: bool,
 ) -> tuple[Losses, list[Tensor], list[Tensor]] | None:
     """What ``objective`` returns, or None where the batch is not small and ordinary."""
-    weights, alpha, beta, temperature, nonnegative, normalize = weight_rule
+    weights, alpha, beta, temperature, nonnegative, normalize, uncertainty = weight_rule
     class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs = loss_rule
     first = logits[0]
     if (
@@ -41,6 +41,7 @@ def small_objective(
         or first.dim() != 2
         or not target.is_cpu
         or maker_gradients
+        or uncertainty != "energy"
         or nonnegative
         or normalize
         or label_smoothing

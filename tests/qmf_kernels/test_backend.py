@@ -20,6 +20,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "learnable": ({"learnable": True, "temperature": 2.0}, {"label_smoothing": 0.1}),
     "normalize": ({"normalize": True, "detach_weights": True}, {"form": "released", "rescale": None}),
     "msp": ({"uncertainty": "msp"}, {"weight": torch.tensor([1.0, 0.5, 2.0, 0.0])}),
+    "entropy": ({"uncertainty": "entropy", "learnable": True, "temperature": 2.0}, {"label_smoothing": 0.1}),
+    "evidence": ({"uncertainty": "evidence", "learnable": True, "normalize": True}, {"pairs": "all"}),
+    "learnable msp": ({"uncertainty": "msp", "learnable": True, "detach_weights": True, "temperature": 0.5}, {}),
+    "dense entropy": ({"uncertainty": "entropy", "class_dim": 1, "nonnegative": True}, {"ignore_index": 3}),
     "callable": ({"uncertainty": lambda x: -x.square().mean(-1)}, {}),
     "dense": ({"class_dim": 1}, {"ignore_index": 3}),
     "lognorm": ({"normalize_logits": 1.0}, {}),
@@ -34,7 +38,7 @@ def run(backend: str | None, name: str, dtype: torch.dtype, return_logits: bool 
     generator = torch.Generator().manual_seed(3)
     found = []
     for step in range(4):
-        shape = (7, 4, 3) if name == "dense" else (7, 4)
+        shape = (7, 4, 3) if name.startswith("dense") else (7, 4)
         rows = [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
         target = torch.randint(4, (shape[0], *shape[2:]), generator=generator)
         index = torch.randint(12, (7,), generator=generator)

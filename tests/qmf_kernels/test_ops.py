@@ -28,10 +28,13 @@ def rules(dtype=torch.float32):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     given = randn(NUM, BATCH, seed=9, dtype=wide).abs()
     return [
-        (None, *MAKERS, None, False, False),
-        (None, *MAKERS, HOT, True, False),
-        (None, *MAKERS, HOT, False, True),
-        (given, *MAKERS, None, False, True),
+        (None, *MAKERS, None, False, False, "energy"),
+        (None, *MAKERS, HOT, True, False, "energy"),
+        (None, *MAKERS, HOT, False, True, "energy"),
+        (given, *MAKERS, None, False, True, "energy"),
+        (None, *MAKERS, None, False, False, "msp"),
+        (None, *MAKERS, HOT, False, True, "entropy"),
+        (None, *MAKERS, HOT, True, False, "evidence"),
     ]
 
 
@@ -41,7 +44,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, None]
 # opcheck's comparison of outputs under AOTDispatcher takes no NaN for equal, and an absent modality's loss is one;
 # tests of torch.compile compare those.
 WITH_NAN = ("test_schema", "test_autograd_registration", "test_faketensor")
-RULES = pytest.mark.parametrize(("rule", "dtype"), [(i, dtype) for i, dtype in enumerate(DTYPES)])
+RULES = pytest.mark.parametrize(("rule", "dtype"), [(i, dtype) for i, dtype in enumerate([*DTYPES, *DTYPES[:3]])])
 PRESENT = pytest.mark.parametrize("present", [None, MASK], ids=["all", "masked"])
 
 
@@ -93,13 +96,14 @@ def test_opcheck_ranking(form, pairs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("uncertainty", ["energy", "entropy"])
 @BACKENDS
-def test_outputs_share_no_storage_with_inputs_or_each_other(dtype, backend):
+def test_outputs_share_no_storage_with_inputs_or_each_other(dtype, uncertainty, backend):
     """As PyTorch asks of operators whose schema declares no alias."""
     given = logits(dtype)
     before = [x.clone() for x in given]
     out = ops.objective(
-        *(given, torch.arange(BATCH), None, None, None, *MAKERS, None, False, False, *LOSS_RULE),
+        *(given, torch.arange(BATCH), None, None, None, *MAKERS, None, False, False, uncertainty, *LOSS_RULE),
         *(False, True, True, True, backend),
     )
     flat = [*out[:8], *out[8], *out[9], *out[10]]
@@ -116,7 +120,7 @@ def test_gradients_are_those_of_autograd(backend):
     target = torch.tensor([0, 1, 2, 4])
     *_, d_logits, d_makers, _ = ops.objective(
         [x.detach() for x in leaves],
-        *(target, None, None, None, alpha, beta, HOT.double(), False, False, *LOSS_RULE),
+        *(target, None, None, None, alpha, beta, HOT.double(), False, False, "energy", *LOSS_RULE),
         *(False, True, True, True, backend),
     )
     makers = [x.clone().requires_grad_() for x in (alpha, beta, HOT.double())]
@@ -132,6 +136,8 @@ def test_gradients_are_those_of_autograd(backend):
 
 def test_meta_tensors_say_the_shapes():
     given = [x.to("meta") for x in logits()]
-    fused, weights, energy = ops.fuse(given, None, None, *(x.to("meta") for x in MAKERS), None, False, False, None)
+    fused, weights, energy = ops.fuse(
+        given, None, None, *(x.to("meta") for x in MAKERS), None, False, False, "energy", None
+    )
     assert (fused.shape, weights.shape, energy.shape) == ((BATCH, CLASSES), (NUM, BATCH), (NUM, BATCH))
     assert fused.device.type == "meta"

@@ -32,7 +32,7 @@ def step(copy):
     heads = [torch.arange(6.0).reshape(3, 2) * (m + 1) for m in range(2)]
     makers = torch.tensor([-0.1, -0.5]), torch.zeros(2)
     out = copy.ops.objective(
-        heads, torch.tensor([0, 1, 1]), None, None, None, *makers, None, False, False,
+        heads, torch.tensor([0, 1, 1]), None, None, None, *makers, None, False, False, "energy",
         None, 0.0, -100, 0.1, "paper", "adjacent", False, True, False, True, None,
     )
     return round(float(out[0]), 6)

@@ -104,7 +104,7 @@ def make_rules(
     """What to compile for."""
     return Rules(
         losses=loss_rule is not None,
-        uncertainty="energy" if rule.weights is None else "given",
+        uncertainty=rule.uncertainty if rule.weights is None else "given",
         tempered=rule.temperature is not None,
         nonnegative=rule.nonnegative,
         normalize=rule.normalize,
@@ -118,6 +118,7 @@ def make_rules(
         reads=ranks or (past is not None and past.records),
         minmax=past is not None and past.minmax,
         records=past is not None and past.records,
+        measured=rule.measured,
     )
 
 

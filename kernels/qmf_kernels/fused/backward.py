@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from .gradients import loss_coefficients, tile_gradients, weight_gradients
-from .passes import fuse_tile, label_logits, read_labels, zeros
+from .measures import moment, slope, value
+from .passes import fuse_tile, label_logits, read_labels, scan, summarize, zeros
 from .rows import clamp_weights, coefficient, number, raw_weight, read_tile, row_offset, widen
 
 
@@ -40,30 +41,44 @@ def _scalar(pointer, absent: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _log_sum_exps(
-    kept, makers, row, in_row, num_rows, M: tl.constexpr, RULES: tl.constexpr, SLOTS: tl.constexpr, ACC: tl.constexpr
-):
-    """Which rows count, and their log-sum-exps in two parts; of x / T too where that is not x."""
-    counts, tops, logs, tempered_tops, tempered_logs = (), (), (), (), ()
+    kept, logits, offsets, strides, makers, row, in_row, num_rows, num_classes,
+    M: tl.constexpr, DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr,
+    RULES: tl.constexpr, SLOTS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Which rows count, and their log-sum-exps in two parts; of x / T too where that is not x; and the measures of the
+    uncertainty, for which fusion alone reads the row once more.
+    """
+    counts, tops, logs, tempered_tops, tempered_logs, measured = (), (), (), (), (), ()
     for m in tl.static_range(M):
         if kept.stats is None:
             energy = tl.load(kept.energy + m * num_rows + row, in_row, other=float("inf"))
             counted = energy < float("inf")
-            lse = tl.where(counted, -energy, 0.0)
-            if RULES.tempered:
-                lse = lse / coefficient(makers.temperature, m, ACC)
-            top, log, tempered_top, tempered_log = lse, tl.zeros_like(lse), lse, tl.zeros_like(lse)
+            if RULES.measured:
+                found, _ = scan(
+                    logits[m], offsets[m], strides[m], m, makers, in_row, num_classes, DIMS, KB, TILES, RULES, ACC
+                )
+                top, log, tempered_top, tempered_log, number = summarize(found, counted, num_classes, RULES, ACC)
+            else:
+                lse = tl.where(counted, -energy, 0.0)
+                if RULES.tempered:
+                    lse = lse / coefficient(makers.temperature, m, ACC)
+                top, log, tempered_top, tempered_log = lse, tl.zeros_like(lse), lse, tl.zeros_like(lse)
+                number = log
         else:
             place = kept.stats + m * num_rows + row
             top = tl.load(place + SLOTS.top * num_rows, in_row, other=0.0)
             log = tl.load(place + SLOTS.logs * num_rows, in_row, other=float("nan"))
             counted = log == log
-            tempered_top, tempered_log = top, log
+            tempered_top, tempered_log, number = top, log, log
             if RULES.tempered:
                 tempered_top = tl.load(place + SLOTS.tempered_top * num_rows, in_row, other=0.0)
                 tempered_log = tl.load(place + SLOTS.tempered_logs * num_rows, in_row, other=0.0)
+            if RULES.measured:
+                number = tl.load(place + SLOTS.measure * num_rows, in_row, other=1.0)
         counts, tops, logs = counts + (counted,), tops + (top,), logs + (log,)
         tempered_tops, tempered_logs = tempered_tops + (tempered_top,), tempered_logs + (tempered_log,)
-    return counts, (tops, logs, tempered_tops, tempered_logs)
+        measured = measured + (number,)
+    return counts, (tops, logs, tempered_tops, tempered_logs), measured
 
 
 @triton.jit(debug=True, do_not_specialize=["num_rows"])
@@ -93,12 +108,17 @@ def backward_rows(
     num_rows = widen(num_rows)
     in_row = row < num_rows
     zero = tl.where(in_row, 0.0, 0.0).to(ACC)
-    counts, lses = _log_sum_exps(kept, makers, row, in_row, num_rows, M, RULES, SLOTS, ACC)
-    offsets, raws, energies = (), (), ()
+    offsets, raws, uncertainties = (), (), ()
     for m in tl.static_range(M):
         offsets = offsets + (row_offset(row, sizes, strides[m], DIMS),)
-        raw, energy = raw_weight(m, lses[2][m] + lses[3][m], makers, row, in_row, num_rows, RULES, ACC)
-        raws, energies = raws + (raw,), energies + (tl.where(counts[m], energy, 0.0),)
+    counts, lses, measured = _log_sum_exps(
+        kept, logits, offsets, strides, makers, row, in_row, num_rows, num_classes,
+        M, DIMS, KB, TILES, RULES, SLOTS, ACC,
+    )  # fmt: skip
+    for m in tl.static_range(M):
+        u = value(measured[m], lses[3][m], RULES)
+        raw, _, u = raw_weight(m, lses[2][m] + lses[3][m], u, makers, row, in_row, num_rows, RULES, ACC)
+        raws, uncertainties = raws + (raw,), uncertainties + (tl.where(counts[m], u, 0.0),)
     weights, weight_total = clamp_weights(raws, counts, M, RULES)
     grad_offset, grad_stride = row, 0
     if grads.fused is not None:
@@ -163,44 +183,53 @@ def backward_rows(
             M, RULES,
         )  # fmt: skip
 
-    energy_grads = ()
+    energy_grads, measure_grads = (), ()
     for m in tl.static_range(M):
-        grad = zero
+        grad, measure_grad = zero, zero
         if RULES.uncertainty == "energy":
             grad = weight_grads[m] * coefficient(makers.alpha, m, ACC)
+        if RULES.measured:
+            measure_grad = weight_grads[m] * coefficient(makers.alpha, m, ACC)
         if grads.energy is not None:
             outside = tl.load(grads.energy + m * num_rows + row, in_row, other=0.0)
             grad += tl.where(counts[m], outside, 0.0)
-        energy_grads = energy_grads + (grad,)
+        energy_grads, measure_grads = energy_grads + (grad,), measure_grads + (measure_grad,)
         if maker_out.weights is not None:
             tl.store(maker_out.weights + m * num_rows + row, weight_grads[m], in_row)
 
-    means = zeros(zero, M)
+    sums = (zeros(zero, M), zeros(zero, M))
     for tile in range(TILES):
-        means = _write_tile(
-            means, tile * KB + tl.arange(0, KB), logits, row, offsets, sizes, strides, y, fused_lse, coefficients, lses,
-            weights, energy_grads, counts, labels, makers, grads.fused, grad_offset, grad_stride, d_logits, d_strides,
+        sums = _write_tile(
+            sums, tile * KB + tl.arange(0, KB), logits, row, offsets, sizes, strides, y, fused_lse, coefficients, lses,
+            measured, weights, energy_grads, measure_grads, counts, labels, makers, grads.fused, grad_offset,
+            grad_stride, d_logits, d_strides,
             in_row, num_classes, maker_out, M, DIMS, RULES, ACC,
         )  # fmt: skip
 
     if maker_out.sums is not None:
         for m in tl.static_range(M):
             grad = weight_grads[m]
-            tl.store(maker_out.sums + m * programs + program, tl.sum(grad * energies[m], 0))
+            tl.store(maker_out.sums + m * programs + program, tl.sum(grad * uncertainties[m], 0))
             tl.store(maker_out.sums + (M + m) * programs + program, tl.sum(grad, 0))
             if RULES.tempered:
-                # With E = -T lse(x / T), dE/dT = (E + <softmax(x / T), x>) / T.
-                slope = (energies[m] + means[m]) / coefficient(makers.temperature, m, ACC)
-                tl.store(maker_out.sums + (2 * M + m) * programs + program, tl.sum(energy_grads[m] * slope, 0))
+                # With E = -T lse(x / T) and p = softmax(x / T), dE/dT = <p, log p>.
+                change = energy_grads[m] * sums[0][m]
+                if RULES.measured:
+                    # With u a function of x / T, du/dT = -<du/dx, x> / T.
+                    change -= measure_grads[m] * sums[1][m] / coefficient(makers.temperature, m, ACC)
+                tl.store(maker_out.sums + (2 * M + m) * programs + program, tl.sum(change, 0))
 
 
 @triton.jit
 def _write_tile(
-    means, column, logits, row, offsets, sizes, strides, y, fused_lse, coefficients, lses,
-    weights, energy_grads, counts, labels, makers, grad_fused, grad_offset, grad_stride, d_logits, d_strides,
+    sums, column, logits, row, offsets, sizes, strides, y, fused_lse, coefficients, lses,
+    measured, weights, energy_grads, measure_grads, counts, labels, makers, grad_fused, grad_offset, grad_stride,
+    d_logits, d_strides,
     in_row, num_classes, maker_out, M: tl.constexpr, DIMS: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile's gradients; returns ``means`` with its part of <softmax(x / T), x> added where T has a gradient."""
+    """A tile's gradients; returns ``sums`` with its parts of <p, log p>, p = softmax(x / T), and of the product of
+    the uncertainty's slope with x added where T has a gradient.
+    """
     in_tile = in_row[:, None] & (column < num_classes)[None, :]
     tiles = ()
     for m in tl.static_range(M):
@@ -210,22 +239,25 @@ def _write_tile(
         place = grad_offset[:, None] + column.to(tl.int64)[None, :] * grad_stride
         outside = tl.load(grad_fused + place, in_tile, other=0.0).to(ACC)
     out = tile_gradients(
-        tiles, column, y, fused_lse, coefficients, lses, weights, energy_grads, counts, labels, makers, outside,
-        in_tile, num_classes, M, RULES, ACC,
+        tiles, column, y, fused_lse, coefficients, lses, measured, weights, energy_grads, measure_grads, counts,
+        labels, makers, outside, in_tile, num_classes, M, RULES, ACC,
     )  # fmt: skip
-    updated = ()
+    means, moments = (), ()
     for m in tl.static_range(M):
         place = row_offset(row, sizes, d_strides[m], DIMS)[:, None]
         place += column.to(tl.int64)[None, :] * d_strides[m][DIMS]
         tl.store(d_logits[m] + place, out[m].to(d_logits[m].dtype.element_ty), in_tile)
-        mean = means[m]
+        mean, product = sums[0][m], sums[1][m]
         if RULES.tempered and maker_out.sums is not None:
             scaled = tiles[m] / coefficient(makers.temperature, m, ACC)
-            probs = tl.exp((scaled - lses[2][m][:, None]) - lses[3][m][:, None])
-            # Where a probability is 0, its logit may be -inf.
-            mean += tl.sum(tl.where(counts[m][:, None] & (probs > 0), probs * tiles[m], 0.0), 1)
-        updated = updated + (mean,)
-    return updated
+            log_probs = (scaled - lses[2][m][:, None]) - lses[3][m][:, None]
+            probs = tl.exp(log_probs)
+            mean += tl.sum(tl.where(counts[m][:, None] & (probs > 0), probs * log_probs, 0.0), 1)
+            if RULES.measured:
+                slopes = slope(m, tiles[m], lses, measured[m], counts[m], makers, num_classes, RULES, ACC)
+                product += moment(slopes, tiles[m], lses[0][m], RULES)
+        means, moments = means + (mean,), moments + (product,)
+    return means, moments
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def forward_rows(
     """
     num_rows = widen(num_rows)
     in_row = row < num_rows
-    tiles, offsets, counts, lses, _, energies, weights, _ = first_pass(
+    tiles, offsets, counts, lses, measured, _, energies, weights, _ = first_pass(
         logits, sizes, strides, present, present_strides, makers, row, in_row, num_rows, num_classes,
         M, DIMS, KB, TILES, RULES, ACC,
     )  # fmt: skip
@@ -57,6 +57,8 @@ def forward_rows(
             if RULES.tempered:
                 _keep(stats, SLOTS.tempered_top + m, row, num_rows, lses[2][m], in_row)
                 _keep(stats, SLOTS.tempered_logs + m, row, num_rows, lses[3][m], in_row)
+            if RULES.measured:
+                _keep(stats, SLOTS.measure + m, row, num_rows, measured[m], in_row)
     fused_offset, fused_stride = row, 0
     if fused is not None:
         fused_offset, fused_stride = row_offset(row, sizes, strides[M], DIMS), strides[M][DIMS]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .measures import slope
 from .passes import class_weights, fuse_tile
 from .rows import clamp_backward, coefficient, number
 
@@ -60,8 +61,8 @@ def weight_gradients(
 
 @triton.jit
 def tile_gradients(
-    tiles, column, y, fused_lse, coefficients, lses, weights, energy_grads, counts, labels, makers, grad_fused, in_tile,
-    num_classes, M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+    tiles, column, y, fused_lse, coefficients, lses, measured, weights, energy_grads, measure_grads, counts, labels,
+    makers, grad_fused, in_tile, num_classes, M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of M tiles of logits. ``coefficients`` holds the M modalities' and the fused row's."""
     f, _ = fuse_tile(tiles, weights, counts, in_tile, M)
@@ -94,5 +95,9 @@ def tile_gradients(
             grad += share[:, None] * probs - tl.where(label, hard[:, None], 0.0)
             if RULES.smoothing:
                 grad -= soft[:, None] * share_of_class
-        out = out + (grad - energy_grads[m][:, None] * tempered,)
+        grad -= energy_grads[m][:, None] * tempered
+        if RULES.measured:
+            slopes = slope(m, tiles[m], lses, measured[m], counts[m], makers, num_classes, RULES, ACC)
+            grad += measure_grads[m][:, None] * slopes
+        out = out + (grad,)
     return out

@@ -7,6 +7,7 @@ The first finds each modality's log-sum-exp, hence its weight; the second the fu
 import triton
 import triton.language as tl
 
+from .measures import gather, measure, value
 from .rows import accumulate, clamp_weights, coefficient, keep_finite, number, raw_weight, read_tile, row_offset, widen
 
 
@@ -15,62 +16,79 @@ def first_pass(
     logits, sizes, strides, present, present_strides, makers, row, in_row, num_rows, num_classes,
     M: tl.constexpr, DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Per modality: the tile if there is but one, where its rows stand, which count, log-sum-exps in two parts, raw
-    weights, energies; and the weights.
+    """Per modality: the tile if there is but one, where its rows stand, which count, log-sum-exps in two parts,
+    measures of the uncertainty, raw weights, energies; and the weights.
     """
-    tiles, offsets, counts, tops, logs, raws, energies = (), (), (), (), (), (), ()
+    tiles, offsets, counts, tops, logs, measured, raws, energies = (), (), (), (), (), (), (), ()
     tempered_tops, tempered_logs = (), ()
     for m in tl.static_range(M):
         offset = row_offset(row, sizes, strides[m], DIMS)
-        top, total, tempered_top, tempered_total, x = _scan(
-            logits[m], offset, strides[m], m, makers, in_row, num_classes, DIMS, KB, TILES, RULES, ACC
-        )
-        counted = in_row & (total > 0) & (total < float("inf"))
+        found, x = scan(logits[m], offset, strides[m], m, makers, in_row, num_classes, DIMS, KB, TILES, RULES, ACC)
+        counted = in_row & (found[1] > 0) & (found[1] < float("inf"))
         if present is not None:
             place = m * widen(present_strides[0]) + row_offset(row, sizes, present_strides[1], DIMS)
             counted = counted & (tl.load(present + place, in_row, other=0) != 0)
-        top = tl.where(counted, top, 0.0)
-        log = tl.log(tl.where(counted, total, 1.0))
-        lse = top + log
-        if RULES.tempered:
-            tempered_top = tl.where(counted, tempered_top, 0.0)
-            tempered_log = tl.log(tl.where(counted, tempered_total, 1.0))
-            lse = tempered_top + tempered_log
-            tempered_tops, tempered_logs = tempered_tops + (tempered_top,), tempered_logs + (tempered_log,)
-        raw, energy = raw_weight(m, lse, makers, row, in_row, num_rows, RULES, ACC)
+        top, log, tempered_top, tempered_log, number = summarize(found, counted, num_classes, RULES, ACC)
+        lse = tempered_top + tempered_log
+        u = value(number, tempered_log, RULES)
+        raw, energy, _ = raw_weight(m, lse, u, makers, row, in_row, num_rows, RULES, ACC)
         if TILES == 1:
             tiles = tiles + (x,)
         offsets, counts, tops, logs = offsets + (offset,), counts + (counted,), tops + (top,), logs + (log,)
-        raws, energies = raws + (raw,), energies + (energy,)
+        tempered_tops, tempered_logs = tempered_tops + (tempered_top,), tempered_logs + (tempered_log,)
+        measured, raws, energies = measured + (number,), raws + (raw,), energies + (energy,)
     weights, weight_total = clamp_weights(raws, counts, M, RULES)
     return (
-        tiles, offsets, counts, (tops, logs, tempered_tops, tempered_logs), raws, energies, weights, weight_total
+        tiles, offsets, counts, (tops, logs, tempered_tops, tempered_logs), measured, raws, energies, weights,
+        weight_total,
     )  # fmt: skip
 
 
 @triton.jit
-def _scan(
+def scan(
     pointer, offset, strides, m, makers, in_row, num_classes,
     DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Largest value and sum of exponentials of x and of x / T, and the last tile read."""
+    """Largest value and sum of exponentials of x and, where T is not 1, of x / T, and what the uncertainty gathers; and
+    the last tile read.
+    """
     zero = tl.where(in_row, 0.0, 0.0).to(ACC)
-    top, total = zero - float("inf"), zero
-    tempered_top, tempered_total = zero - float("inf"), zero
+    found = (zero - float("inf"), zero, zero - float("inf"), zero, zero)
     inside = in_row[:, None] & (tl.arange(0, KB) < num_classes)[None, :]
     x = read_tile(pointer, offset, strides, tl.arange(0, KB), inside, DIMS, ACC)
-    top, total = accumulate(top, total, x)
-    if RULES.tempered:
-        temperature = coefficient(makers.temperature, m, ACC)
-        tempered_top, tempered_total = accumulate(tempered_top, tempered_total, x / temperature)
+    found = _scan_tile(found, x, m, makers, RULES, ACC)
     for tile in range(1, TILES):
         column = tile * KB + tl.arange(0, KB)
         inside = in_row[:, None] & (column < num_classes)[None, :]
         following = read_tile(pointer, offset, strides, column, inside, DIMS, ACC)
-        top, total = accumulate(top, total, following)
-        if RULES.tempered:
-            tempered_top, tempered_total = accumulate(tempered_top, tempered_total, following / temperature)
-    return top, total, tempered_top, tempered_total, x
+        found = _scan_tile(found, following, m, makers, RULES, ACC)
+    return found, x
+
+
+@triton.jit
+def _scan_tile(found, x, m, makers, RULES: tl.constexpr, ACC: tl.constexpr):
+    old_top, old_total, tempered_top, tempered_total, gathered = found
+    top, total = accumulate(old_top, old_total, x)
+    if RULES.tempered:
+        z = x / coefficient(makers.temperature, m, ACC)
+        new, new_total = accumulate(tempered_top, tempered_total, z)
+        gathered = gather(gathered, x, z, old_top, top, tempered_top, tempered_total, new, RULES)
+        tempered_top, tempered_total = new, new_total
+    else:
+        gathered = gather(gathered, x, x, old_top, top, old_top, old_total, top, RULES)
+    return top, total, tempered_top, tempered_total, gathered
+
+
+@triton.jit
+def summarize(found, counted, num_classes, RULES: tl.constexpr, ACC: tl.constexpr):
+    """Log-sum-exps in two parts, of x and of x / T (of x again where T is 1), and the measure of the uncertainty."""
+    top, total, tempered_top, tempered_total, gathered = found
+    if not RULES.tempered:
+        tempered_top, tempered_total = top, total
+    log = tl.log(tl.where(counted, total, 1.0))
+    tempered_log = tl.log(tl.where(counted, tempered_total, 1.0))
+    number = measure(gathered, tempered_total, tempered_log, counted, num_classes, RULES, ACC)
+    return tl.where(counted, top, 0.0), log, tl.where(counted, tempered_top, 0.0), tempered_log, number
 
 
 @triton.jit

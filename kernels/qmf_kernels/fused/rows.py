@@ -16,7 +16,7 @@ class Rules(NamedTuple):
     """What the kernels are compiled for, besides M and the tile."""
 
     losses: bool  # there are labels; without, fusion alone
-    uncertainty: str  # "energy", or "given" for weights that are ready
+    uncertainty: str  # "energy", "msp", "entropy", "evidence", or "given" for weights that are ready
     tempered: bool  # T is given, and not 1
     nonnegative: bool
     normalize: bool
@@ -30,6 +30,7 @@ class Rules(NamedTuple):
     reads: bool = False  # kappa, or a history
     minmax: bool = False
     records: bool = False
+    measured: bool = False  # the uncertainty is none of "energy" and "given"
 
 
 class Makers(NamedTuple):
@@ -61,6 +62,7 @@ class Stats(NamedTuple):
     fused_loss: int
     tempered_top: int  # M, the same for x / T
     tempered_logs: int
+    measure: int  # M, see ``measures``
     ruled: int  # M, sum of the class weights times x[m] over the classes that are not ruled out
     numerator: int  # M + 1, a row's share in its mean's numerator
     denominator: int  # M + 1
@@ -80,6 +82,7 @@ def plan_stats(num: int, rules: Rules) -> Stats:
         "fused_loss": 1,
         "tempered_top": num * rules.tempered,
         "tempered_logs": num * rules.tempered,
+        "measure": num * rules.measured,
         "ruled": num * rules.smoothing,
         "numerator": (num + 1) * (rules.weighted or rules.smoothing),
         "denominator": (num + 1) * (rules.weighted or rules.smoothing),
@@ -151,16 +154,20 @@ def coefficient(pointer, m, ACC: tl.constexpr):
 
 
 @triton.jit
-def raw_weight(m, lse, makers, row, present_row, num_rows, RULES: tl.constexpr, ACC: tl.constexpr):
-    """Eq. 9 before clamping, from the log-sum-exp of x / T; and the energy (Eq. 13)."""
+def raw_weight(m, lse, u, makers, row, present_row, num_rows, RULES: tl.constexpr, ACC: tl.constexpr):
+    """Eq. 9 before clamping, from the log-sum-exp of x / T; the energy (Eq. 13); and the uncertainty, which is ``u``
+    where it is not the energy.
+    """
     energy = -lse
     if RULES.tempered:
         energy = energy * coefficient(makers.temperature, m, ACC)
+    if not RULES.measured:
+        u = energy
     if RULES.uncertainty == "given":
         raw = tl.load(makers.weights + m * num_rows + row, present_row, other=0.0).to(ACC)
     else:
-        raw = coefficient(makers.alpha, m, ACC) * energy + coefficient(makers.beta, m, ACC)
-    return raw, energy
+        raw = coefficient(makers.alpha, m, ACC) * u + coefficient(makers.beta, m, ACC)
+    return raw, energy, u
 
 
 @triton.jit
