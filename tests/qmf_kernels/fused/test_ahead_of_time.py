@@ -66,8 +66,8 @@ def test_compiles_without_spills(target: str, suite: str, tmp_path: Path) -> Non
         assert not found["narrow"], f"32-bit products of sizes: {found}"
         assert found["barriers"] >= BARRIERS.get(found["kernel"], 0), found
         if target.startswith("cuda"):
-            # None for want of registers. Of its own accord ptxas, with as many left, may put two or four in memory so
-            # that one more block fits a multiprocessor; which kernels, changes with its version.
+            # None for want of registers. Of its own accord ptxas, with many left, may put two or four in memory so that
+            # one more block fits a multiprocessor; which kernels, changes with its version.
             traded = found["stack"] <= 16 and found["registers"] <= 168
             assert found["local"] == 0, found
             assert found["stack"] == 0 or traded, f"registers are spilled: {found}"
