@@ -20,8 +20,9 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", m
 NAMES = pytest.mark.parametrize("name", ["msp", "entropy", "evidence"])
 NUM, ROWS = 3, 5
 WALKED = {"_ROW": 0, "_WALK": 32}  # what tiles are cut from: rows in steps of 32 classes
-CLASSES = pytest.mark.parametrize("classes", [1, 7, 40])
-KINDS = ("plain", "ties", "ruled out", "far apart")
+CASES = pytest.mark.parametrize(
+    ("classes", "kind"), [(1, "plain"), (7, "plain"), (7, "ties"), (40, "ruled out"), (40, "far apart")]
+)
 LOSS_RULE = (None, 0.1, -100, 0.3, "margin", "all")
 
 
@@ -65,8 +66,7 @@ def written_out(name: str, leaves: list[Tensor], coefficients: list[Tensor], nor
 
 @BACKENDS
 @NAMES
-@CLASSES
-@pytest.mark.parametrize("kind", KINDS)
+@CASES
 @pytest.mark.parametrize(("tempered", "normalize"), [(False, True), (True, False)])
 def test_fusion_is_that_of_autograd(
     name: str, classes: int, kind: str, tempered: bool, normalize: bool, backend: str
