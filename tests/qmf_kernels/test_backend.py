@@ -152,6 +152,22 @@ def test_vmap_says_that_it_does_not_work() -> None:
         torch.func.vmap(lambda x: qmf_objective(list(x), target, None).loss)(heads)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("rows", [2, 3000])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_beside_float64(rows: int, half: torch.dtype) -> None:
+    """Whether one launch makes the gradients or three do."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(rows, 4, generator=generator).to(dtype).requires_grad_() for dtype in (half, torch.float64)]
+    grads = {}
+    for backend in ("torch", "triton"):
+        loss = rows * qmf_objective(heads, torch.arange(rows) % 4, None, backend=backend).loss
+        grads[backend] = torch.autograd.grad(loss, heads)
+    for x, y, head in zip(grads["triton"], grads["torch"], heads, strict=True):
+        assert x.dtype == head.dtype
+        torch.testing.assert_close(x, y, atol=1e-2 if head.dtype == half else 1e-12, rtol=1e-2)
+
+
 def test_without_the_interpreter_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "INTERPRETED", False)
     heads = [torch.randn(2, 3) for _ in range(2)]

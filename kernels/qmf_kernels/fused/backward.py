@@ -8,7 +8,7 @@ import triton.language as tl
 from .gradients import loss_coefficients, tile_gradients, weight_gradients
 from .measures import moment, slope, value
 from .passes import fuse_tile, label_logits, read_labels, scan, summarize, zeros
-from .rows import clamp_weights, coefficient, number, raw_weight, read_tile, row_offset, widen
+from .rows import clamp_weights, coefficient, narrow, number, raw_weight, read_tile, row_offset, widen
 
 
 class Kept(NamedTuple):
@@ -246,7 +246,7 @@ def _write_tile(
     for m in tl.static_range(M):
         place = row_offset(row, sizes, d_strides[m], DIMS)[:, None]
         place += column.to(tl.int64)[None, :] * d_strides[m][DIMS]
-        tl.store(d_logits[m] + place, out[m].to(d_logits[m].dtype.element_ty), in_tile)
+        tl.store(d_logits[m] + place, narrow(out[m], d_logits[m]), in_tile)
         mean, product = sums[0][m], sums[1][m]
         if RULES.tempered and maker_out.sums is not None:
             scaled = tiles[m] / coefficient(makers.temperature, m, ACC)

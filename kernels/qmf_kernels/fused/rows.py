@@ -114,6 +114,15 @@ def widen(number):
 
 
 @triton.jit
+def narrow(value, pointer):
+    """``value`` in what ``pointer`` points to; from float64 to half precision by way of float32, as PyTorch does."""
+    if pointer.dtype.element_ty == tl.float64:
+        return value.to(tl.float64)
+    else:
+        return value.to(tl.float32).to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def row_offset(row, sizes, strides, DIMS: tl.constexpr):
     """Elements from a tensor's start to the given rows, int64."""
     if DIMS == 1:

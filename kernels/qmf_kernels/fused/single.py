@@ -10,6 +10,7 @@ import triton.language as tl
 from .backward import backward_rows
 from .bookkeeping import book_samples, finish_sums
 from .forward import forward_rows
+from .rows import narrow
 
 
 @triton.jit(debug=True, do_not_specialize=["batch"])
@@ -51,4 +52,4 @@ def scale_kernel(grads, scale, out, size, M: tl.constexpr, BLOCK: tl.constexpr, 
     if (not IN_PLACE) or factor != 1:
         for m in tl.static_range(M):
             grad = tl.load(grads[m] + place, place < size) * factor
-            tl.store(out[m] + place, grad.to(out[m].dtype.element_ty), place < size)
+            tl.store(out[m] + place, narrow(grad, out[m]), place < size)
