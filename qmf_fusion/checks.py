@@ -178,6 +178,11 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+def check_logit_norm(temperature: float | None) -> None:
+    if temperature is not None and not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise ValueError(f"normalize_logits must be a positive temperature or None, got {temperature!r}")
+
+
 def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")

@@ -1,24 +1,20 @@
-"""Rules that the fused operator does not know, and Eq. 18 for them, in plain differentiable PyTorch.
+"""``QualityAwareFusion.robust`` with statistics, and Eq. 18 for it, in plain differentiable PyTorch.
 
-The same semantics as the operator's: what is absent or ignored counts in no mean, a mean over nothing is 0, and a
-sample's weight in the ranking is its mean over positions. One difference: a row counts only if all of it is finite.
+What the operators do not know, as it needs more than a row's own logits. The same semantics as theirs: what is absent
+or ignored counts in no mean, a mean over nothing is 0, and a sample's weight in the ranking is its mean over positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from qmf_kernels.lognorm import normalize
+
 from . import functional
 from .functional import LossOptions, ObjectiveOutput
 from .mixture import ContaminatedProduct
-
-if TYPE_CHECKING:
-    from .fusion import QualityAwareFusion
 
 
 def normalize_logits(logits: Tensor, temperature: float) -> Tensor:
@@ -34,12 +30,7 @@ def normalize_logits(logits: Tensor, temperature: float) -> Tensor:
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
     finite = torch.isfinite(x).all(-1, keepdim=True)
-    x = torch.where(finite, x, 0)
-    # By its largest value first, whose square may be out of range; a row of zeros stays one.
-    largest = x.detach().abs().amax(-1, keepdim=True)
-    x = x / torch.where(largest > 0, largest.clamp_min(torch.finfo(x.dtype).tiny), 1)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(finite, x / (temperature * torch.where(norm > 0, norm, 1)), torch.nan)
+    return torch.where(finite, normalize(torch.where(finite, x, 0), temperature)[0], torch.nan)
 
 
 def stack_rows(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,45 +43,36 @@ def stack_rows(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, 
 
 
 def fuse(
-    fusion: QualityAwareFusion, rows: Sequence[Tensor], present: Tensor | None, *, plain: bool = False
+    mixture: ContaminatedProduct, held: Tensor | None, rows: Sequence[Tensor], present: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused log-probabilities ``[*, K]`` (0 where nothing counts), weights and energies ``[M, *]`` of prepared rows."""
+    """Fused log-probabilities ``[*, K]`` (0 where nothing counts), weights and energies ``[M, *]`` of prepared rows;
+    ``held`` is ``[M]``, the static weights, NaN where there is none.
+    """
     with torch.autocast(rows[0].device.type, enabled=False):
-        x, counted = stack_rows(rows, present)
-        return _fuse(fusion, x, counted, plain)
+        return _fuse(mixture, held, *stack_rows(rows, present))
 
 
-def _fuse(fusion: QualityAwareFusion, x: Tensor, counted: Tensor, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if fusion.mixture is not None:
-        fused, weights = fusion.mixture(x, counted, fusion.calibration.held, plain=plain)
-        energy = torch.where(counted, -torch.logsumexp(x, -1), torch.inf)
-    else:
-        rows = list(x.unbind(0))
-        options = fusion.weight_options(rows, counted)._replace(nonnegative=True)
-        _, weights, energy = functional.fuse_with(rows, counted, options)
-        pull = weights.detach() if fusion.detach_weights else weights
-        # Where all weights are 0, the floor makes shares equal.
-        share = torch.where(counted, pull.clamp_min(1e-12), 0)
-        share = share / share.sum(0).clamp_min(1e-12)
-        log_share = torch.where(counted, share.clamp_min(1e-30).log(), -1e30)
-        fused = torch.logsumexp(log_share.unsqueeze(-1) + torch.log_softmax(x, -1), 0)
+def _fuse(
+    mixture: ContaminatedProduct, held: Tensor | None, x: Tensor, counted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    fused, weights = mixture(x, counted, held)
+    energy = torch.where(counted, -torch.logsumexp(x, -1), torch.inf)
     return torch.where(counted.any(0).unsqueeze(-1), fused, 0), weights, energy
 
 
 def objective(
-    fusion: QualityAwareFusion,
+    mixture: ContaminatedProduct,
+    held: Tensor | None,
     rows: Sequence[Tensor],
     target: Tensor,
     kappa: Tensor | None,
     present: Tensor | None,
     options: LossOptions,
-    *,
-    plain: bool,
 ) -> ObjectiveOutput:
     """Eq. 18 of prepared rows, M of ``[B, *, K]``; ``[B, *]``, ``[M, B]`` or None, ``[M, *]`` or None."""
     with torch.autocast(rows[0].device.type, enabled=False):
         x, there = stack_rows(rows, present)
-        fused, weights, energy = _fuse(fusion, x, there, plain)
+        fused, weights, energy = _fuse(mixture, held, x, there)
         valid = _valid(target, x.shape[-1], options.ignore_index)
         label = torch.where(valid, target, 0)
         counted = torch.cat([there, there.any(0, keepdim=True)]) & valid

@@ -10,22 +10,36 @@ from torch import Tensor
 import qmf_kernels
 from qmf_kernels import BACKENDS, FORMS, PAIRS, Past
 
-from .checks import Logits, check_choice, check_class_weight, check_logits, check_present, check_target
-from .uncertainty import energy_score
+from .checks import (
+    Logits,
+    check_choice,
+    check_class_weight,
+    check_logit_norm,
+    check_logits,
+    check_present,
+    check_target,
+)
+from .uncertainty import UNCERTAINTIES, energy_score
 
 __all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_loss"]
 
 
 class WeightOptions(NamedTuple):
-    """How weights come from logits: Eq. 9's constants ``[M]``, or ``weights`` ``[M, *]`` that are ready."""
+    """How weights come from logits: Eq. 9's constants ``[M]``, or ``weights`` ``[M, *]`` that are ready; and what they
+    weigh. The fields of ``qmf_kernels.fusion.WeightRule``, then ``detach_weights``.
+    """
 
     weights: Tensor | None
     alpha: Tensor
     beta: Tensor
     temperature: Tensor | None  # None: 1
+    static: Tensor | None = None  # [M], of a mixture; NaN where a modality has no static weight
     nonnegative: bool = False
     normalize: bool = False
     uncertainty: str = "energy"
+    combine: str = "logits"
+    normalize_logits: float | None = None
+    odds: float = 1.0  # of a mixture
     detach_weights: bool = False
 
 
@@ -183,13 +197,16 @@ def qmf_objective(
     ranking_weight: float = 0.1,
     form: str = "paper",
     pairs: str = "adjacent",
-    alpha: float | Sequence[float] | Tensor = -0.1,
-    beta: float | Sequence[float] | Tensor = 0.0,
+    alpha: float | Sequence[float] | Tensor | None = None,
+    beta: float | Sequence[float] | Tensor | None = None,
     temperature: float | Sequence[float] | Tensor = 1.0,
+    uncertainty: str = "energy",
     present: Tensor | None = None,
     normalize: bool = False,
     nonnegative: bool = False,
     detach_weights: bool = False,
+    combine: str = "logits",
+    normalize_logits: float | None = None,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
@@ -205,13 +222,16 @@ def qmf_objective(
         ranking_weight: lambda.
         form: see ``ranking_loss``.
         pairs: see ``ranking_loss``.
-        alpha: Eq. 9; negative, a number or ``[M]``.
-        beta: Eq. 9; at least 0, a number or ``[M]``.
+        alpha: Eq. 9; negative, a number or ``[M]``. Default: -0.1 for the energy, -1 for the other uncertainties.
+        beta: Eq. 9; at least 0, a number or ``[M]``. Default: 0 for the energy, 1 for the others.
         temperature: Eq. 13; positive, a number or ``[M]``.
+        uncertainty: ``"energy"``, ``"msp"``, ``"entropy"`` or ``"evidence"``.
         present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; an absent modality counts in no loss.
         normalize: see ``QualityAwareFusion``.
         nonnegative: see ``QualityAwareFusion``.
         detach_weights: see ``QualityAwareFusion``.
+        combine: ``"logits"`` or ``"probabilities"``; see ``QualityAwareFusion``.
+        normalize_logits: see ``QualityAwareFusion``.
         class_weight: ``[K]``, finite and at least 0, as ``weight`` in ``torch.nn.CrossEntropyLoss``, for every
             cross-entropy. On a device its values are not looked at, for that would wait for it at every step.
         label_smoothing: as there.
@@ -239,13 +259,19 @@ def qmf_objective(
         raise ValueError(f"logits must be [B, *, K], got {tuple(rows[0].shape)}")
     shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
     unit = isinstance(temperature, int | float) and temperature == 1
+    check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))
+    check_choice("combine", combine, ("logits", "probabilities"))
+    check_logit_norm(normalize_logits)
+    bounded = uncertainty != "energy"
+    alpha = (-1.0 if bounded else -0.1) if alpha is None else alpha
+    beta = (1.0 if bounded else 0.0) if beta is None else beta
     weight_options = WeightOptions(
         None,
         _coefficient("alpha", alpha, len(rows), rows[0]),
         _coefficient("beta", beta, len(rows), rows[0]),
         None if unit else _coefficient("temperature", temperature, len(rows), rows[0]),
-        nonnegative,
-        normalize,
+        None,
+        *(nonnegative, normalize, uncertainty, combine, normalize_logits),
         detach_weights=detach_weights,
     )
     options = LossOptions(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import composed, functional
 from .calibration import Calibration, calibrate
-from .checks import Logits, check_choice, check_logits, check_present, modality_names
+from .checks import Logits, check_choice, check_logit_norm, check_logits, check_present, modality_names
 from .functional import WeightOptions
 from .mixture import ContaminatedProduct
 from .precision import KeepsPrecision
@@ -59,8 +59,7 @@ class QualityAwareFusion(KeepsPrecision):
             RGB-D code does not). The ranking loss still reaches them.
         combine: what the weights add up: ``"logits"`` (Eq. 11); ``"probabilities"``, ``f = log(sum_m w[m] softmax(x[m])
             / sum_m w[m])``, with weights clamped at 0; or a ``ContaminatedProduct``, which has weights of its own (see
-            ``QualityAwareFusion.robust``). The last two run in plain PyTorch, and a row with any value that is not
-            finite is absent.
+            ``QualityAwareFusion.robust``). With the last two a row with any value that is not finite is absent.
         normalize_logits: divide each row of logits by its Euclidean norm times this temperature, in training and
             after (LogitNorm, Wei et al., ICML 2022, who take 0.04); ``unimodal_logits`` stay as they came.
         class_dim: where the classes lie in each modality's tensor: -1, or 1 for ``[B, K, H, W]``. The fused logits lie
@@ -119,8 +118,7 @@ class QualityAwareFusion(KeepsPrecision):
                 f"combine must be of {len(self.names)} modalities, got {self.mixture.running.num_modalities}"
             )
         self.combine = combine if isinstance(combine, str) else "mixture"
-        if normalize_logits is not None and not 0 < normalize_logits < math.inf:
-            raise ValueError(f"normalize_logits must be a positive temperature or None, got {normalize_logits}")
+        check_logit_norm(normalize_logits)
         self.normalize_logits = normalize_logits
         if not callable(uncertainty):
             check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))
@@ -254,10 +252,21 @@ class QualityAwareFusion(KeepsPrecision):
                 )
         return torch.stack(every).to(dtype)
 
-    def weight_options(self, rows: Sequence[Tensor], present: Tensor | None) -> WeightOptions:
-        """What the operators need to weight ``rows``, M of ``[*, K]``; ``present`` is ``[M, *]`` or None."""
+    def weight_options(self, rows: list[Tensor], present: Tensor | None) -> WeightOptions:
+        """What the operators need to fuse ``rows``, M of ``[*, K]``; ``present`` is ``[M, *]`` or None.
+
+        ``robust`` without statistics: they know no other.
+        """
+        if self.mixture is not None:
+            return WeightOptions(
+                *(None, self.alpha.detach(), self.beta.detach(), None, self.calibration.held),
+                combine="mixture" if self.mixture.agreement else "product",
+                normalize_logits=self.normalize_logits,
+                odds=self.mixture.plain_odds,
+            )
         weights, name = None, self.uncertainty
         if not isinstance(name, str):
+            rows = self.prepare(rows)
             # Rows that do not count would send NaN back through the uncertainty, whatever their weight.
             dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
             heights = [torch.logsumexp(x.detach().to(dtype), -1) for x, dtype in zip(rows, dtypes, strict=True)]
@@ -269,8 +278,9 @@ class QualityAwareFusion(KeepsPrecision):
             weights = self.alpha.to(u.dtype).view(per_modality) * u + self.beta.to(u.dtype).view(per_modality)
             name = "energy"
         return WeightOptions(
-            *(weights, self.alpha, self.beta, None if self._unit_temperature else self.temperature),
-            *(self.nonnegative, self.normalize, name, self.detach_weights),
+            *(weights, self.alpha, self.beta, None if self._unit_temperature else self.temperature, None),
+            *(self.nonnegative, self.normalize, name, self.combine, self.normalize_logits),
+            detach_weights=self.detach_weights,
         )
 
     def forward(self, logits: Logits, present: Tensor | None = None) -> FusionOutput:
@@ -289,11 +299,10 @@ class QualityAwareFusion(KeepsPrecision):
         """
         rows, there = check_logits(logits, self.names, self.class_dim)
         mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device)
-        seen = self.prepare(rows)
-        if self.combine == "logits":
-            fused, weights, energy = functional.fuse_with(seen, mask, self.weight_options(seen, mask))
+        if self.mixture is None or self.mixture.statistics() is None:
+            fused, weights, energy = functional.fuse_with(rows, mask, self.weight_options(rows, mask))
         else:
-            fused, weights, energy = composed.fuse(self, seen, mask)
+            fused, weights, energy = composed.fuse(self.mixture, self.calibration.held, self.prepare(rows), mask)
         if self.class_dim != -1:
             fused = fused.movedim(-1, self.class_dim)
             rows = [x.movedim(-1, self.class_dim) for x in rows]
@@ -302,7 +311,7 @@ class QualityAwareFusion(KeepsPrecision):
     def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int = -100) -> None:
         """Let a training batch, as ``QMFLoss`` has checked it, count in the running statistics of ``robust``."""
         if self.mixture is not None and self.mixture.gather:
-            composed.observe(self.mixture, rows, target, present, ignore_index)
+            composed.observe(self.mixture, self.prepare(rows), target, present, ignore_index)
 
     def calibrate(
         self,

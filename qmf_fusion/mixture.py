@@ -48,7 +48,7 @@ class ContaminatedProduct(nn.Module):
         agreement: the mixture above. False: a weighted product, ``prod_m r_m ** (1 / (1 + rho_m))``, in which no
             modality can outvote another.
         odds: rho at u far below ``onset``.
-        onset: the u at which rho has doubled and starts to rise.
+        onset: the u at which rho has doubled and starts to rise; at least -80.
         ceiling: the u at which it stops.
         sharpness: the tail's exponent.
         spread: the least variance within a class that the statistics are believed to have, as a share of that between.
@@ -89,7 +89,7 @@ class ContaminatedProduct(nn.Module):
             ("floor", floor, "at least 0", at_least_0),
             ("spread", spread, "at least 0", at_least_0),
             ("distance_evidence", distance_evidence, "from 0 to 1", lambda v: 0 <= v <= 1),
-            ("onset", onset, "a number", anything),
+            ("onset", onset, "at least -80", lambda v: v >= -80),  # float32 holds exp(80)
             ("ceiling", ceiling, "a number", anything),
         ):
             if not math.isfinite(value) or not holds(value):
@@ -135,6 +135,11 @@ class ContaminatedProduct(nn.Module):
             floor=self.floor,
         )
         return Evidence(ratio, u, self._odds(u))
+
+    @property
+    def plain_odds(self) -> float:
+        """The odds of a modality that is not untypical, as all are without statistics."""
+        return self.odds * (1 + math.exp(min(0.0, self.ceiling) - self.onset))
 
     def _odds(self, u: Tensor) -> Tensor:
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))

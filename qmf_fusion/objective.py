@@ -118,20 +118,22 @@ class QMFLoss(nn.Module):
             index = check_index(index, shape[1], trajectory.num_samples)
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
-        rows = fusion.prepare(rows)
-        together = fusion.combine == "logits" and not compiling()  # a compiled graph may not write to a history inside
+        mixture = fusion.mixture
+        known = mixture is None or self.training or mixture.statistics() is None  # to the operator
+        together = known and not compiling()  # a compiled graph may not write to a history inside
         kappa = past = None
         if index is not None and together:
             ranks = bool(self.ranking_weight)
             past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=self.training)
         elif index is not None and self.ranking_weight:
             kappa = trajectory.kappa_checked(index, self.ranking.rescale)
-        if fusion.combine == "logits":
+        if known or mixture is None:
             weights = fusion.weight_options(rows, mask)
             flags = (self.backend, self.return_logits, past)
             out = functional.objective_with(rows, target, kappa, mask, weights, options, *flags)
         else:
-            out = composed.objective(fusion, rows, target, kappa, mask, options, plain=self.training)
+            rows = fusion.prepare(rows)
+            out = composed.objective(mixture, fusion.calibration.held, rows, target, kappa, mask, options)
             if not self.return_logits:
                 out = ObjectiveOutput(*out[:4], out.logits.new_empty(0), *out[5:])
         if self.training and index is not None and past is None:

@@ -1,6 +1,8 @@
 """Operators behind ``qmf_fusion``: fusion, ranking and the whole objective, in the namespace ``qmf``."""
 
 from .autograd import Fuse, Objective, Ranking
+from .fusion import WeightRule
+from .objective import LossRule
 from .ranking import FORMS, PAIRS
 from .registry import BACKENDS, NAMESPACE, ops, takes_triton
 from .trajectory import Past, find_range, kappa, record
@@ -11,9 +13,11 @@ __all__ = [
     "NAMESPACE",
     "PAIRS",
     "Fuse",
+    "LossRule",
     "Objective",
     "Past",
     "Ranking",
+    "WeightRule",
     "find_range",
     "kappa",
     "ops",

@@ -15,6 +15,11 @@ from .objective import LossRule
 from .registry import below_autograd, fused, ops, takes_triton
 from .trajectory import Past
 
+_W, _L = len(WeightRule._fields), len(LossRule._fields)
+_MAKERS = 4  # weights, alpha, beta, temperature: the first of the rule's tensors, which have gradients
+_TENSORS = 5  # the rule's tensors, its first fields
+# Where Objective's arguments stand: target, kappa, present, the weights' rule, the loss's, detach_weights; the logits.
+_CLASS_WEIGHT, _OTHERS, _LOGITS = 3 + _W, 3 + _W + _L + 1, 3 + _W + _L + 4
 _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that has a say in what an operator does
 _objective = below_autograd(operators.run_objective)
 _objective_backward = below_autograd(operators.objective_backward)
@@ -59,36 +64,33 @@ class Ranking(torch.autograd.Function):
 
 
 class Fuse(torch.autograd.Function):
-    """``apply(present, weights, alpha, beta, temperature, nonnegative, normalize, uncertainty, detach_weights, backend,
-    *logits)``.
+    """``apply(present, *WeightRule, detach_weights, backend, *logits)``.
 
     Returns fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        others, logits = inputs[:10], inputs[10:]
-        ctx.flags, ctx.backend = others[5:9], others[9]
-        fused_logits, weights, energy = ops.fuse.default(logits, *others[:8], others[9])
-        ctx.save_for_backward(energy, *others[:5], *logits)
+    def forward(ctx: Any, present: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        rule, (ctx.detach, ctx.backend), logits = inputs[:_W], inputs[_W : _W + 2], inputs[_W + 2 :]
+        ctx.rule = rule[_TENSORS:]
+        fused_logits, weights, energy = ops.fuse.default(logits, present, *rule, ctx.backend)
+        ctx.save_for_backward(energy, present, *rule[:_TENSORS], *logits)
         return fused_logits, weights, energy
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        energy, *saved = ctx.saved_tensors
-        tensors, logits = saved[:5], saved[5:]
-        makers = any(ctx.needs_input_grad[1:5])
+        energy, present, *saved = ctx.saved_tensors
+        tensors, logits = saved[:_TENSORS], saved[_TENSORS:]
+        makers = any(ctx.needs_input_grad[1 : 1 + _MAKERS])
         d_logits, d_makers = ops.fuse_backward.default(
-            *grads, energy, logits, *tensors, *ctx.flags, makers, ctx.backend
+            *grads, energy, logits, present, *tensors, *ctx.rule, ctx.detach, makers, ctx.backend
         )
-        return None, *_where_given(d_makers, tensors[1:]), *(None,) * 5, *d_logits
+        return None, *_where_given(d_makers, tensors[:_MAKERS]), *(None,) * (_W + 2 - _MAKERS), *d_logits
 
 
 class Objective(torch.autograd.Function):
-    """``apply(target, kappa, present, weights, alpha, beta, temperature, nonnegative, normalize, uncertainty,
-    class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs, detach_weights, backend, return_logits,
-    past, *logits)``.
+    """``apply(target, kappa, present, *WeightRule, *LossRule, detach_weights, backend, return_logits, past, *logits)``.
 
     Returns ``Losses``, the per-sample losses without a gradient. With ``past`` (``trajectory.Past`` or None), kappa
     comes from the history and the batch goes into it.
@@ -96,15 +98,16 @@ class Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        others, (backend, return_logits, past), logits = inputs[:17], inputs[17:20], inputs[20:]
+        others, (backend, return_logits, past), logits = inputs[:_OTHERS], inputs[_OTHERS:_LOGITS], inputs[_LOGITS:]
         device, needed = others[0].device, ctx.needs_input_grad
-        gradients, makers = any(needed), any(needed[3:7])
+        gradients, makers = any(needed), any(needed[3 : 3 + _MAKERS])
         # On a CPU, handing these arguments to the dispatcher costs a tenth of a small batch's step.
         direct = device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
         direct = direct and all(type(x) in _PLAIN for x in logits)
         triton = takes_triton(device, backend)
         if triton:  # which makes them in the forward where that takes one launch for all, and else in the backward
-            gradients = gradients and not makers and direct and fused().is_small(logits, others[15])
+            pairs = others[_CLASS_WEIGHT + _L - 1]
+            gradients = gradients and not makers and direct and fused().is_small(logits, pairs)
         flags = (gradients, makers, return_logits, backend)
         if past is None:
             out = (_objective if direct else ops.objective.default)(logits, *others, *flags)
@@ -119,17 +122,18 @@ class Objective(torch.autograd.Function):
         *losses, ctx.d_logits, ctx.d_makers, ctx.kept = out
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses[7])
-        ctx.flags, ctx.backend, ctx.direct, ctx.triton = others[7:10] + others[11:], backend, direct, triton
-        ctx.save_for_backward(*others[:7], others[10], *logits)
+        ctx.backend, ctx.direct, ctx.triton = backend, direct, triton
+        ctx.rule, ctx.loss_rule = others[3 + _TENSORS : _CLASS_WEIGHT], others[_CLASS_WEIGHT + 1 :]
+        ctx.save_for_backward(*others[: 3 + _TENSORS], others[_CLASS_WEIGHT], *logits)
         return tuple(losses)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        given, class_weight, logits = tensors[:7], tensors[7], tensors[8:]
-        others = (*given, *ctx.flags[:3], class_weight, *ctx.flags[3:])
-        makers = any(ctx.needs_input_grad[3:7])
+        given, class_weight, logits = tensors[: 3 + _TENSORS], tensors[3 + _TENSORS], tensors[4 + _TENSORS :]
+        others = (*given, *ctx.rule, class_weight, *ctx.loss_rule)
+        makers = any(ctx.needs_input_grad[3 : 3 + _MAKERS])
         # The gradients of the loss are handed over once, which frees them; whoever comes again recomputes them.
         d_logits, d_makers, ctx.d_logits, ctx.d_makers = ctx.d_logits, ctx.d_makers, None, None
         scale, of_loss = grads[0], all(grad is None for grad in grads[1:7])
@@ -146,7 +150,8 @@ class Objective(torch.autograd.Function):
             kept = (d_logits or [], d_makers or [], ctx.kept)
             run = _objective_backward if ctx.direct else ops.objective_backward.default
             d_logits, d_makers = run(*grads[:7], logits, *others, makers, *kept, ctx.backend)
-        return None, None, None, *_where_given(d_makers, given[3:]), *(None,) * 13, *d_logits
+        d_makers = _where_given(d_makers, given[3 : 3 + _MAKERS])
+        return None, None, None, *d_makers, *(None,) * (_LOGITS - 3 - _MAKERS), *d_logits
 
 
 def _with_kappa(others: tuple[Any, ...], past: Past) -> tuple[Any, ...]:
@@ -161,8 +166,8 @@ def _fused_step(logits: Any, others: tuple[Any, ...], flags: tuple[Any, ...], pa
     """kappa, objective and record in the launches of the objective."""
     target, _, present, *rest = others
     gradients, makers, return_logits, _ = flags
-    rules = WeightRule(*rest[:7]), LossRule(*rest[7:13])
+    rules = WeightRule(*rest[:_W]), LossRule(*rest[_W : _W + _L])
     losses, d_logits, _, kept = fused().objective(
-        logits, target, None, present, *rules, rest[13], gradients, makers, return_logits, past
+        logits, target, None, present, *rules, rest[_W + _L], gradients, makers, return_logits, past
     )
     return *losses, d_logits, [], kept

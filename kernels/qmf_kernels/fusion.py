@@ -20,7 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import uncertainty
+from . import combination, uncertainty
+from .combination import Combined, Pull
+from .lognorm import Norms, normalize, normalize_backward
 from .uncertainty import Measured
 
 # Elements per head up to which calls cost more than copying the heads' logits into one tensor.
@@ -28,15 +30,21 @@ _STACK_BELOW = 16_384
 
 
 class WeightRule(NamedTuple):
-    """How weights come from uncertainties (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` for ``alpha * u + beta``."""
+    """How weights come from uncertainties (Eq. 9): ``[M]`` each, or ``weights`` ``[M, *]`` for ``alpha * u + beta``;
+    and what they weigh (Eq. 11).
+    """
 
     weights: Tensor | None
     alpha: Tensor
     beta: Tensor
     temperature: Tensor | None  # None: 1
-    nonnegative: bool
-    normalize: bool
+    static: Tensor | None = None  # of a mixture or product, see ``combination``; NaN where there is none
+    nonnegative: bool = False
+    normalize: bool = False
     uncertainty: str = "energy"  # or one of ``uncertainty.NAMES``
+    combine: str = "logits"  # or one of ``combination.NAMES``
+    normalize_logits: float | None = None  # LogitNorm's temperature
+    odds: float = 1.0  # of a mixture or product
 
     @property
     def measured(self) -> bool:
@@ -50,9 +58,34 @@ class WeightRule(NamedTuple):
             raise ValueError(f"uncertainty must be one of {names}, got {self.uncertainty!r}")
         return self.weights is None and self.uncertainty != "energy"
 
+    @property
+    def clamped(self) -> bool:
+        """Whether weights below 0 become 0."""
+        return self.nonnegative or self.normalize or self.combine == "probabilities"
+
+    @property
+    def combined(self) -> bool:
+        """Whether what is fused are no logits.
+
+        Raises:
+            ValueError: a combination that is not known, or a mixture with weights that it does not make itself.
+        """
+        if self.combine == "logits":
+            return False
+        if self.combine not in combination.NAMES:
+            raise ValueError(f"combine must be one of {('logits', *combination.NAMES)}, got {self.combine!r}")
+        if self.combine != "probabilities" and not (
+            self.weights is self.temperature is None
+            and self.uncertainty == "energy"
+            and not self.nonnegative
+            and not self.normalize
+        ):
+            raise ValueError(f"combine={self.combine!r} makes its weights itself, got {self}")
+        return True
+
 
 class Rows(NamedTuple):
-    """The logits and what one pass over them leaves. Rows that do not count are zero throughout.
+    """The logits, normalised where asked, and what one pass over them leaves. Rows that do not count are zero.
 
     The modalities come in groups, ``[G, *, K]``: all in one where the batch is small, one each, uncopied, elsewhere.
     """
@@ -60,6 +93,7 @@ class Rows(NamedTuple):
     logits: list[Tensor]  # groups of [G, *, K]; no NaN and no +inf
     probs: list[Tensor]  # groups of [G, *, K], softmax of the logits
     lse: Tensor  # [M, *, 1], log-sum-exp of the logits
+    norms: list[Norms] | None  # what the logits were divided by
     counted: Tensor | None  # [M, *, 1], bool
 
 
@@ -73,6 +107,7 @@ class Fused(NamedTuple):
     weights: Tensor  # [M, *, 1], clamped and normalised as asked
     logits: Tensor  # [*, K]
     measured: Measured | None  # [M, *, 1] each; None where the energy is the uncertainty, or weights are given
+    combined: Combined | None = None  # None where logits are weighed
 
 
 class RowGrads(NamedTuple):
@@ -137,38 +172,63 @@ def add(x: Tensor, y: Tensor | None) -> Tensor:
 
 
 def fuse_rows(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> Fused:
-    rows = _read_rows(logits)
+    rows = _read_rows(logits, rule)
     if present is None:
         energy, tempered, measured, weights = _weigh(rows, rule)
-        fused = _weighted_sum(rows.logits, weights)
-        if all_finite(fused):  # which a row that does not count makes impossible
-            return Fused(rows, rows.logits, tempered, energy, weights, fused, measured)
-    rows = _mask_rows(rows, present)
+        if not rule.combined:
+            fused = _weighted_sum(rows.logits, weights)
+            if all_finite(fused):  # which a row that does not count makes impossible
+                return Fused(rows, rows.logits, tempered, energy, weights, fused, measured)
+        elif all(all_finite(x) for x in rows.logits):
+            return _combine(Fused(rows, rows.logits, tempered, energy, weights, rows.logits[0], measured), rule)
+    rows = _mask_rows(rows, present, strict=rule.combined)
     energy, tempered, measured, weights = _weigh(rows, rule)
+    if rule.combined:
+        return _combine(Fused(rows, rows.logits, tempered, energy, weights, rows.logits[0], measured), rule)
     ruled_out = [x == -torch.inf for x in rows.logits]
     finite = [x.masked_fill(out, 0) for x, out in zip(rows.logits, ruled_out, strict=True)]
     fused = _weighted_sum(finite, weights).masked_fill(join(ruled_out).any(0), -torch.inf)
     return Fused(rows, finite, tempered, energy, weights, fused, measured)
 
 
-def _read_rows(logits: Sequence[Tensor]) -> Rows:
+def _combine(fused: Fused, rule: WeightRule) -> Fused:
+    rows = fused.rows
+    combined = combination.combine(
+        rule.combine, rows.logits[0] - rows.lse, fused.weights, rows.counted, rule.odds, rule.static
+    )
+    return fused._replace(logits=combined.logits, weights=combined.weights, combined=combined)
+
+
+def _read_rows(logits: Sequence[Tensor], rule: WeightRule) -> Rows:
     """As if every row counted; ``_mask_rows`` sorts out those that do not."""
     dtype = accumulate_dtype(logits)
     logits = [x.to(dtype) for x in logits]
-    groups = [torch.stack(logits)] if logits[0].numel() <= _STACK_BELOW else [x.unsqueeze(0) for x in logits]
+    together = rule.combined or logits[0].numel() <= _STACK_BELOW
+    groups = [torch.stack(logits)] if together else [x.unsqueeze(0) for x in logits]
+    norms = None
+    if rule.normalize_logits is not None:
+        pairs = [normalize(x, rule.normalize_logits) for x in groups]
+        groups, norms = [x for x, _ in pairs], [norm for _, norm in pairs]
     probs, lse = zip(*(softmax_lse(x) for x in groups), strict=True)
-    return Rows(groups, list(probs), join(lse), None)
+    return Rows(groups, list(probs), join(lse), norms, None)
 
 
-def _mask_rows(rows: Rows, present: Tensor | None) -> Rows:
+def _mask_rows(rows: Rows, present: Tensor | None, strict: bool) -> Rows:
+    """``strict``: only rows that are finite throughout count."""
     counted = torch.isfinite(rows.lse)
+    if strict:
+        counted = counted & join([torch.isfinite(x).all(-1, keepdim=True) for x in rows.logits])
     if present is not None:
         counted = counted & present.unsqueeze(-1)
     keep = split_like(counted, rows.logits)
+    norms = rows.norms
+    if norms is not None:
+        norms = [Norms(*(torch.where(k, x, 1) for x in norm)) for k, norm in zip(keep, norms, strict=True)]
     return Rows(
         [torch.where(k, x, 0) for k, x in zip(keep, rows.logits, strict=True)],
         [torch.where(k, p, 0) for k, p in zip(keep, rows.probs, strict=True)],
         torch.where(counted, rows.lse, 0),
+        norms,
         counted,
     )
 
@@ -188,7 +248,7 @@ def _weigh(rows: Rows, rule: WeightRule) -> tuple[Tensor, list[Tensor], Measured
         each = [uncertainty.measure(rule.uncertainty, p, x, t) for p, x, t in parts]
         measured = Measured(*(join(values) for values in zip(*each, strict=True)))
     weights = _raw_weights(energy if measured is None else measured.value, rule)
-    if rule.nonnegative or rule.normalize:
+    if rule.clamped:
         weights = weights.clamp(min=0)
     if rows.counted is not None:
         weights = torch.where(rows.counted, weights, 0)
@@ -244,18 +304,33 @@ def forget_ruled_out(grad_fused: Tensor, fused: Fused) -> Tensor:
     return grad_fused if fused.rows.counted is None else grad_fused.masked_fill(fused.logits == -torch.inf, 0)
 
 
-def weigh_backward(
-    grad_fused: Tensor | None, grad_weights: Tensor | None, grad_energy: Tensor | None, fused: Fused, rule: WeightRule
-) -> RowGrads:
-    """Backward of Eq. 11 and 9."""
+def fuse_backward_rows(
+    grad_fused: Tensor, grad_weights: Tensor | None, fused: Fused, rule: WeightRule, detach_weights: bool
+) -> tuple[Pull | None, Tensor | None]:
+    """Backward of Eq. 11, or of what stands for it: the gradients of the weights, with ``grad_weights``; and for a
+    combination what goes to the logits besides (``pull_logits``).
+    """
+    if fused.combined is None:
+        return None, grad_weights if detach_weights else add(_row_products(grad_fused, fused.finite), grad_weights)
+    pulled = combination.pull(rule.combine, grad_fused, grad_weights, fused.combined, fused.rows.counted, rule.static)
+    if rule.combine != "probabilities":
+        return pulled, None
+    return pulled, grad_weights if detach_weights or pulled.weights is None else add(pulled.weights, grad_weights)
+
+
+def pull_logits(pulled: Pull, probs: Tensor) -> Tensor:
+    """From the gradients of log-probabilities ``[M, *, K]`` to those of logits with this softmax."""
+    return torch.addcmul(pulled.log_probs, probs, pulled.log_probs.sum(-1, keepdim=True), value=-1)
+
+
+def weigh_backward(grad_weights: Tensor | None, grad_energy: Tensor | None, fused: Fused, rule: WeightRule) -> RowGrads:
+    """Backward of Eq. 9."""
     counted = fused.rows.counted
     grad = grad_weights
-    if grad_fused is not None:
-        grad = add(_row_products(grad_fused, fused.finite), grad)
     if grad is None:
         grad = torch.zeros_like(fused.weights)
     grad = keep_counted(grad, counted)
-    if rule.nonnegative or rule.normalize:
+    if rule.clamped:
         raw = keep_counted(_raw_weights(_uncertainty(fused), rule).clamp(min=0), counted)
         if rule.normalize:
             total = raw.sum(0)
@@ -308,8 +383,14 @@ def maker_grads(grads: RowGrads, fused: Fused, rule: WeightRule) -> MakerGrads:
     return out
 
 
-def separate(groups: Sequence[Tensor]) -> list[Tensor]:
-    """The groups' modalities, M of ``[*, K]``, no two in one storage."""
+def separate(groups: Sequence[Tensor], fused: Fused, rule: WeightRule) -> list[Tensor]:
+    """From the gradients of the groups, as they were seen, to those of the modalities, M of ``[*, K]``, no two in one
+    storage.
+    """
+    temperature, norms = rule.normalize_logits, fused.rows.norms
+    if temperature is not None and norms is not None:
+        parts = zip(groups, fused.rows.logits, norms, strict=True)
+        groups = [normalize_backward(grad, x, norm, temperature) for grad, x, norm in parts]
     if len(groups[0]) == 1:
         return [group[0] for group in groups]
     return [x.clone() for x in groups[0].unbind(0)]
@@ -332,17 +413,18 @@ def fuse_backward(
     grad_fused, grad_weights, grad_energy = grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)
     fused = fuse_rows(logits, present, rule)
     grad_fused = forget_ruled_out(grad_fused, fused)
-    d_rows = weigh_backward(None if detach_weights else grad_fused, grad_weights, grad_energy, fused, rule)
+    pulled, d_weights = fuse_backward_rows(grad_fused, grad_weights, fused, rule, detach_weights)
+    d_rows = weigh_backward(d_weights, grad_energy, fused, rule)
     sizes = fused.finite
-    d_groups = [
-        torch.addcmul(w * grad_fused, slope, d, value=-1)
-        for w, d, slope in zip(
-            split_like(fused.weights, sizes), split_like(d_rows.softmax, sizes), fused.tempered, strict=True
-        )
-    ]
+    if pulled is None:
+        d_groups = [w * grad_fused for w in split_like(fused.weights, sizes)]
+    else:
+        d_groups = [pull_logits(pulled, fused.rows.probs[0])]
+    for grad, slope, d in zip(d_groups, fused.tempered, split_like(d_rows.softmax, sizes), strict=True):
+        grad.addcmul_(slope, d, value=-1)
     if d_rows.shape is not None:
         for grad, d, shape in zip(d_groups, split_like(d_rows.shape, sizes), shapes(fused, rule), strict=True):
             if shape is not None:
                 grad.addcmul_(d, shape)
-    d_logits = [grad.to(x.dtype) for grad, x in zip(separate(d_groups), logits, strict=True)]
+    d_logits = [grad.to(x.dtype) for grad, x in zip(separate(d_groups, fused, rule), logits, strict=True)]
     return d_logits, maker_grads(d_rows, fused, rule)

@@ -21,9 +21,11 @@ from .fusion import (
     WeightRule,
     add,
     forget_ruled_out,
+    fuse_backward_rows,
     fuse_rows,
     maker_grads,
     per_modality,
+    pull_logits,
     separate,
     shapes,
     softmax_lse,
@@ -191,13 +193,8 @@ def _backward(
         ranking_scale = 0.0 if grad_loss is None else grad_loss * loss_rule.ranking_weight
         ranking_scale = ranking_scale if grad_ranking is None else grad_ranking + ranking_scale
         d_weights = add(_spread(kept.ranking_grad * ranking_scale, fused.rows.counted, fused.weights), d_weights)
-    d_rows = weigh_backward(
-        None if detach_weights else d_fused,
-        d_weights,
-        None if grad_energy is None else grad_energy.unsqueeze(-1),
-        fused,
-        weight_rule,
-    )
+    pulled, d_weights = fuse_backward_rows(d_fused, d_weights, fused, weight_rule, detach_weights)
+    d_rows = weigh_backward(d_weights, None if grad_energy is None else grad_energy.unsqueeze(-1), fused, weight_rule)
     d_makers = maker_grads(d_rows, fused, weight_rule) if maker_gradients else None
 
     share = share[:-1]
@@ -206,19 +203,21 @@ def _backward(
     columns = [split_like(x, sizes) for x in (share, fused.weights, d_rows.softmax, hard[:-1])]
     softs = [None] * len(sizes) if soft is None else split_like(soft[:-1], sizes)
     of_shape = softs if d_rows.shape is None else split_like(d_rows.shape, sizes)
+    direct = None if pulled is None else pull_logits(pulled, fused.rows.probs[0])  # before these are used up
     slopes = zip(shapes(fused, weight_rule), of_shape, strict=True)  # each made before its softmax is used up
     d_groups = []
     for (shape, u), probs, tempered, c, w, d, h, s in zip(
         slopes, fused.rows.probs, fused.tempered, *columns, softs, strict=True
     ):
-        grad = probs.mul_(c).addcmul_(w, d_fused)
+        grad = probs.mul_(c)
+        grad = grad.addcmul_(w, d_fused) if direct is None else grad.add_(direct)
         if shape is not None:
             grad.addcmul_(u, shape)
         if weight_rule.temperature is not None:
             grad.addcmul_(tempered, d, value=-1)
         _subtract_labels(grad, kept.label, h, s, loss_rule)
         d_groups.append(grad)
-    return separate(d_groups), d_makers
+    return separate(d_groups, fused, weight_rule), d_makers
 
 
 def valid_targets(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:

@@ -19,8 +19,10 @@ from .registry import define, fused, takes_triton
 from .small import small_objective
 
 _RULE = (
-    "Tensor? weights, Tensor alpha, Tensor beta, Tensor? temperature, bool nonnegative, bool normalize, str uncertainty"
+    "Tensor? weights, Tensor alpha, Tensor beta, Tensor? temperature, Tensor? static, bool nonnegative, "
+    "bool normalize, str uncertainty, str combine, float? normalize_logits, float odds"
 )
+_W, _L = len(WeightRule._fields), len(LossRule._fields)
 _LOSS_RULE = "Tensor? class_weight, float label_smoothing, int ignore_index, float ranking_weight, str form, str pairs"
 _LOSS_GRADS = ", ".join(f"Tensor? grad_{name}" for name in Losses._fields[:7])
 _INPUTS = f"Tensor[] logits, Tensor target, Tensor? kappa, Tensor? present, {_RULE}, {_LOSS_RULE}"
@@ -89,7 +91,7 @@ define(
 
 
 def fuse(logits: Sequence[Tensor], present: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    rule, backend = WeightRule(*rest[:7]), rest[7]
+    rule, backend = WeightRule(*rest[:_W]), rest[_W]
     run = fused().fuse if takes_triton(logits[0].device, backend) else fusion.fuse
     return run(logits, present, rule)
 
@@ -101,8 +103,8 @@ def _fuse_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
 
 def fuse_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Arguments as in the schema."""
-    grads, energy, logits, present = inputs[:3], inputs[3], inputs[4], inputs[5]
-    rule, (detach_weights, maker_gradients, backend) = WeightRule(*inputs[6:13]), inputs[13:]
+    grads, energy, logits, present, rest = inputs[:3], inputs[3], inputs[4], inputs[5], inputs[6:]
+    rule, (detach_weights, maker_gradients, backend) = WeightRule(*rest[:_W]), rest[_W:]
     if takes_triton(energy.device, backend):
         d_logits, d_makers = fused().fuse_backward(grads, energy, logits, rule, detach_weights, maker_gradients)
     else:
@@ -111,7 +113,7 @@ def fuse_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _fuse_backward_fake(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    grad_weights, logits, maker_gradients, backend = inputs[1], inputs[4], inputs[14], inputs[15]
+    grad_weights, logits, (maker_gradients, backend) = inputs[1], inputs[4], inputs[-2:]
     return [_fake_like(x, x.dtype, backend) for x in logits], _fake_makers(grad_weights) if maker_gradients else []
 
 
@@ -134,8 +136,8 @@ def run_objective(
     logits: Sequence[Tensor], target: Tensor, kappa: Tensor | None, present: Tensor | None, *rest: Any
 ) -> tuple[Any, ...]:
     """Arguments as in the schema."""
-    rules = WeightRule(*rest[:7]), LossRule(*rest[7:13])
-    detach_weights, gradients, maker_gradients, return_logits, backend = rest[13:]
+    rules = WeightRule(*rest[:_W]), LossRule(*rest[_W : _W + _L])
+    detach_weights, gradients, maker_gradients, return_logits, backend = rest[_W + _L :]
     inputs = (logits, target, kappa, present, *rules, detach_weights, gradients, maker_gradients)
     if takes_triton(logits[0].device, backend):
         losses, d_logits, d_makers, kept = fused().objective(*inputs, return_logits)
@@ -147,8 +149,8 @@ def run_objective(
 
 
 def _objective_fake(logits: Sequence[Tensor], _: Any, kappa: Any, __: Any, *rest: Any) -> tuple[Any, ...]:
-    weight_rule, loss_rule = WeightRule(*rest[:7]), LossRule(*rest[7:13])
-    _, gradients, maker_gradients, return_logits, backend = rest[13:]
+    weight_rule, loss_rule = WeightRule(*rest[:_W]), LossRule(*rest[_W : _W + _L])
+    _, gradients, maker_gradients, return_logits, backend = rest[_W + _L :]
     num, shape = len(logits), logits[0].shape
     rows = per_row(logits)
     new = rows.new_empty
@@ -173,8 +175,8 @@ def _objective_fake(logits: Sequence[Tensor], _: Any, kappa: Any, __: Any, *rest
 def objective_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Arguments as in the schema."""
     grads, (logits, target, kappa, present), rest = inputs[:7], inputs[7:11], inputs[11:]
-    rules: Any = (WeightRule(*rest[:7]), LossRule(*rest[7:13]))
-    detach_weights, maker_gradients, d_logits, d_makers, kept, backend = rest[13:]
+    rules: Any = (WeightRule(*rest[:_W]), LossRule(*rest[_W : _W + _L]))
+    detach_weights, maker_gradients, d_logits, d_makers, kept, backend = rest[_W + _L :]
     # Under torch.compile, fused logits that were left out have a gradient too, as empty as they are.
     grads = tuple(None if grad is not None and not grad.numel() else grad for grad in grads)
     scale = grads[0]
@@ -201,7 +203,7 @@ def _may_differ_from_zero(grad: Tensor | None) -> bool:
 
 
 def _objective_backward_fake(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    logits, maker_gradients, backend = inputs[7], inputs[25], inputs[29]
+    logits, maker_gradients, backend = inputs[7], inputs[-5], inputs[-1]
     return [_fake_like(x, x.dtype, backend) for x in logits], _fake_makers(per_row(logits)) if maker_gradients else []
 
 

@@ -33,7 +33,9 @@ def small_objective(
     maker_gradients: bool,
 ) -> tuple[Losses, list[Tensor], list[Tensor]] | None:
     """What ``objective`` returns, or None where the batch is not small and ordinary."""
-    weights, alpha, beta, temperature, nonnegative, normalize, uncertainty = weight_rule
+    weights, alpha, beta, temperature, _, nonnegative, normalize, uncertainty, combine, normalize_logits, _ = (
+        weight_rule
+    )
     class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs = loss_rule
     first = logits[0]
     if (
@@ -42,6 +44,8 @@ def small_objective(
         or not target.is_cpu
         or maker_gradients
         or uncertainty != "energy"
+        or combine != "logits"
+        or normalize_logits is not None
         or nonnegative
         or normalize
         or label_smoothing

@@ -106,7 +106,7 @@ def test_every_dtype(dtype: torch.dtype, batch: int, classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     heads = [(2 * torch.randn(batch, classes, generator=generator)).to(dtype) for _ in range(3)]
     target, kappa = torch.randint(classes, (batch,), generator=generator), torch.rand(3, batch, generator=generator)
-    rule = WeightRule(None, torch.full((3,), -0.1), torch.zeros(3), None, False, False)
+    rule = WeightRule(None, torch.full((3,), -0.1), torch.zeros(3), None)
     loss_rule = LossRule(None, 0.0, -100, 0.1, "paper", "adjacent")
     compare(Case(heads, target, kappa, None, rule, loss_rule, False), run_objective, 0, True)
 
@@ -153,7 +153,7 @@ def test_two_runs_have_the_same_bits(batch: int, classes: int, pairs: str) -> No
 def simple(heads: list[Tensor], target: Tensor, backend: str) -> tuple[Losses, list[Tensor]]:
     """Without ranking, whose pairs would tie the rows together; fused logits are left out."""
     alpha = torch.full((len(heads),), -0.1, dtype=torch.float64, device=heads[0].device)
-    rule = (None, alpha, torch.zeros_like(alpha), None, False, False)
+    rule = WeightRule(None, alpha, torch.zeros_like(alpha), None)
     leaves = [x.detach().requires_grad_() for x in heads]
     inputs = (target, None, None, *rule, None, 0.0, -100, 0.0, "paper", "adjacent", False, backend, False, None)
     out = Losses(*Objective.apply(*inputs, *leaves))

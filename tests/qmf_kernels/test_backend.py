@@ -27,14 +27,23 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "callable": ({"uncertainty": lambda x: -x.square().mean(-1)}, {}),
     "dense": ({"class_dim": 1}, {"ignore_index": 3}),
     "lognorm": ({"normalize_logits": 1.0}, {}),
+    "lognorm, callable": ({"normalize_logits": 0.5, "uncertainty": lambda x: -x.square().mean(-1)}, {}),
+    "probabilities": ({"combine": "probabilities", "uncertainty": "msp", "learnable": True}, {"label_smoothing": 0.1}),
+    "dense probabilities": ({"combine": "probabilities", "normalize_logits": 0.2, "class_dim": 1}, {"ignore_index": 3}),
+    "robust": ({}, {"pairs": "all"}),
+    "dense robust": ({"normalize_logits": 0.5, "class_dim": 1}, {"label_smoothing": 0.1}),
 }
+
+
+def make_fusion(name: str) -> QualityAwareFusion:
+    make: Any = QualityAwareFusion.robust if name.endswith("robust") else QualityAwareFusion
+    return make(3, **OPTIONS[name][0])
 
 
 def run(backend: str | None, name: str, dtype: torch.dtype, return_logits: bool = True) -> list[torch.Tensor]:
     """Three training steps, and a fourth whose backward starts elsewhere."""
-    options, loss_options = OPTIONS[name]
-    fusion = QualityAwareFusion(3, **options)
-    criterion = QMFLoss(fusion, 12, 0.5, backend=backend, return_logits=return_logits, **loss_options)
+    loss_options = OPTIONS[name][1]
+    criterion = QMFLoss(make_fusion(name), 12, 0.5, backend=backend, return_logits=return_logits, **loss_options)
     generator = torch.Generator().manual_seed(3)
     found = []
     for step in range(4):
@@ -62,7 +71,7 @@ def test_same_steps_as_pytorch(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
-@pytest.mark.parametrize("name", ["plain", "dense"])
+@pytest.mark.parametrize("name", ["plain", "dense", "robust"])
 def test_without_fused_logits_all_else_is_the_same(name: str, backend: str) -> None:
     full, lean = (run(backend, name, torch.float32, return_logits) for return_logits in (True, False))
     assert sum(x.shape != y.shape for x, y in zip(full, lean, strict=True)) == 4

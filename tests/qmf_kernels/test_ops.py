@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qmf_kernels import FORMS, PAIRS, ops
+from qmf_kernels.fusion import WeightRule
 
 NUM, BATCH, CLASSES = 3, 4, 5
 MAKERS = [torch.tensor([-0.1, -0.5, -1.0]), torch.tensor([0.0, 1.0, 0.5])]
@@ -28,13 +29,16 @@ def rules(dtype=torch.float32):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     given = randn(NUM, BATCH, seed=9, dtype=wide).abs()
     return [
-        (None, *MAKERS, None, False, False, "energy"),
-        (None, *MAKERS, HOT, True, False, "energy"),
-        (None, *MAKERS, HOT, False, True, "energy"),
-        (given, *MAKERS, None, False, True, "energy"),
-        (None, *MAKERS, None, False, False, "msp"),
-        (None, *MAKERS, HOT, False, True, "entropy"),
-        (None, *MAKERS, HOT, True, False, "evidence"),
+        WeightRule(None, *MAKERS, None),
+        WeightRule(None, *MAKERS, HOT, nonnegative=True),
+        WeightRule(None, *MAKERS, HOT, normalize=True),
+        WeightRule(given, *MAKERS, None, normalize=True),
+        WeightRule(None, *MAKERS, None, uncertainty="msp"),
+        WeightRule(None, *MAKERS, HOT, normalize=True, uncertainty="entropy"),
+        WeightRule(None, *MAKERS, HOT, nonnegative=True, uncertainty="evidence"),
+        WeightRule(None, *MAKERS, HOT, combine="probabilities", normalize_logits=0.1),
+        WeightRule(None, *MAKERS, None, torch.tensor([0.5, torch.nan, 0.25]), combine="mixture", odds=0.3),
+        WeightRule(None, *MAKERS, None, combine="product", normalize_logits=0.5, odds=0.3),
     ]
 
 
@@ -44,7 +48,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, None]
 # opcheck's comparison of outputs under AOTDispatcher takes no NaN for equal, and an absent modality's loss is one;
 # tests of torch.compile compare those.
 WITH_NAN = ("test_schema", "test_autograd_registration", "test_faketensor")
-RULES = pytest.mark.parametrize(("rule", "dtype"), [(i, dtype) for i, dtype in enumerate([*DTYPES, *DTYPES[:3]])])
+RULES = pytest.mark.parametrize(
+    ("rule", "dtype"), [(i, dtype) for i, dtype in enumerate([*DTYPES, *DTYPES, *DTYPES[:2]])]
+)
 PRESENT = pytest.mark.parametrize("present", [None, MASK], ids=["all", "masked"])
 
 
@@ -96,14 +102,14 @@ def test_opcheck_ranking(form, pairs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("uncertainty", ["energy", "entropy"])
+@pytest.mark.parametrize("rule", [{}, {"uncertainty": "entropy"}, {"combine": "mixture", "normalize_logits": 0.1}])
 @BACKENDS
-def test_outputs_share_no_storage_with_inputs_or_each_other(dtype, uncertainty, backend):
+def test_outputs_share_no_storage_with_inputs_or_each_other(dtype, rule, backend):
     """As PyTorch asks of operators whose schema declares no alias."""
     given = logits(dtype)
     before = [x.clone() for x in given]
     out = ops.objective(
-        *(given, torch.arange(BATCH), None, None, None, *MAKERS, None, False, False, uncertainty, *LOSS_RULE),
+        *(given, torch.arange(BATCH), None, None, *WeightRule(None, *MAKERS, None, **rule), *LOSS_RULE),
         *(False, True, True, True, backend),
     )
     flat = [*out[:8], *out[8], *out[9], *out[10]]
@@ -120,7 +126,7 @@ def test_gradients_are_those_of_autograd(backend):
     target = torch.tensor([0, 1, 2, 4])
     *_, d_logits, d_makers, _ = ops.objective(
         [x.detach() for x in leaves],
-        *(target, None, None, None, alpha, beta, HOT.double(), False, False, "energy", *LOSS_RULE),
+        *(target, None, None, *WeightRule(None, alpha, beta, HOT.double()), *LOSS_RULE),
         *(False, True, True, True, backend),
     )
     makers = [x.clone().requires_grad_() for x in (alpha, beta, HOT.double())]
@@ -136,8 +142,7 @@ def test_gradients_are_those_of_autograd(backend):
 
 def test_meta_tensors_say_the_shapes():
     given = [x.to("meta") for x in logits()]
-    fused, weights, energy = ops.fuse(
-        given, None, None, *(x.to("meta") for x in MAKERS), None, False, False, "energy", None
-    )
+    rule = WeightRule(None, *(x.to("meta") for x in MAKERS), None)
+    fused, weights, energy = ops.fuse(given, None, *rule, None)
     assert (fused.shape, weights.shape, energy.shape) == ((BATCH, CLASSES), (NUM, BATCH), (NUM, BATCH))
     assert fused.device.type == "meta"

@@ -25,7 +25,7 @@ def inputs(num=2, batch=5, classes=3, *, seed=0, scale=1.0, form="paper", pairs=
         kappa = torch.where(draw(num, batch) < 0.4, torch.nan, draw(num, batch))
     elif histories == "equal":
         kappa = (draw(num, batch) * 3).floor() / 3
-    rule = WeightRule(None, -0.1 - draw(num), draw(num), None, False, False)
+    rule = WeightRule(None, -0.1 - draw(num), draw(num), None)
     loss_rule = LossRule(None, 0.0, -100, 0.3, form, pairs)
     given = {
         "logits": [scale * (draw(batch, classes) - 0.5) for _ in range(num)],

@@ -32,8 +32,8 @@ def step(copy):
     heads = [torch.arange(6.0).reshape(3, 2) * (m + 1) for m in range(2)]
     makers = torch.tensor([-0.1, -0.5]), torch.zeros(2)
     out = copy.ops.objective(
-        heads, torch.tensor([0, 1, 1]), None, None, None, *makers, None, False, False, "energy",
-        None, 0.0, -100, 0.1, "paper", "adjacent", False, True, False, True, None,
+        heads, torch.tensor([0, 1, 1]), None, None, *copy.WeightRule(None, *makers, None),
+        *copy.LossRule(None, 0.0, -100, 0.1, "paper", "adjacent"), False, True, False, True, None,
     )
     return round(float(out[0]), 6)
 """
@@ -96,7 +96,7 @@ for name, folder in zip(("first", "second"), sys.argv[1:]):
     load(name, folder)
     fused, fusion = importlib.import_module(name + ".fused.operators"), importlib.import_module(name + ".fusion")
     heads = [torch.arange(6.0).reshape(3, 2) * (m + 1) for m in range(2)]
-    rule = fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None, False, False)
+    rule = fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None)
     for ours, theirs in zip(fused.fuse(heads, None, rule), fusion.fuse(heads, None, rule)):
         torch.testing.assert_close(ours, theirs)
 assert not [name for name in sys.modules if name.startswith("qmf_")]

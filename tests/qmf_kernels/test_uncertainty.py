@@ -12,6 +12,7 @@ from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_fusion.uncertainty import UNCERTAINTIES
 from qmf_kernels import ops
 from qmf_kernels.fused import tiling
+from qmf_kernels.fusion import WeightRule
 
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, TRITON_INTERPRET=1"
@@ -77,7 +78,7 @@ def test_fusion_is_that_of_autograd(
     expected = written_out(name, leaves[:NUM], leaves[NUM:], normalize)
     grads = [randn(*out.shape, seed=7 + i) for i, out in enumerate(expected)]
     wanted = torch.autograd.grad(expected, leaves, grads)
-    rule = (None, *coefficients, *[None] * (not tempered), False, normalize, name)
+    rule = WeightRule(None, *coefficients, *[None] * (not tempered), None, False, normalize, name)
     with mock.patch.multiple(tiling, **WALKED if classes == 40 else {"_ROW": tiling._ROW}):
         fused, weights, energy = ops.fuse(x, None, *rule, backend)
         d_x, d_makers = ops.fuse_backward(*grads, energy, x, None, *rule, False, True, backend)
@@ -102,7 +103,8 @@ def test_objective_is_that_of_autograd(name: str, classes: int, many: bool, temp
     fused, weights, energy = written_out(name, leaves[:NUM], leaves[NUM:], False)
     loss = sum(torch.nn.functional.cross_entropy(y, target, label_smoothing=0.1) for y in (*leaves[:NUM], fused))
     wanted = torch.autograd.grad(loss, leaves, retain_graph=True)
-    inputs = (x, target, None, None, None, *coefficients, *[None] * (not tempered), False, False, name, *LOSS_RULE)
+    rule = WeightRule(None, *coefficients, *[None] * (not tempered), uncertainty=name)
+    inputs = (x, target, None, None, *rule, *LOSS_RULE)
     *out, d_x, d_makers, kept = ops.objective(*inputs, False, True, True, True, backend)
     torch.testing.assert_close(out[0], loss.detach())
     torch.testing.assert_close([*d_x, *d_makers[1 : 3 + tempered]], list(wanted), rtol=1e-9, atol=1e-12)
@@ -148,7 +150,7 @@ def test_the_largest_probability_of_many_keeps_its_digits(backend: str) -> None:
     x = randn(1, 20_000, seed=2) / 100
     leaf = x.clone().requires_grad_()
     wanted = torch.autograd.grad(UNCERTAINTIES["msp"](leaf).sum(), leaf)[0]
-    rule = (None, -torch.ones(1), torch.ones(1), None, False, False, "msp")
+    rule = WeightRule(None, -torch.ones(1), torch.ones(1), None, uncertainty="msp")
     _, _, energy = ops.fuse([x.float()], None, *rule, backend)
     grads = (torch.zeros(1, 20_000), -torch.ones(1, 1), torch.zeros(1, 1))
     found = ops.fuse_backward(*grads, energy, [x.float()], None, *rule, False, False, backend)[0][0]
@@ -157,7 +159,7 @@ def test_the_largest_probability_of_many_keeps_its_digits(backend: str) -> None:
 
 @BACKENDS
 def test_an_uncertainty_that_is_not_known(backend: str) -> None:
-    x, rule = heads("plain", 3), (None, *makers(False), None, False, False, "enrgy")
+    x, rule = heads("plain", 3), WeightRule(None, *makers(False), None, uncertainty="enrgy")
     with pytest.raises(ValueError, match=r"uncertainty must be one of .* got 'enrgy'"):
         ops.fuse(x, None, *rule, backend)
     with pytest.raises(ValueError, match=r"uncertainty must be one of .* got 'enrgy'"):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import Objective
+from .. import Objective, WeightRule
 from ..trajectory import Past, find_range
 from .plain import RANKING_WEIGHT, SHARPNESS, plain_objective
 
@@ -70,7 +70,7 @@ def ours(problem: Problem, backend: str | None) -> Step:
     history = torch.stack([problem.sums, torch.full_like(problem.sums, COUNT)])
     low, span = (torch.empty(num, 1, dtype=torch.float64, device=device) for _ in range(2))
     find_range(history, low, span)
-    weight_rule = (None, alpha, beta, None, False, False, "energy")
+    weight_rule = WeightRule(None, alpha, beta, None)
     loss_rule = (None, 0.0, -100, RANKING_WEIGHT, "released", "adjacent")
 
     def run(batch: int) -> tuple[Tensor, tuple[Tensor, ...]]:

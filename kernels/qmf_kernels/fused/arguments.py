@@ -90,7 +90,9 @@ def _asserting() -> Iterator[None]:
 
 
 def make_makers(rule: WeightRule) -> Makers:
-    return Makers(*(None if x is None else x.contiguous() for x in rule[:4]))
+    weights, alpha, beta, temperature, static = (None if x is None else x.contiguous() for x in rule[:5])
+    odds, norm = split_number(float(rule.odds)), split_number(float(rule.normalize_logits or 1.0))
+    return Makers(weights, alpha, beta, temperature, static, odds, norm)
 
 
 def make_rules(
@@ -102,11 +104,13 @@ def make_rules(
     past: Past | None = None,
 ) -> Rules:
     """What to compile for."""
+    mixed = rule.combined and rule.combine != "probabilities"
+    made = "made" if mixed else rule.uncertainty
     return Rules(
         losses=loss_rule is not None,
-        uncertainty=rule.uncertainty if rule.weights is None else "given",
+        uncertainty=made if rule.weights is None else "given",
         tempered=rule.temperature is not None,
-        nonnegative=rule.nonnegative,
+        nonnegative=rule.clamped,
         normalize=rule.normalize,
         weighted=loss_rule is not None and loss_rule.class_weight is not None,
         smoothing=loss_rule is not None and bool(loss_rule.label_smoothing),
@@ -119,6 +123,10 @@ def make_rules(
         minmax=past is not None and past.minmax,
         records=past is not None and past.records,
         measured=rule.measured,
+        combine=rule.combine,
+        strict=rule.combined,
+        mixed=mixed,
+        normed=rule.normalize_logits is not None,
     )
 
 

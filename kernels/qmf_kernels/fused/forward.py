@@ -6,6 +6,7 @@ Nothing of size ``[R, K]`` is written but fused logits, where asked for.
 import triton
 import triton.language as tl
 
+from .combination import combine_label, made_weights, row_shares
 from .history import read_history
 from .passes import cross_entropies, first_pass, label_logits, read_labels, second_pass, share_in_mean
 from .rows import row_offset, widen
@@ -43,13 +44,12 @@ def forward_rows(
     """
     num_rows = widen(num_rows)
     in_row = row < num_rows
-    tiles, offsets, counts, lses, measured, _, energies, weights, _ = first_pass(
+    tiles, offsets, counts, lses, measured, energies, factors, weights = first_pass(
         logits, sizes, strides, present, present_strides, makers, row, in_row, num_rows, num_classes,
         M, DIMS, KB, TILES, RULES, ACC,
     )  # fmt: skip
     for m in tl.static_range(M):
         place = m * num_rows + row
-        tl.store(weights_out + place, weights[m], in_row)
         tl.store(energy_out + place, tl.where(counts[m], energies[m], float("inf")), in_row)
         if stats is not None:
             _keep(stats, SLOTS.top + m, row, num_rows, lses[0][m], in_row)
@@ -59,18 +59,26 @@ def forward_rows(
                 _keep(stats, SLOTS.tempered_logs + m, row, num_rows, lses[3][m], in_row)
             if RULES.measured:
                 _keep(stats, SLOTS.measure + m, row, num_rows, measured[m], in_row)
+            if RULES.normed:
+                _keep(stats, SLOTS.factors + 2 * m, row, num_rows, factors[m][0], in_row)
+                _keep(stats, SLOTS.factors + 2 * m + 1, row, num_rows, factors[m][1], in_row)
     fused_offset, fused_stride = row, 0
     if fused is not None:
         fused_offset, fused_stride = row_offset(row, sizes, strides[M], DIMS), strides[M][DIMS]
+    shares = row_shares(weights, counts, M, RULES)
     fused_top, fused_total, products, smooth = second_pass(
-        logits, offsets, strides, tiles, weights, counts, labels, fused, fused_offset, fused_stride,
-        in_row, num_classes, M, DIMS, KB, TILES, RULES, ACC,
+        logits, offsets, strides, factors, tiles, lses, shares, counts, makers, labels, fused, fused_offset,
+        fused_stride, in_row, num_classes, M, DIMS, KB, TILES, RULES, ACC,
     )  # fmt: skip
+    weights = made_weights(weights, products, fused_total, counts, makers, M, RULES, ACC)
+    for m in tl.static_range(M):
+        tl.store(weights_out + m * num_rows + row, weights[m], in_row)
     if RULES.losses:
         y, valid = read_labels(labels, row, in_row, num_classes)
-        label, ruled = label_logits(logits, offsets, strides, y, counts, valid, M, DIMS, ACC)
+        label, ruled = label_logits(logits, offsets, strides, factors, y, counts, valid, M, DIMS, RULES, ACC)
+        fused_label, _ = combine_label(label, lses, shares, counts, valid, makers, num_classes, M, RULES, ACC)
         nlls, fused_top, fused_log = cross_entropies(
-            label, ruled, lses, weights, counts, valid, fused_top, fused_total, M
+            label, fused_label, ruled, lses, counts, valid, fused_top, fused_total, M
         )
         _keep(stats, SLOTS.fused_top, row, num_rows, fused_top, in_row)
         _keep(stats, SLOTS.fused_logs, row, num_rows, fused_log, in_row)

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .combination import combine_tile, share_gradients
+from .lognorm import normalize_backward
 from .measures import slope
-from .passes import class_weights, fuse_tile
+from .passes import class_weights
 from .rows import clamp_backward, coefficient, number
 
 
@@ -40,64 +42,145 @@ def loss_coefficients(y, wanted, scale, inverse, mass, labels, num_classes, RULE
 
 
 @triton.jit
-def weight_gradients(
-    incoming, products, ruleds, label, ruled, fused_coefficients, mass, raws, weights, counts, weight_total,
-    M: tl.constexpr, RULES: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the raw weights: of what comes in, and of the fused row's loss through <d f, x[m]>."""
+def vote_sums(sums, products, ruleds, votes, ruled, fused_coefficients, mass, M: tl.constexpr, RULES: tl.constexpr):
+    """Add <d f, votes> of the fused row's loss; ``votes`` are those of the row's class."""
     hard, soft, _ = fused_coefficients
-    grads = ()
+    out = ()
     for m in tl.static_range(M):
-        grad = incoming[m]
-        if not RULES.detach:
-            # No gradient passes through a class that is ruled out. Differences first: where the label has all of the
-            # probability they are 0, which the difference of two products, one of them rounded, would not be.
-            grad += hard * (products[m] - tl.where(ruled, 0.0, label[m]))
-            if RULES.smoothing:
-                grad += soft * (mass * products[m] - ruleds[m])
-        grads = grads + (grad,)
-    return clamp_backward(grads, raws, weights, counts, weight_total, M, RULES)
+        # No gradient passes through a class that is ruled out. Differences first: where the label has all of the
+        # probability they are 0, which the difference of two products, one of them rounded, would not be.
+        total = sums[m] + hard * (products[m] - tl.where(ruled, 0.0, votes[m]))
+        if RULES.smoothing:
+            total += soft * (mass * products[m] - ruleds[m])
+        out = out + (total,)
+    return out
+
+
+@triton.jit
+def weight_gradients(incoming, sums, raws, weights, shares, counts, weight_total, M: tl.constexpr, RULES: tl.constexpr):
+    """Gradients of the raw weights: of what comes in, and through the fused row."""
+    if RULES.mixed:
+        out = ()
+        for m in tl.static_range(M):
+            out = out + (tl.zeros_like(incoming[m]),)
+        return out
+    elif RULES.detach:
+        return clamp_backward(incoming, raws, weights, counts, weight_total, M, RULES)
+    else:
+        through = share_gradients(sums, weights, shares, counts, M, RULES)
+        grads = ()
+        for m in tl.static_range(M):
+            grads = grads + (incoming[m] + through[m],)
+        return clamp_backward(grads, raws, weights, counts, weight_total, M, RULES)
+
+
+@triton.jit
+def reduce_tile(
+    reduced, tiles, column, rows, labels, makers, grad_fused, in_tile, num_classes,
+    M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to three sums over the row that its gradients need: of what goes to the log-probabilities, and for
+    LogitNorm <x, that and the rest> and <x, softmax(x)>.
+    """
+    pulls, owns, probs = _parts(tiles, column, rows, labels, makers, grad_fused, in_tile, num_classes, M, RULES, ACC)
+    counts = rows[6]
+    sums, alongs, means = (), (), ()
+    for m in tl.static_range(M):
+        inside = in_tile & counts[m][:, None]
+        sums = sums + (reduced[0][m] + tl.sum(tl.where(inside, pulls[m], 0.0), 1),)
+        along, mean = reduced[1][m], reduced[2][m]
+        if RULES.normed:
+            x = tl.where(inside, tiles[m], 0.0)
+            along += tl.sum(x * (pulls[m] + owns[m]), 1)
+            mean += tl.sum(x * probs[m], 1)
+        alongs, means = alongs + (along,), means + (mean,)
+    return sums, alongs, means
 
 
 @triton.jit
 def tile_gradients(
-    tiles, column, y, fused_lse, coefficients, lses, measured, weights, energy_grads, measure_grads, counts, labels,
-    makers, grad_fused, in_tile, num_classes, M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+    tiles, column, rows, reduced, labels, makers, grad_fused, in_tile, num_classes,
+    M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of M tiles of logits. ``coefficients`` holds the M modalities' and the fused row's."""
-    f, _ = fuse_tile(tiles, weights, counts, in_tile, M)
+    """The gradients of M tiles of logits."""
+    pulls, owns, probs = _parts(tiles, column, rows, labels, makers, grad_fused, in_tile, num_classes, M, RULES, ACC)
+    counts, factors, sums = rows[6], rows[7], rows[10]
+    out = ()
+    for m in tl.static_range(M):
+        grad = pulls[m] + owns[m]
+        along = reduced[1][m]
+        if RULES.strict:
+            total = sums[m]
+            if RULES.mixed:
+                total = reduced[0][m]
+            grad -= probs[m] * total[:, None]
+            along -= total * reduced[2][m]
+        if RULES.normed:
+            x = tl.where(counts[m][:, None], tiles[m], 0.0)
+            grad = normalize_backward(grad, x, along, factors[m], makers, ACC)
+        out = out + (grad,)
+    return out
+
+
+@triton.jit
+def _parts(
+    tiles, column, rows, labels, makers, grad_fused, in_tile, num_classes,
+    M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Tiles of gradients per modality: through the fused row, of logits or, where probabilities are combined, of
+    log-probabilities; of the modality's own loss and uncertainty; and its softmax.
+    """
+    (
+        y, fused_lse, coefficients, lses, measured, shares, counts, _, energy_grads, measure_grads, _,
+        means, weight_pulls, grad_sum,
+    ) = rows  # fmt: skip
+    f, votes = combine_tile(tiles, lses, shares, counts, in_tile, makers, num_classes, M, RULES, ACC)
     grad_f = tl.zeros_like(f)
     label = column[None, :] == y[:, None]
     share_of_class = tl.zeros_like(f)
+    fused_probs = tl.zeros_like(f)
+    if RULES.losses or RULES.mixed:
+        # Both NaN where the fused row has no loss.
+        fused_probs = tl.exp((f - fused_lse[0][:, None]) - fused_lse[1][:, None])
+        fused_probs = tl.where(fused_probs == fused_probs, fused_probs, 0.0)
     if RULES.losses:
         if RULES.smoothing:
             share_of_class = class_weights(labels, column, num_classes, RULES, ACC)[None, :]
         hard, soft, share = coefficients[M]
-        # Both NaN where the fused row has no loss.
-        probs = tl.exp((f - fused_lse[0][:, None]) - fused_lse[1][:, None])
-        grad_f = share[:, None] * tl.where(probs == probs, probs, 0.0) - tl.where(label, hard[:, None], 0.0)
+        grad_f = share[:, None] * fused_probs - tl.where(label, hard[:, None], 0.0)
         if RULES.smoothing:
             grad_f -= soft[:, None] * share_of_class
     if grad_fused is not None:
         grad_f += grad_fused
+        if RULES.mixed:
+            grad_f -= fused_probs * grad_sum[:, None]
+    if RULES.combine == "mixture":
+        # w = <softmax(f), v>, whose slope in f is softmax(f) (v - w).
+        for m in tl.static_range(M):
+            grad_f += fused_probs * weight_pulls[m][:, None] * (votes[m] - means[m][:, None])
     grad_f = tl.where(f == -float("inf"), 0.0, grad_f)
-    out = ()
+    pulls, owns, softmaxes = (), (), ()
     for m in tl.static_range(M):
         counted = counts[m][:, None]
-        grad = weights[m][:, None] * grad_f
+        if RULES.combine == "logits":
+            pull = shares[m][:, None] * grad_f
+        elif RULES.combine == "mixture":
+            pull = votes[m] * (grad_f + weight_pulls[m][:, None] * fused_probs * (1.0 - votes[m]))
+        else:
+            pull = votes[m] * grad_f
         probs = tl.where(counted, tl.exp((tiles[m] - lses[0][m][:, None]) - lses[1][m][:, None]), 0.0)
         tempered = probs
         if RULES.tempered:
             scaled = tiles[m] / coefficient(makers.temperature, m, ACC)
             tempered = tl.where(counted, tl.exp((scaled - lses[2][m][:, None]) - lses[3][m][:, None]), 0.0)
+        own = -energy_grads[m][:, None] * tempered
         if RULES.losses:
             hard, soft, share = coefficients[m]
-            grad += share[:, None] * probs - tl.where(label, hard[:, None], 0.0)
+            own += share[:, None] * probs - tl.where(label, hard[:, None], 0.0)
             if RULES.smoothing:
-                grad -= soft[:, None] * share_of_class
-        grad -= energy_grads[m][:, None] * tempered
+                own -= soft[:, None] * share_of_class
         if RULES.measured:
             slopes = slope(m, tiles[m], lses, measured[m], counts[m], makers, num_classes, RULES, ACC)
-            grad += measure_grads[m][:, None] * slopes
-        out = out + (grad,)
-    return out
+            own += measure_grads[m][:, None] * slopes
+        pulls, owns, softmaxes = pulls + (pull,), owns + (own,), softmaxes + (probs,)
+    return pulls, owns, softmaxes

@@ -16,7 +16,9 @@ class Rules(NamedTuple):
     """What the kernels are compiled for, besides M and the tile."""
 
     losses: bool  # there are labels; without, fusion alone
-    uncertainty: str  # "energy", "msp", "entropy", "evidence", or "given" for weights that are ready
+    uncertainty: (
+        str  # "energy", "msp", "entropy", "evidence"; "given" or "made" for weights that are ready, or come last
+    )
     tempered: bool  # T is given, and not 1
     nonnegative: bool
     normalize: bool
@@ -30,16 +32,23 @@ class Rules(NamedTuple):
     reads: bool = False  # kappa, or a history
     minmax: bool = False
     records: bool = False
-    measured: bool = False  # the uncertainty is none of "energy" and "given"
+    measured: bool = False  # the uncertainty is "msp", "entropy" or "evidence"
+    combine: str = "logits"
+    strict: bool = False  # only rows that are finite throughout count
+    mixed: bool = False  # "mixture" or "product", which make the weights
+    normed: bool = False  # LogitNorm
 
 
 class Makers(NamedTuple):
-    """What makes the weights: pointers to ``[M]`` each, and to ``[M, R]`` weights that are ready."""
+    """What makes the weights: pointers to ``[M]`` each, and to ``[M, R]`` weights that are ready; and numbers."""
 
     weights: Any
     alpha: Any
     beta: Any
     temperature: Any
+    static: Any  # a mixture's
+    odds: Any  # numbers in two parts: a mixture's
+    norm: Any  # LogitNorm's temperature
 
 
 class Labels(NamedTuple):
@@ -56,17 +65,18 @@ class Stats(NamedTuple):
 
     top: int  # M, largest logit
     logs: int  # M, log-sum-exp less that; NaN in a row that does not count
-    product: int  # M, <softmax(f), x[m]>
+    product: int  # M, <softmax(f), x[m]>, or the votes that stand for x[m]
     fused_top: int
     fused_logs: int  # NaN where the fused row has no loss
     fused_loss: int
     tempered_top: int  # M, the same for x / T
     tempered_logs: int
     measure: int  # M, see ``measures``
-    ruled: int  # M, sum of the class weights times x[m] over the classes that are not ruled out
+    ruled: int  # M, sum of the class weights times the votes over the classes that are not ruled out
     numerator: int  # M + 1, a row's share in its mean's numerator
     denominator: int  # M + 1
     mass: int  # sum of the class weights
+    factors: int  # 2 M, LogitNorm's
     size: int
 
 
@@ -87,6 +97,7 @@ def plan_stats(num: int, rules: Rules) -> Stats:
         "numerator": (num + 1) * (rules.weighted or rules.smoothing),
         "denominator": (num + 1) * (rules.weighted or rules.smoothing),
         "mass": int(rules.smoothing),
+        "factors": 2 * num * rules.normed,
     }
     starts, end = [], 0
     for size in sizes.values():
@@ -174,6 +185,8 @@ def raw_weight(m, lse, u, makers, row, present_row, num_rows, RULES: tl.constexp
         u = energy
     if RULES.uncertainty == "given":
         raw = tl.load(makers.weights + m * num_rows + row, present_row, other=0.0).to(ACC)
+    elif RULES.uncertainty == "made":
+        raw = tl.zeros_like(lse)
     else:
         raw = coefficient(makers.alpha, m, ACC) * u + coefficient(makers.beta, m, ACC)
     return raw, energy, u

@@ -98,9 +98,10 @@ def step(
     smoothing: float = 0.0,
     every: bool = False,
     backward: bool = True,
+    **rule_options: Any,
 ) -> None:
     """A training step of M heads ``[*rows, K]``, N samples; ``options``: temperatures, normalised, masked, weighted
-    classes, smoothing and makers' gradients; ``every``: gradients of all outputs come in.
+    classes, smoothing and makers' gradients; ``every``: gradients of all outputs come in; the rest: the rule's.
     """
 
     def meta(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -109,7 +110,8 @@ def step(
     kind = getattr(torch, dtype)
     heads = [meta(*rows, classes, dtype=kind) for _ in range(num)]
     target = meta(*rows, dtype=torch.int64)
-    rule = fusion.WeightRule(None, meta(num), meta(num), meta(num) if options else None, False, options)
+    rule = fusion.WeightRule(None, meta(num), meta(num), meta(num) if options else None, None, False, options)
+    rule = rule._replace(**rule_options)
     present = meta(num, *rows, dtype=torch.bool) if options else None
     class_weight = meta(classes) if options else None
     smoothing = 0.1 if options else smoothing
@@ -128,11 +130,11 @@ def step(
         fused.objective_backward(grads, kept, heads, target, rule, loss_rule, False, options or every)
 
 
-def fuse(num: int, rows: tuple[int, ...], classes: int, dtype: str = "float32") -> None:
+def fuse(num: int, rows: tuple[int, ...], classes: int, dtype: str = "float32", **rule_options: Any) -> None:
     """Fusion alone, forward and backward."""
     heads = [torch.empty((*rows, classes), dtype=getattr(torch, dtype), device="meta") for _ in range(num)]
     maker = torch.empty(num, dtype=torch.float64, device="meta")
-    rule = fusion.WeightRule(None, maker, maker, maker, True, True)
+    rule = fusion.WeightRule(None, maker, maker, maker, None, True, True)._replace(**rule_options)
     out = fused.fuse(heads, None, rule)
     fused.fuse_backward(out, out[2], heads, rule, False, True)
 
@@ -164,6 +166,17 @@ OPTIONS = {
     "nyud2 in three": lambda: step(2, (256,), 10, 795),
     "six views": lambda: step(6, (200,), 10, 1600),
 }
+MIXTURE: dict[str, Any] = {"combine": "mixture", "odds": 0.3, "normalize_logits": 0.1}
+POOL: dict[str, Any] = {"combine": "probabilities", "normalize_logits": 0.1}
+RULES = {
+    "LogitNorm": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16", normalize_logits=0.04),
+    "probabilities": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16", **POOL),
+    "mixture": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16", **MIXTURE),
+    "mixture of a million classes": lambda: step(2, (4,), 1_000_000, 1000, **MIXTURE),
+    "small mixture": lambda: step(2, (32,), 101, 60101, single=True, smoothing=0.1, **MIXTURE),
+    "small probabilities": lambda: step(2, (256,), 10, 795, single=True, uncertainty="entropy", **POOL),
+    "fused mixture": lambda: fuse(3, (65_536,), 1000, temperature=None, nonnegative=False, normalize=False, **MIXTURE),
+}
 MANY = {
     "eight modalities": lambda: step(8, (65_536,), 1000, 100_000),
     "sixteen modalities": lambda: step(16, (65_536,), 1000, 100_000, "bfloat16"),
@@ -182,7 +195,7 @@ BRIEF = {
     "dense": LARGE["dense"],
     "everything": OPTIONS["everything"],
 }
-SUITES = {"brief": BRIEF, "small": SMALL, "large": LARGE, "options": OPTIONS, "many": MANY}
+SUITES = {"brief": BRIEF, "small": SMALL, "large": LARGE, "options": OPTIONS, "rules": RULES, "many": MANY}
 
 
 def main(target: str, suite: str) -> list[dict[str, Any]]:

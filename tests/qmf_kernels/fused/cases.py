@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
     def at(self, dtype: torch.dtype) -> "Case":
         logits = [x.to(dtype).contiguous() for x in self.logits]
-        rule = WeightRule(*(None if x is None else x.to(dtype).contiguous() for x in self.rule[:4]), *self.rule[4:])
+        rule = WeightRule(*(None if x is None else x.to(dtype).contiguous() for x in self.rule[:5]), *self.rule[5:])
         return self._replace(logits=logits, rule=rule)
 
     def tensors(self) -> list[Tensor]:
@@ -111,7 +111,14 @@ def fill(shape: tuple[int, ...], values: str, generator: torch.Generator) -> Ten
 
 
 @st.composite
-def cases(draw: Any, batches: tuple[int, ...], classes: tuple[int, ...], positions: tuple[Any, ...] = ((),)) -> Case:
+def cases(
+    draw: Any,
+    batches: tuple[int, ...],
+    classes: tuple[int, ...],
+    positions: tuple[Any, ...] = ((),),
+    combinations: tuple[str, ...] = ("logits",),
+    norms: tuple[float | None, ...] = (None,),
+) -> Case:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rand = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     num, num_classes = draw(st.sampled_from((2, 3, 1, 5))), draw(st.sampled_from(classes))
@@ -142,7 +149,12 @@ def cases(draw: Any, batches: tuple[int, ...], classes: tuple[int, ...], positio
     ready = lay(rand(num, *rows).to(dtype), draw(st.sampled_from(("contiguous", "reversed")))) if given else None
     alpha, beta = -0.1 - rand(num).float(), rand(num).float()
     temperature = 0.25 + 2 * rand(num).float() if one_in(3) else None
-    rule = WeightRule(ready, alpha, beta, temperature, one_in(3), one_in(3))
+    combine, norm = draw(st.sampled_from(combinations)), draw(st.sampled_from(norms))
+    if combine in ("mixture", "product"):
+        static = torch.where(rand(num) < 0.5, torch.nan, 0.1 + 0.9 * rand(num)) if one_in(3) else None
+        rule = WeightRule(None, alpha, beta, None, static, combine=combine, normalize_logits=norm, odds=0.3)
+    else:
+        rule = WeightRule(ready, alpha, beta, temperature, None, one_in(3), one_in(3), "energy", combine, norm)
     class_weight = None
     if one_in(3):
         class_weight = torch.where(rand(num_classes) < 0.2, 0, rand(num_classes)).float()

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_kernels import fusion, objective
 from qmf_kernels.fused import operators as fused
 from qmf_kernels.trajectory import Past
@@ -26,14 +27,23 @@ def launched(monkeypatch):
 
 
 def makers(num, temperature=None):
-    return fusion.WeightRule(None, torch.full((num,), -0.1), torch.zeros(num), temperature, False, False)
+    return fusion.WeightRule(None, torch.full((num,), -0.1), torch.zeros(num), temperature)
 
 
-def train(num, rows, classes, single, pairs="adjacent", past=None, smoothing=0.0):
+RULES = {
+    "LogitNorm": {"normalize_logits": 0.1},
+    "entropy": {"uncertainty": "entropy"},
+    "probabilities": {"combine": "probabilities", "normalize_logits": 0.1},
+    "mixture": {"combine": "mixture", "static": torch.tensor([0.5, torch.nan])},
+    "product": {"combine": "product"},
+}
+
+
+def train(num, rows, classes, single, pairs="adjacent", past=None, smoothing=0.0, **rule):
     heads = [torch.randn(*rows, classes) for _ in range(num)]
     target = torch.randint(classes, rows)
     loss_rule = objective.LossRule(None, smoothing, -100, 0.1, "paper", pairs)
-    rule = makers(num)
+    rule = makers(num)._replace(**rule)
     past = past or make_past(num, 50)._replace(samples=torch.arange(rows[0]))
     out, d_logits, _, kept = fused.objective(
         heads, target, None, None, rule, loss_rule, False, single, False, True, past
@@ -75,11 +85,29 @@ def test_dense_prediction_takes_one_more(launched):
     assert launched == ["forward_kernel", "positions_kernel", "bookkeeping_kernel", "backward_kernel"]
 
 
-def test_fusion_alone_takes_one_each_way(launched):
-    heads = [torch.randn(4, 3) for _ in range(2)]
-    out = fused.fuse(heads, None, makers(2))
-    fused.fuse_backward(out, out[2], heads, makers(2), False, False)
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_takes_as_many(launched, name):
+    train(2, (5,), 3, single=False, smoothing=0.1, **RULES[name])
+    train(2, (5,), 3, single=True, smoothing=0.1, **RULES[name])
+    assert launched == ["forward_kernel", "bookkeeping_kernel", "backward_kernel", "single_kernel", "scale_kernel"]
+
+
+@pytest.mark.parametrize("name", ["plain", *RULES])
+def test_fusion_alone_takes_one_each_way(launched, name):
+    heads, rule = [torch.randn(4, 3) for _ in range(2)], makers(2)._replace(**RULES.get(name, {}))
+    out = fused.fuse(heads, None, rule)
+    fused.fuse_backward(out, out[2], heads, rule, False, False)
     assert launched == ["forward_kernel", "backward_kernel"]
+
+
+def test_a_training_step_of_robust_is_nothing_but_launches(launched, monkeypatch):
+    """But for its statistics, which are more than a row's business."""
+    fusion = QualityAwareFusion.robust(2, gather=False, normalize_logits=0.1)
+    criterion = QMFLoss(fusion, 50, backend="triton")
+    heads = [torch.randn(5, 3, requires_grad=True) for _ in range(2)]
+    monkeypatch.setattr(torch, "log_softmax", None)
+    criterion(heads, torch.arange(5) % 3, torch.arange(5)).loss.backward()
+    assert launched == ["single_kernel", "scale_kernel"]
 
 
 def losses(heads, target, past=None, single=False):

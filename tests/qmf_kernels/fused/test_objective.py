@@ -176,7 +176,7 @@ def test_equals_autograd_through_the_equations(single, form, masked):
     )
     grads = torch.autograd.grad(expected["loss"], leaves)
 
-    rule = fusion.WeightRule(None, *coefficients, True, False)
+    rule = fusion.WeightRule(None, *coefficients, None, True, False)
     loss_rule = objective.LossRule(weight, 0.1, -100, 0.7, form, "all")
     out, d_logits, _, kept = fused.objective(heads, target, kappa, present, rule, loss_rule, False, single, False, True)
     for ours, name in zip(
@@ -195,7 +195,7 @@ def test_more_row_dimensions_than_a_kernel_walks_are_copied():
     heads = [torch.randn(2, 3, 2, 2, 4).permute(3, 2, 1, 0, 4), torch.randn(2, 2, 3, 2, 4)]
     case = Case(
         heads, torch.randint(4, (2, 2, 3, 2)), torch.rand(2, 2), torch.rand(2, 2, 2, 3, 2) > 0.3,
-        fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None, False, False),
+        fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None, None, False, False),
         objective.LossRule(None, 0.0, -100, 0.1, "paper", "adjacent"), False,
     )  # fmt: skip
     grads = incoming(case, [True] * 7, False, torch.Generator().manual_seed(0))
@@ -208,7 +208,7 @@ def test_samples_without_any_modality_leave_the_others_as_they_were():
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(5, 6, generator=generator) for _ in range(2)]
     target, kappa = torch.arange(5), torch.rand(2, 5, generator=generator)
-    rule = fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None, False, True)
+    rule = fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None, None, False, True)
     loss_rule = objective.LossRule(None, 0.0, -100, 0.1, "paper", "all")
     none = Case(heads, target, kappa, torch.zeros(2, 5, dtype=torch.bool), rule, loss_rule, False)
     for single in (False, True):

@@ -43,7 +43,7 @@ def copy(past):
 
 def step(past, heads, target, loss_rule, single, poison):
     num = len(heads)
-    rule = fusion.WeightRule(None, -0.1 - torch.arange(num) / 10, torch.full((num,), 0.5), None, False, False)
+    rule = fusion.WeightRule(None, -0.1 - torch.arange(num) / 10, torch.full((num,), 0.5), None)
     with poisoned(poison):
         out, d_logits, _, kept = fused.objective(
             heads, target, None, None, rule, loss_rule, False, single, False, False, past=past
