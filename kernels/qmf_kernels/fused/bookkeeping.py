@@ -13,8 +13,6 @@ from .history import find_range, record_samples
 from .ranking import count_pairs, rank_adjacent, rank_all
 from .rows import number, widen
 
-MOVED = tl.constexpr(1)  # slots of a program's sums: the history's flag, then the hinges, numerators, denominators
-
 
 class Samples(NamedTuple):
     """Pointers to what the forward left of each sample, ``[M, B]``; the fused row's ``[B]``."""
@@ -60,7 +58,9 @@ def book_samples(
     program, programs, samples, results, trajectory, partial, batch,
     M: tl.constexpr, SB: tl.constexpr, JB: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Block ``program`` of SB samples; its sums go into ``partial``, float64 ``[2 M + 4, programs]``."""
+    """Block ``program`` of SB samples; its sums go into ``partial``, float64 ``[2 M + 4, programs]``: the hinges,
+    whether the history's range has moved, M + 1 numerators and as many denominators.
+    """
     batch = widen(batch)
     sample = widen(program) * SB + tl.arange(0, SB)
     inside = sample < batch
@@ -86,7 +86,7 @@ def book_samples(
     if RULES.records:
         moved = record_samples(trajectory, samples.past, samples.losses, sample, batch, M, RULES)
     tl.store(partial + program, hinges)
-    tl.store(partial + MOVED * programs + program, moved.to(tl.float64))
+    tl.store(partial + programs + program, moved.to(tl.float64))
     for m in range(M + 1):
         numerator, denominator = _shares(samples, m, sample, inside, batch, M, ACC)
         tl.store(partial + (2 + m) * programs + program, numerator)
@@ -131,7 +131,7 @@ def finish_sums(
     tl.store(results.ranking, ranking.to(ACC))
     tl.store(results.loss, (loss + number(ranking_weight, tl.float64) * ranking).to(ACC))
     if RULES.records:
-        if _sum_slot(partial, MOVED, programs, GB) > 0:
+        if _sum_slot(partial, 1, programs, GB) > 0:
             find_range(trajectory, M)
 
 

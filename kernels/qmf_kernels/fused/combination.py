@@ -9,20 +9,17 @@ import triton.language as tl
 
 from .rows import coefficient, keep_finite, number, widen
 
-_LEAST_SHARE = tl.constexpr(1e-12)
-_LOG_LEAST_RATIO = tl.constexpr(-27.631021115928547)
-_LEAST_ODDS = tl.constexpr(1e-6)
-
 
 @triton.jit
 def odds(m, makers, ACC: tl.constexpr):
     """A modality's rho, and its static weight, NaN where it has none."""
+    least: tl.constexpr = 1e-6
     rho = number(makers.odds, ACC)
     fixed = tl.full((), float("nan"), ACC)
     if makers.static is not None:
         fixed = coefficient(makers.static, m, ACC)
-        held = 1.0 / tl.minimum(tl.maximum(fixed, _LEAST_ODDS), 1.0) - 1.0
-        rho = tl.maximum(tl.where(fixed == fixed, held, rho), _LEAST_ODDS)
+        held = 1.0 / tl.minimum(tl.maximum(fixed, least), 1.0) - 1.0
+        rho = tl.maximum(tl.where(fixed == fixed, held, rho), least)
     return rho, fixed
 
 
@@ -33,7 +30,7 @@ def row_shares(weights, counts, M: tl.constexpr, RULES: tl.constexpr):
         top = tl.where(counts[0], 0.0, 0.0).to(weights[0].dtype) - float("inf")
         logs = ()
         for m in tl.static_range(M):
-            log = tl.where(counts[m], tl.log(tl.maximum(weights[m], _LEAST_SHARE)), -float("inf"))
+            log = tl.where(counts[m], tl.log(tl.maximum(weights[m], 1e-12)), -float("inf"))
             top = tl.maximum(top, log)
             logs = logs + (log,)
         top = tl.where(top == -float("inf"), 0.0, top)
@@ -103,6 +100,7 @@ def _pool(tiles, lses, shares, counts, in_tile, M: tl.constexpr):
 
 @triton.jit
 def _mix(tiles, lses, counts, in_tile, makers, num_classes, M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr):
+    least: tl.constexpr = -27.631021115928547  # log(1e-12)
     log_classes = tl.log(widen(num_classes).to(ACC))
     fused = tl.zeros_like(tiles[0])
     votes = ()
@@ -116,8 +114,8 @@ def _mix(tiles, lses, counts, in_tile, makers, num_classes, M: tl.constexpr, RUL
             term = tl.log(1.0 + ratio / rho)
         else:
             share = 1.0 / (1.0 + rho)
-            vote = tl.where(log_ratio >= _LOG_LEAST_RATIO, share, 0.0)
-            term = tl.maximum(log_ratio, _LOG_LEAST_RATIO) * share
+            vote = tl.where(log_ratio >= least, share, 0.0)
+            term = tl.maximum(log_ratio, least) * share
         fused += tl.where(counted, term, 0.0)
         votes = votes + (tl.where(counted, vote, 0.0),)
     return tl.where(in_tile, fused, -float("inf")), votes
@@ -181,7 +179,7 @@ def share_gradients(sums, weights, shares, counts, M: tl.constexpr, RULES: tl.co
             whole += sums[m]
         out = ()
         for m in tl.static_range(M):
-            free = counts[m] & (weights[m] > _LEAST_SHARE)
+            free = counts[m] & (weights[m] > 1e-12)
             grad = (sums[m] - tl.exp(shares[m]) * whole) / tl.where(free, weights[m], 1.0)
             out = out + (tl.where(free, grad, 0.0),)
         return out

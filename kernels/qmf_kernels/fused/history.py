@@ -11,9 +11,6 @@ import triton.language as tl
 
 from .rows import widen
 
-RANGE_BLOCK = tl.constexpr(512)
-_TINY = tl.constexpr(2.2250738585072014e-308)
-
 
 class Trajectory(NamedTuple):
     """Pointers as in ``qmf_kernels.trajectory``, and numbers; ``history`` is None where kappa alone is given."""
@@ -120,9 +117,11 @@ def _record(trajectory, m, kappa, count_before, losses, index, there, M: tl.cons
 @triton.jit
 def find_range(trajectory, M: tl.constexpr):
     """Set ``low`` and ``span`` from the whole history, by one program."""
-    lane = tl.arange(0, RANGE_BLOCK)
+    BLOCK: tl.constexpr = 512
+    tiny: tl.constexpr = 2.2250738585072014e-308
+    lane = tl.arange(0, BLOCK)
     for m in range(M):
-        least = tl.full((RANGE_BLOCK,), float("inf"), tl.float64)
+        least = tl.full((BLOCK,), float("inf"), tl.float64)
         most = -least
         start = tl.zeros((), tl.int64)
         while start < trajectory.num_samples:
@@ -132,8 +131,8 @@ def find_range(trajectory, M: tl.constexpr):
             mean = total / tl.where(some, count, 1.0)
             least = tl.minimum(least, tl.where(some, mean, float("inf")))
             most = tl.maximum(most, tl.where(some, mean, -float("inf")))
-            start += RANGE_BLOCK
+            start += BLOCK
         low = tl.min(least, 0)
         span = tl.max(most, 0) - low
         tl.store(trajectory.low + m, low)
-        tl.store(trajectory.span + m, tl.where(span > _TINY, span, _TINY))
+        tl.store(trajectory.span + m, tl.where(span > tiny, span, tiny))
