@@ -27,11 +27,17 @@ def move(x: Any) -> Any:
 
 
 def make_step(
-    modalities: int, batch: int, classes: int, samples: int = 4096, dtype: torch.dtype = torch.float32, **options: Any
+    modalities: int,
+    batch: int,
+    classes: int,
+    samples: int = 4096,
+    dtype: torch.dtype = torch.float32,
+    make: Callable[[int], QualityAwareFusion] = QualityAwareFusion,
+    **options: Any,
 ) -> tuple[QMFLoss, list[Tensor], Tensor, Tensor]:
     """A criterion, logits that want gradients, targets and indices, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    fusion = QualityAwareFusion(modalities)
+    fusion = make(modalities)
     criterion = QMFLoss(fusion, samples, return_logits=False, **options).to(DEVICE)
     rows = [torch.randn(batch, classes, generator=generator).to(DEVICE, dtype) for _ in range(modalities)]
     target = torch.randint(classes, (batch,), generator=generator).to(DEVICE)

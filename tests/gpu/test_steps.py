@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,14 @@ OPTIONS = {
 }
 
 
+RULES: dict[str, Callable[[int], QualityAwareFusion]] = {
+    "entropy": lambda m: QualityAwareFusion(m, uncertainty="entropy", normalize=True),
+    "LogitNorm": lambda m: QualityAwareFusion(m, normalize_logits=0.1),
+    "probabilities": lambda m: QualityAwareFusion(m, combine="probabilities", normalize_logits=0.1),
+    "robust": lambda m: QualityAwareFusion.robust(m, gather=False),
+}
+
+
 def train(criterion: QMFLoss, rows: list[Tensor], target: Tensor, index: Tensor) -> Tensor:
     loss = criterion(rows, target, index).loss
     for x in rows:
@@ -42,6 +51,35 @@ def test_three_launches_for_any_number_of_modalities(options: dict[str, Any]) ->
         assert gpu.ours(found) == {"forward": 1, "bookkeeping": 1, "backward": 1}, found.names
         totals.add((found.kernels, found.copies))
     assert len(totals) == 1, totals
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_takes_as_many_launches_and_waits_for_nothing(rule: str) -> None:
+    for shape, expected in (
+        ((3, 1000, 100), {"forward": 1, "bookkeeping": 1, "backward": 1}),
+        ((2, 32, 10), {"single": 1, "scale": 1}),
+    ):
+        step = gpu.make_step(*shape, make=RULES[rule])
+        found = gpu.launches_of(lambda step=step: train(*step))
+        assert gpu.ours(found) == expected, found.names
+        assert found.kernels - found.ours + found.copies <= 1, found.names
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train(*step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_statistics_of_robust_are_gathered_without_waiting() -> None:
+    step = gpu.make_step(2, 64, 10, make=QualityAwareFusion.robust)
+    train(*step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(*step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_nothing_but_ours_and_the_gradient_of_the_loss_is_launched() -> None:

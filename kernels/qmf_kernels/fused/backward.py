@@ -50,7 +50,8 @@ def _log_sum_exps(
     RULES: tl.constexpr, SLOTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Which rows count, and their log-sum-exps in two parts; of x / T too where that is not x; the measures of the
-    uncertainty, and LogitNorm's factors. Fusion alone reads the row once more for more than the first.
+    uncertainty, and LogitNorm's factors. Fusion alone reads the rows for them: its energies, rounded to one number
+    each, would not do where logits are large.
     """
     counts, tops, logs, tempered_tops, tempered_logs, measured, factors = (), (), (), (), (), (), ()
     for m in tl.static_range(M):
@@ -58,18 +59,11 @@ def _log_sum_exps(
         if kept.stats is None:
             energy = tl.load(kept.energy + m * num_rows + row, in_row, other=float("inf"))
             counted = energy < float("inf")
-            if RULES.measured or RULES.strict or RULES.normed:
-                found, _, factor = scan(
-                    logits[m], offsets[m], strides[m], m, makers, in_row, num_classes, DIMS, KB, TILES, RULES, ACC
-                )
-                top, log, tempered_top, tempered_log, number = summarize(found, counted, num_classes, RULES, ACC)
-                factor = keep_factors(factor, counted, RULES)
-            else:
-                lse = tl.where(counted, -energy, 0.0)
-                if RULES.tempered:
-                    lse = lse / coefficient(makers.temperature, m, ACC)
-                top, log, tempered_top, tempered_log = lse, tl.zeros_like(lse), lse, tl.zeros_like(lse)
-                number = log
+            found, _, factor = scan(
+                logits[m], offsets[m], strides[m], m, makers, in_row, num_classes, DIMS, KB, TILES, RULES, ACC
+            )
+            top, log, tempered_top, tempered_log, number = summarize(found, counted, num_classes, RULES, ACC)
+            factor = keep_factors(factor, counted, RULES)
         else:
             place = kept.stats + m * num_rows + row
             top = tl.load(place + SLOTS.top * num_rows, in_row, other=0.0)

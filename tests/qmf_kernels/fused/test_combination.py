@@ -50,7 +50,7 @@ def test_one_launch(case, how, wanted):
     eager, truth = test_objective.compute(case.eager, unit), test_objective.compute(case.wide, unit)
     for m, d in enumerate(d_logits):
         name = f"d_logits[{m}]"
-        assert_errors_close(name, d, eager[name], truth[name], 1 + test_objective.size(case))
+        assert_errors_close(name, d, eager[name], truth[name], 1 + test_objective.size(case), case.steepness)
 
 
 @bounded(14)
@@ -67,7 +67,7 @@ def test_forward_and_backward(case, how, seed):
     for i, name in enumerate(("fused", "weights", "energy")):
         assert_errors_close(name, out[i], eager[0][i], truth[0][i], size)
     for m, d in enumerate(d_logits):
-        assert_errors_close(f"d_logits[{m}]", d, eager[1][m], truth[1][m], size)
+        assert_errors_close(f"d_logits[{m}]", d, eager[1][m], truth[1][m], size, case.steepness)
     if case.rule.combine not in ("mixture", "product") and case.rule.weights is None:
         for name in ("alpha", "beta"):
             assert_errors_close(name, *(getattr(x, name) for x in (d_makers, eager[2], truth[2])), size)
