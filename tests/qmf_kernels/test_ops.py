@@ -72,11 +72,20 @@ def test_opcheck_fuse(rule, dtype, present, backend):
         torch.library.opcheck(ops.fuse_backward.default, inputs)
 
 
-@RULES
-@PRESENT
-@pytest.mark.parametrize("loss_rule", [LOSS_RULE, SMOOTH_RULE], ids=["plain", "smooth"])
-@BACKENDS
-def test_opcheck_objective(rule, dtype, present, loss_rule, backend):
+# In the interpreter, where each takes seconds, every rule with one mask and one loss's options.
+OBJECTIVES = [
+    pytest.param(i, dtype, masked, smooth, backend, marks=marks)
+    for i, dtype in enumerate([*DTYPES, *DTYPES, *DTYPES[:2]])
+    for masked in (False, True)
+    for smooth in (False, True)
+    for backend, marks in ((None, ()), ("triton", NEEDS_TRITON))
+    if backend is None or (masked, smooth) == (i % 2 == 0, i % 3 == 0)
+]
+
+
+@pytest.mark.parametrize(("rule", "dtype", "masked", "smooth", "backend"), OBJECTIVES)
+def test_opcheck_objective(rule, dtype, masked, smooth, backend):
+    present, loss_rule = MASK if masked else None, SMOOTH_RULE if smooth else LOSS_RULE
     kappa = randn(NUM, BATCH, seed=5).abs()
     inputs = (logits(dtype), torch.tensor([0, 1, 2, 4]), kappa, present, *rules(dtype)[rule], *loss_rule)
     tests = WITH_NAN if present is not None else (*WITH_NAN, "test_aot_dispatch_dynamic")

@@ -107,7 +107,9 @@ def tile_gradients(
     counts, factors, sums = rows[6], rows[7], rows[10]
     out = ()
     for m in tl.static_range(M):
-        grad = pulls[m] + owns[m]
+        grad = owns[m]
+        if RULES.mixed or RULES.normed:
+            grad += pulls[m]
         along = reduced[1][m]
         if RULES.strict:
             total = sums[m]
@@ -128,7 +130,8 @@ def _parts(
     M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Tiles of gradients per modality: through the fused row, of logits or, where probabilities are combined, of
-    log-probabilities; of the modality's own loss and uncertainty; and its softmax.
+    log-probabilities; of the modality's own loss and uncertainty, to which the first is added already where no sum over
+    the row needs it alone; and its softmax.
     """
     (
         y, fused_lse, coefficients, lses, measured, shares, counts, _, energy_grads, measure_grads, _,
@@ -173,12 +176,15 @@ def _parts(
         if RULES.tempered:
             scaled = tiles[m] / coefficient(makers.temperature, m, ACC)
             tempered = tl.where(counted, tl.exp((scaled - lses[2][m][:, None]) - lses[3][m][:, None]), 0.0)
-        own = -energy_grads[m][:, None] * tempered
+        own = tl.zeros_like(pull)
+        if not (RULES.mixed or RULES.normed):
+            own = pull
         if RULES.losses:
             hard, soft, share = coefficients[m]
             own += share[:, None] * probs - tl.where(label, hard[:, None], 0.0)
             if RULES.smoothing:
                 own -= soft[:, None] * share_of_class
+        own -= energy_grads[m][:, None] * tempered
         if RULES.measured:
             slopes = slope(m, tiles[m], lses, measured[m], counts[m], makers, num_classes, RULES, ACC)
             own += measure_grads[m][:, None] * slopes

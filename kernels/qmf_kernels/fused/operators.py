@@ -89,7 +89,7 @@ def fuse(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> 
     weights, energy = (first.new_empty((len(logits), *first.shape[:-1]), dtype=dtype) for _ in range(2))
     rows = lay_rows(logits, present, fused)
     rules = make_rules(rule)
-    tiling = tile(len(logits), rows.num_classes, rows.num_rows, dtype == torch.float64)
+    tiling = tile(len(logits), rows.num_classes, rows.num_rows, dtype == torch.float64, crowded=rules.crowded)
     launch(
         forward_kernel,
         -(-rows.num_rows // tiling.rows),
@@ -219,7 +219,7 @@ def objective(
     partial = first.new_empty((2 * num + 4, programs), dtype=torch.float64)
     trajectory, labels = make_trajectory(kappa, past), make_labels(target, loss_rule)
     heavy = dtype == torch.float64 or (single and rules.tempered and rules.smoothing)
-    tiling = tile(num, rows.num_classes, rows.num_rows, heavy, alone=single)
+    tiling = tile(num, rows.num_classes, rows.num_rows, heavy, single, rules.crowded)
     where = (rows.logits, rows.layout.sizes, rows.layout.strides, rows.present, rows.layout.present_strides)
     written = (
         made.stats,
@@ -348,7 +348,7 @@ def _backward(
     rows = lay_rows(logits, None, *d_logits, *([] if grads.fused is None else [grads.fused]))
     written, incoming = rows.extra[:num], rows.extra[num:]
     strides = rows.layout.strides
-    tiling = tile(num, rows.num_classes, rows.num_rows, dtype == torch.float64)
+    tiling = tile(num, rows.num_classes, rows.num_rows, dtype == torch.float64, crowded=rules.crowded)
     programs = -(-rows.num_rows // tiling.rows)
     out = _maker_out(rule, rows, programs, dtype) if maker_gradients else _NO_MAKERS
     launch(

@@ -38,6 +38,11 @@ class Rules(NamedTuple):
     mixed: bool = False  # "mixture" or "product", which make the weights
     normed: bool = False  # LogitNorm
 
+    @property
+    def crowded(self) -> bool:
+        """Whether rows take more registers than those of logits that are weighed."""
+        return self.strict or self.normed
+
 
 class Makers(NamedTuple):
     """What makes the weights: pointers to ``[M]`` each, and to ``[M, R]`` weights that are ready; and numbers."""

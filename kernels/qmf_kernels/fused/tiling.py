@@ -24,9 +24,17 @@ class Tiling(NamedTuple):
     warps: int
 
 
-def tile(num_modalities: int, num_classes: int, num_rows: int, heavy: bool = False, alone: bool = False) -> Tiling:
+def tile(
+    num_modalities: int,
+    num_classes: int,
+    num_rows: int,
+    heavy: bool = False,
+    alone: bool = False,
+    crowded: bool = False,
+) -> Tiling:
     """The tile for M heads of K classes and R rows; ``heavy``: float64, or every option at once in one program, take
-    more registers per logit; ``alone``: one program walks them all, with eight warps.
+    more registers per logit, and so do, ``crowded``, rules other than a weighted sum of logits, whose rows are dearer
+    to walk; ``alone``: one program walks them all, with eight warps.
     """
     classes = power_of_two(num_classes)
     many = 2 if num_modalities > 4 else 1  # numbers per row take registers too
@@ -34,11 +42,11 @@ def tile(num_modalities: int, num_classes: int, num_rows: int, heavy: bool = Fal
         walk = _WALK // (2 * many if heavy else many)
         classes = min(1024, max(32, power_of_two(walk // num_modalities + 1) // 2))
         return Tiling(1, classes, -(-num_classes // classes), _warps(num_modalities * classes, _SHORT))
-    rows = _ROWS // (2 * many if heavy else many) // power_of_two(num_modalities * classes)
+    rows = _ROWS // (2 * many if heavy or crowded else many) // power_of_two(num_modalities * classes)
     rows = max(1, min(rows, power_of_two(num_rows), _MOST_ROWS))
     if alone:
         return Tiling(rows, classes, 1, 8)
-    warps = _warps(num_modalities * rows * classes, _SHORT if rows > 1 else _WIDE)
+    warps = _warps(num_modalities * rows * classes, _SHORT if rows > 1 or crowded else _WIDE)
     return Tiling(rows, classes, 1, max(warps, rows // 64))
 
 

@@ -169,12 +169,10 @@ OPTIONS = {
 MIXTURE: dict[str, Any] = {"combine": "mixture", "odds": 0.3, "normalize_logits": 0.1}
 POOL: dict[str, Any] = {"combine": "probabilities", "normalize_logits": 0.1}
 RULES = {
-    "LogitNorm": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16", normalize_logits=0.04),
     "probabilities": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16", **POOL),
     "mixture": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16", **MIXTURE),
     "mixture of a million classes": lambda: step(2, (4,), 1_000_000, 1000, **MIXTURE),
     "small mixture": lambda: step(2, (32,), 101, 60101, single=True, smoothing=0.1, **MIXTURE),
-    "small probabilities": lambda: step(2, (256,), 10, 795, single=True, uncertainty="entropy", **POOL),
     "fused mixture": lambda: fuse(3, (65_536,), 1000, temperature=None, nonnegative=False, normalize=False, **MIXTURE),
 }
 MANY = {
@@ -194,6 +192,7 @@ BRIEF = {
     "target in half": LARGE["target in half"],
     "dense": LARGE["dense"],
     "everything": OPTIONS["everything"],
+    "mixture": RULES["mixture"],
 }
 SUITES = {"brief": BRIEF, "small": SMALL, "large": LARGE, "options": OPTIONS, "rules": RULES, "many": MANY}
 

@@ -33,11 +33,19 @@ LAUNCHES = {
         "six views": THREE,
     },
 }
+LAUNCHES["rules"] = {
+    "probabilities": THREE,
+    "mixture": THREE,
+    "mixture of a million classes": THREE,
+    "small mixture": ONE,
+    "fused mixture": ["forward_kernel", "backward_kernel"],
+}
 LAUNCHES["brief"] = {
     "nyud2": ONE,
     "target in half": THREE,
     "dense": LAUNCHES["large"]["dense"],
     "everything": THREE,
+    "mixture": THREE,
 }
 # Where one thread block hands on what another of its steps, or another block, reads.
 BARRIERS = {"single_kernel": 3, "bookkeeping_kernel": 2}
@@ -45,7 +53,7 @@ BARRIERS = {"single_kernel": 3, "bookkeeping_kernel": 2}
 
 @pytest.mark.parametrize(
     ("target", "suite"),
-    [("cuda:90", name) for name in ("small", "large", "options")]
+    [("cuda:90", name) for name in ("small", "large", "options", "rules")]
     + [(target, "brief") for target in ("cuda:80", "cuda:100", "hip:gfx942")],
 )
 def test_compiles_without_spills(target: str, suite: str, tmp_path: Path) -> None:

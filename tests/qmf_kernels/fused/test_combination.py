@@ -15,13 +15,13 @@ from .cases import assert_errors_close, backwards, bounded, cases, poisoned, sam
 
 RULES = {"combinations": combination.NAMES, "norms": (None, 0.1, 2.0)}
 ONLY_NORMED = {"combinations": ("logits",), "norms": (0.1, 2.0)}
-ROWS = (1, 2, 7, 13), (1, 2, 3, 19, 70)
+ROWS = (1, 2, 7), (1, 2, 3, 19, 70)
 DENSE = (1, 2, 3), (1, 3, 40), ((5,), (2, 3), (3, 1, 2))
 MANY = st.one_of(cases(*ROWS, **RULES), cases(*DENSE, **RULES), cases(*ROWS, **ONLY_NORMED))
 SMALL = st.one_of(cases(*ROWS, **RULES), cases(*ROWS, **ONLY_NORMED))
 
 
-@bounded(14)
+@bounded(10)
 @given(
     MANY,
     st.sampled_from(sorted(test_objective.TILINGS)),
@@ -53,7 +53,7 @@ def test_one_launch(case, how, wanted):
         assert_errors_close(name, d, eager[name], truth[name], 1 + test_objective.size(case), case.steepness)
 
 
-@bounded(14)
+@bounded(10)
 @given(MANY, st.sampled_from(sorted(test_fusion.TILINGS)), st.integers(0, 1000))
 def test_forward_and_backward(case, how, seed):
     generator = torch.Generator().manual_seed(seed)
