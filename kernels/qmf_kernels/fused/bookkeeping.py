@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .history import find_range, record_samples
+from .history import count_visits, find_range, record_samples
 from .ranking import count_pairs, rank_adjacent, rank_all
 from .rows import number, widen
 
@@ -58,8 +58,8 @@ def book_samples(
     program, programs, samples, results, trajectory, partial, batch,
     M: tl.constexpr, SB: tl.constexpr, JB: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Block ``program`` of SB samples; its sums go into ``partial``, float64 ``[2 M + 4, programs]``: the hinges,
-    whether the history's range has moved, M + 1 numerators and as many denominators.
+    """Block ``program`` of SB samples; its sums go into ``partial``, float64 ``[3 M + 3, programs]``: the hinges,
+    for each modality whether the history's range has moved, M + 1 numerators and as many denominators.
     """
     batch = widen(batch)
     sample = widen(program) * SB + tl.arange(0, SB)
@@ -82,15 +82,16 @@ def book_samples(
                 count = tl.load(samples.positions + m * batch + sample, inside, other=1.0)
                 grad = grad / tl.where(count > 0, count, 1.0)
             tl.store(results.ranking_grad + m * batch + sample, grad, inside)
-    moved = tl.zeros((), tl.int32)
-    if RULES.records:
-        moved = record_samples(trajectory, samples.past, samples.losses, sample, batch, M, RULES)
     tl.store(partial + program, hinges)
-    tl.store(partial + programs + program, moved.to(tl.float64))
+    if RULES.records:
+        for m in range(M):
+            moved = record_samples(trajectory, samples.past, samples.losses, m, sample, batch, M, RULES)
+            tl.store(partial + (1 + m) * programs + program, moved.to(tl.float64))
+        count_visits(trajectory, sample, batch)
     for m in range(M + 1):
         numerator, denominator = _shares(samples, m, sample, inside, batch, M, ACC)
-        tl.store(partial + (2 + m) * programs + program, numerator)
-        tl.store(partial + (3 + M + m) * programs + program, denominator)
+        tl.store(partial + (1 + M + m) * programs + program, numerator)
+        tl.store(partial + (2 + 2 * M + m) * programs + program, denominator)
 
 
 @triton.jit
@@ -117,8 +118,8 @@ def finish_sums(
     """The means, the loss (Eq. 18), and the history's range if it has moved."""
     loss = tl.zeros((), tl.float64)
     for m in range(M + 1):
-        numerator = _sum_slot(partial, 2 + m, programs, GB)
-        denominator = _sum_slot(partial, 3 + M + m, programs, GB)
+        numerator = _sum_slot(partial, 1 + M + m, programs, GB)
+        denominator = _sum_slot(partial, 2 + 2 * M + m, programs, GB)
         inverse = 1.0 / tl.where(denominator > 0, denominator, 1.0)
         mean = numerator * inverse
         tl.store(results.inverse + m, inverse.to(ACC))
@@ -131,8 +132,9 @@ def finish_sums(
     tl.store(results.ranking, ranking.to(ACC))
     tl.store(results.loss, (loss + number(ranking_weight, tl.float64) * ranking).to(ACC))
     if RULES.records:
-        if _sum_slot(partial, 1, programs, GB) > 0:
-            find_range(trajectory, M)
+        for m in range(M):
+            if _sum_slot(partial, 1 + m, programs, GB) > 0:
+                find_range(trajectory, m, M)
 
 
 @triton.jit

@@ -59,32 +59,44 @@ def record_kernel(trajectory, losses, past, batch, M: tl.constexpr, SB: tl.const
         read_history(trajectory, past, start + lane, start + lane < batch, batch, M, RULES)
         start += SB
     tl.debug_barrier()
-    moved = tl.zeros((), tl.int32)
+    for m in range(M):
+        moved = tl.zeros((), tl.int32)
+        start = tl.zeros((), tl.int64)
+        while start < batch:
+            moved = tl.maximum(moved, record_samples(trajectory, past, losses, m, start + lane, batch, M, RULES))
+            start += SB
+        if moved > 0:
+            tl.debug_barrier()
+            find_range(trajectory, m, M)
     start = tl.zeros((), tl.int64)
     while start < batch:
-        moved = tl.maximum(moved, record_samples(trajectory, past, losses, start + lane, batch, M, RULES))
+        count_visits(trajectory, start + lane, batch)
         start += SB
-    if moved > 0:
-        tl.debug_barrier()
-        find_range(trajectory, M)
 
 
 @triton.jit
-def record_samples(trajectory, past, losses, sample, batch, M: tl.constexpr, RULES: tl.constexpr):
-    """Record the samples ``[SB]``, and say whether their means' range may have moved (int32, 0 or 1)."""
+def record_samples(trajectory, past, losses, m, sample, batch, M: tl.constexpr, RULES: tl.constexpr):
+    """Record a modality's losses of the samples ``[SB]``, and say whether its means' range may have moved (int32, 0 or
+    1).
+    """
     inside = sample < batch
     index = tl.load(trajectory.index + sample, inside, other=0)
     there = inside & (index >= 0) & (index < trajectory.num_samples)
-    moved = tl.zeros((), tl.int32)
-    for m in range(M):
-        place = m * batch + sample
-        loss = tl.load(losses + place, inside, other=0.0)
-        kappa = tl.load(past + place, inside, other=0.0)
-        count = tl.load(past + M * batch + place, inside, other=0.0)
-        moved = tl.maximum(moved, _record(trajectory, m, kappa, count, loss, index, there, M, RULES))
+    place = m * batch + sample
+    loss = tl.load(losses + place, inside, other=0.0)
+    kappa = tl.load(past + place, inside, other=0.0)
+    count = tl.load(past + M * batch + place, inside, other=0.0)
+    return _record(trajectory, m, kappa, count, loss, index, there, M, RULES)
+
+
+@triton.jit
+def count_visits(trajectory, sample, batch):
+    """Where visits are counted, one more of the samples ``[SB]``."""
     if trajectory.visits is not None:
+        inside = sample < batch
+        index = tl.load(trajectory.index + sample, inside, other=0)
+        there = inside & (index >= 0) & (index < trajectory.num_samples)
         tl.atomic_add(trajectory.visits + index, tl.full(index.shape, 1, tl.int64), there)
-    return moved
 
 
 @triton.jit
@@ -115,24 +127,23 @@ def _record(trajectory, m, kappa, count_before, losses, index, there, M: tl.cons
 
 
 @triton.jit
-def find_range(trajectory, M: tl.constexpr):
-    """Set ``low`` and ``span`` from the whole history, by one program."""
-    BLOCK: tl.constexpr = 512
+def find_range(trajectory, m, M: tl.constexpr):
+    """Set a modality's ``low`` and ``span`` from the whole history, by one program."""
+    BLOCK: tl.constexpr = 2048  # wide, as one program alone has to keep enough loads on their way
     tiny: tl.constexpr = 2.2250738585072014e-308
     lane = tl.arange(0, BLOCK)
-    for m in range(M):
-        least = tl.full((BLOCK,), float("inf"), tl.float64)
-        most = -least
-        start = tl.zeros((), tl.int64)
-        while start < trajectory.num_samples:
-            index = start + lane
-            total, count = _sums(trajectory, m, index, index < trajectory.num_samples, M)
-            some = count > 0
-            mean = total / tl.where(some, count, 1.0)
-            least = tl.minimum(least, tl.where(some, mean, float("inf")))
-            most = tl.maximum(most, tl.where(some, mean, -float("inf")))
-            start += BLOCK
-        low = tl.min(least, 0)
-        span = tl.max(most, 0) - low
-        tl.store(trajectory.low + m, low)
-        tl.store(trajectory.span + m, tl.where(span > tiny, span, tiny))
+    least = tl.full((BLOCK,), float("inf"), tl.float64)
+    most = -least
+    start = tl.zeros((), tl.int64)
+    while start < trajectory.num_samples:
+        index = start + lane
+        total, count = _sums(trajectory, m, index, index < trajectory.num_samples, M)
+        some = count > 0
+        mean = total / tl.where(some, count, 1.0)
+        least = tl.minimum(least, tl.where(some, mean, float("inf")))
+        most = tl.maximum(most, tl.where(some, mean, -float("inf")))
+        start += BLOCK
+    low = tl.min(least, 0)
+    span = tl.max(most, 0) - low
+    tl.store(trajectory.low + m, low)
+    tl.store(trajectory.span + m, tl.where(span > tiny, span, tiny))

@@ -216,7 +216,7 @@ def objective(
     losses, made = out.losses, out.made
     block = sample_block(batch, loss_rule.pairs, alone=single)
     programs = -(-batch // block.samples)
-    partial = first.new_empty((2 * num + 4, programs), dtype=torch.float64)
+    partial = first.new_empty((3 * num + 3, programs), dtype=torch.float64)
     trajectory, labels = make_trajectory(kappa, past), make_labels(target, loss_rule)
     heavy = dtype == torch.float64 or (single and rules.tempered and rules.smoothing)
     tiling = tile(num, rows.num_classes, rows.num_rows, heavy, single, rules.crowded)
