@@ -225,7 +225,8 @@ def layer_weights(fusion: QualityAwareFusion, rows: list[Tensor], counted: Tenso
     """The layer's weights, prepared rows in, ``[M, *]``."""
     if fusion.mixture is not None:
         return composed.fuse(fusion.mixture, fusion.calibration.held, rows, counted)[1]
-    return functional.fuse_with(rows, counted, fusion.weight_options(rows, counted))[1]
+    options = fusion.weight_options(rows, counted)._replace(normalize_logits=None)
+    return functional.fuse_with(rows, counted, options)[1]
 
 
 def _means(values: Tensor, counted: Tensor) -> Tensor:
@@ -266,7 +267,9 @@ def _meet_means(
     found = {"scale": ones, "shift": 0 * ones, "temper": temper}
     fusion.calibration.set(static=static, held=torch.full_like(static, torch.nan), **found)
     fusion._find_unit_temperature()
-    options = fusion.weight_options(rows, counted)._replace(normalize=False, nonnegative=False, combine="logits")
+    options = fusion.weight_options(rows, counted)._replace(
+        normalize=False, nonnegative=False, combine="logits", normalize_logits=None
+    )
     base = options.weights
     if base is None:
         base = functional.fuse_with(rows, counted, options)[1]

@@ -178,9 +178,16 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def check_logit_norm(temperature: float | None) -> None:
-    if temperature is not None and not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
-        raise ValueError(f"normalize_logits must be a positive temperature or None, got {temperature!r}")
+def check_logit_norm(temperature: float | None) -> float | None:
+    if temperature is None:
+        return None
+    try:
+        value = float(temperature)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"normalize_logits must be a number or None, got {temperature!r}") from error
+    if not 1e-30 <= value <= 1e30:  # so that float32 holds what it divides by
+        raise ValueError(f"normalize_logits must be a positive temperature, 1e-30 to 1e30, or None, got {temperature}")
+    return value
 
 
 def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:

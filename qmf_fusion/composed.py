@@ -1,7 +1,8 @@
-"""``QualityAwareFusion.robust`` with statistics, and Eq. 18 for it, in plain differentiable PyTorch.
+"""What ``QualityAwareFusion.robust`` does beyond the operators, in plain differentiable PyTorch.
 
-What the operators do not know, as it needs more than a row's own logits. The same semantics as theirs: what is absent
-or ignored counts in no mean, a mean over nothing is 0, and a sample's weight in the ranking is its mean over positions.
+Its statistics need more than a row's own logits: gathering them, fusion by them, and Eq. 18 of that; and LogitNorm for
+whoever looks at logits as the rules see them. The same semantics as the operators': what is absent or ignored counts in
+no mean, a mean over nothing is 0, and a sample's weight in the ranking is its mean over positions.
 """
 
 from collections.abc import Sequence

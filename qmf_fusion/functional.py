@@ -261,7 +261,7 @@ def qmf_objective(
     unit = isinstance(temperature, int | float) and temperature == 1
     check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))
     check_choice("combine", combine, ("logits", "probabilities"))
-    check_logit_norm(normalize_logits)
+    normalize_logits = check_logit_norm(normalize_logits)
     bounded = uncertainty != "energy"
     alpha = (-1.0 if bounded else -0.1) if alpha is None else alpha
     beta = (1.0 if bounded else 0.0) if beta is None else beta

@@ -61,7 +61,8 @@ class QualityAwareFusion(KeepsPrecision):
             / sum_m w[m])``, with weights clamped at 0; or a ``ContaminatedProduct``, which has weights of its own (see
             ``QualityAwareFusion.robust``). With the last two a row with any value that is not finite is absent.
         normalize_logits: divide each row of logits by its Euclidean norm times this temperature, in training and
-            after (LogitNorm, Wei et al., ICML 2022, who take 0.04); ``unimodal_logits`` stay as they came.
+            after (LogitNorm, Wei et al., ICML 2022, who take 0.04); ``unimodal_logits`` stay as they came. From 1e-30
+            to 1e30. A row with any value that is not finite is absent.
         class_dim: where the classes lie in each modality's tensor: -1, or 1 for ``[B, K, H, W]``. The fused logits lie
             the same.
 
@@ -70,8 +71,9 @@ class QualityAwareFusion(KeepsPrecision):
 
     Absent and broken inputs: a modality that is absent (``present`` False, or None in place of its logits), or whose
     logits for a sample hold NaN or +inf or nothing but -inf, gets weight exactly 0, energy +inf and no gradient there;
-    other samples and modalities are unaffected. A -inf among finite logits rules its class out of the fused result. A
-    sample with no modality gets fused logits 0.
+    other samples and modalities are unaffected. A -inf among finite logits rules its class out of the fused result,
+    where rows that are not finite throughout are not absent anyway (``combine``, ``normalize_logits``). A sample with
+    no modality gets fused logits 0.
 
     Raises:
         TypeError, ValueError: for any argument out of the above, naming it.
@@ -118,8 +120,7 @@ class QualityAwareFusion(KeepsPrecision):
                 f"combine must be of {len(self.names)} modalities, got {self.mixture.running.num_modalities}"
             )
         self.combine = combine if isinstance(combine, str) else "mixture"
-        check_logit_norm(normalize_logits)
-        self.normalize_logits = normalize_logits
+        self.normalize_logits = check_logit_norm(normalize_logits)
         if not callable(uncertainty):
             check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))
         self.uncertainty = uncertainty
@@ -271,6 +272,8 @@ class QualityAwareFusion(KeepsPrecision):
             dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
             heights = [torch.logsumexp(x.detach().to(dtype), -1) for x, dtype in zip(rows, dtypes, strict=True)]
             counted = torch.stack([torch.isfinite(height) for height in heights])
+            if self.combine != "logits":
+                counted = counted & torch.stack([torch.isfinite(x).all(-1) for x in rows])
             counted = counted if present is None else counted & present
             safe = [torch.where(c.unsqueeze(-1), x, 0) for c, x in zip(counted, rows, strict=True)]
             u = self._measure(safe)

@@ -47,8 +47,8 @@ class ContaminatedProduct(nn.Module):
         class_prior: divide the class frequencies out of every modality and put them back once.
         agreement: the mixture above. False: a weighted product, ``prod_m r_m ** (1 / (1 + rho_m))``, in which no
             modality can outvote another.
-        odds: rho at u far below ``onset``.
-        onset: the u at which rho has doubled and starts to rise; at least -80.
+        odds: rho at u far below ``onset``; where nothing is untypical it must come to 1e-30 to 1e30.
+        onset: the u at which rho has doubled and starts to rise.
         ceiling: the u at which it stops.
         sharpness: the tail's exponent.
         spread: the least variance within a class that the statistics are believed to have, as a share of that between.
@@ -89,7 +89,7 @@ class ContaminatedProduct(nn.Module):
             ("floor", floor, "at least 0", at_least_0),
             ("spread", spread, "at least 0", at_least_0),
             ("distance_evidence", distance_evidence, "from 0 to 1", lambda v: 0 <= v <= 1),
-            ("onset", onset, "at least -80", lambda v: v >= -80),  # float32 holds exp(80)
+            ("onset", onset, "a number", anything),
             ("ceiling", ceiling, "a number", anything),
         ):
             if not math.isfinite(value) or not holds(value):
@@ -97,6 +97,10 @@ class ContaminatedProduct(nn.Module):
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
         self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
         self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor
+        if not 1e-30 <= self.plain_odds <= 1e30:  # so that float32 holds them
+            raise ValueError(
+                f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {self.plain_odds}"
+            )
         self.gather = gather
         self.running = RunningStatistics(num_modalities, spread, everywhere)
         self.fitted = ClassStatistics(num_modalities, spread)
@@ -139,7 +143,7 @@ class ContaminatedProduct(nn.Module):
     @property
     def plain_odds(self) -> float:
         """The odds of a modality that is not untypical, as all are without statistics."""
-        return self.odds * (1 + math.exp(min(0.0, self.ceiling) - self.onset))
+        return self.odds * (1 + math.exp(min(min(0.0, self.ceiling) - self.onset, 700.0)))
 
     def _odds(self, u: Tensor) -> Tensor:
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
@@ -150,21 +154,18 @@ class ContaminatedProduct(nn.Module):
             return logits.new_full(logits.shape[-1:], 1 / logits.shape[-1])
         return statistics.prior.to(logits)
 
-    def forward(
-        self, logits: Tensor, counted: Tensor, static: Tensor | None = None, *, plain: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor, counted: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fuse.
 
         Args:
             logits: ``[M, *, K]``, finite; what they are where they do not count does not matter.
             counted: bool ``[M, *]``; False drops the modality, exactly.
             static: ``[M]``; where not NaN, the modality has this constant weight (odds ``1 / weight - 1``) instead.
-            plain: do without statistics, as in training.
 
         Returns:
             Fused log-probabilities ``[*, K]``, and ``P(clean | all)`` ``[M, *]``, 0 where a modality does not count.
         """
-        statistics = None if plain else self.statistics()
+        statistics = self.statistics()
         ratio, _, odds = self.evidence(logits, statistics)
         if static is not None:
             fixed = static.to(logits).view(-1, *(1,) * (odds.dim() - 1))

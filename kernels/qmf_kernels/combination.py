@@ -65,10 +65,13 @@ def combine(
             votes, terms = torch.where(counted, votes, 0), torch.where(counted, terms, 0)
         fused = torch.log_softmax(terms.sum(0), -1)
         probs = fused.exp()
-        if name == "mixture":
+        alone = torch.zeros_like(weights) + 1 / (1 + rho)
+        weights = alone
+        if name == "mixture" and len(votes) > 1:
             weights = (votes * probs).sum(-1, keepdim=True)
-        else:
-            weights = torch.zeros_like(weights) + 1 / (1 + rho)
+            if counted is not None:
+                # Of a modality alone it is the same, but for roundings that the ranking would put in an order.
+                weights = torch.where(counted.sum(0) > 1, weights, alone)
         if static is not None:
             fixed = _column(static, weights)
             weights = torch.where(torch.isnan(fixed), weights, fixed)

@@ -6,8 +6,9 @@ Shape contract: ``logits`` holds M tensors ``[*, K]`` of one shape, any strides,
 Arithmetic is in float32, or in float64 if any head's logits are.
 
 A row (one modality of one sample) counts when it is present and its log-sum-exp is finite, that is, when it holds no
-NaN, no +inf and at least one value above -inf. A row that does not count has weight exactly 0, energy +inf and no
-gradient. A -inf in a row that counts rules that class out: its fused logit is -inf, whatever the weight's sign.
+NaN, no +inf and at least one value above -inf; with LogitNorm, or where no logits are fused, when all of it is finite.
+A row that does not count has weight exactly 0, energy +inf and no gradient. A -inf in a row that counts rules that
+class out: its fused logit is -inf, whatever the weight's sign.
 
 A mask of rows is None where every row is known to count. That is worth a glance at the host's memory, never a wait
 for a device: on one, masks are always there.
@@ -80,7 +81,7 @@ class WeightRule(NamedTuple):
             and not self.nonnegative
             and not self.normalize
         ):
-            raise ValueError(f"combine={self.combine!r} makes its weights itself, got {self}")
+            raise ValueError(f"combine={self.combine!r} makes its weights itself: others must not be given")
         return True
 
 
@@ -174,29 +175,30 @@ def add(x: Tensor, y: Tensor | None) -> Tensor:
 def fuse_rows(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> Fused:
     rows = _read_rows(logits, rule)
     if present is None:
-        energy, tempered, measured, weights = _weigh(rows, rule)
-        if not rule.combined:
+        if rule.combined:
+            if all(all_finite(x) for x in rows.logits):
+                return _combine(rows, rule)
+        else:
+            energy, tempered, measured, weights = _weigh(rows, rule)
             fused = _weighted_sum(rows.logits, weights)
             if all_finite(fused):  # which a row that does not count makes impossible
                 return Fused(rows, rows.logits, tempered, energy, weights, fused, measured)
-        elif all(all_finite(x) for x in rows.logits):
-            return _combine(Fused(rows, rows.logits, tempered, energy, weights, rows.logits[0], measured), rule)
     rows = _mask_rows(rows, present, strict=rule.combined)
-    energy, tempered, measured, weights = _weigh(rows, rule)
     if rule.combined:
-        return _combine(Fused(rows, rows.logits, tempered, energy, weights, rows.logits[0], measured), rule)
+        return _combine(rows, rule)
+    energy, tempered, measured, weights = _weigh(rows, rule)
     ruled_out = [x == -torch.inf for x in rows.logits]
     finite = [x.masked_fill(out, 0) for x, out in zip(rows.logits, ruled_out, strict=True)]
     fused = _weighted_sum(finite, weights).masked_fill(join(ruled_out).any(0), -torch.inf)
     return Fused(rows, finite, tempered, energy, weights, fused, measured)
 
 
-def _combine(fused: Fused, rule: WeightRule) -> Fused:
-    rows = fused.rows
+def _combine(rows: Rows, rule: WeightRule) -> Fused:
+    energy, tempered, measured, weights = _weigh(rows, rule)
     combined = combination.combine(
-        rule.combine, rows.logits[0] - rows.lse, fused.weights, rows.counted, rule.odds, rule.static
+        rule.combine, rows.logits[0] - rows.lse, weights, rows.counted, rule.odds, rule.static
     )
-    return fused._replace(logits=combined.logits, weights=combined.weights, combined=combined)
+    return Fused(rows, rows.logits, tempered, energy, combined.weights, combined.logits, measured, combined)
 
 
 def _read_rows(logits: Sequence[Tensor], rule: WeightRule) -> Rows:

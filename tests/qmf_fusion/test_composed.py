@@ -1,7 +1,9 @@
 """Eq. 18 for the rules in plain PyTorch: against PyTorch's own losses, and against the operator."""
 
 import copy
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,3 +148,50 @@ def test_a_row_of_zeros_has_a_finite_gradient_through_logit_norm():
     x = torch.zeros(1, 3, requires_grad=True)
     normalize_logits(x, 0.1).square().sum().add(normalize_logits(x, 0.1)[0, 0]).backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])
+@pytest.mark.parametrize("options", [{"combine": "probabilities"}, {"normalize_logits": 0.5}])
+def test_a_callable_uncertainty_never_sees_a_row_that_is_absent(value, options):
+    """Whose slope there may be NaN, which no weight of 0 would take back."""
+
+    def entropy(x):
+        return -(torch.softmax(x, -1) * torch.log_softmax(x, -1)).sum(-1)
+
+    rows, target = batch(m=2, n=4, k=3)
+    rows[0, 1, 2] = value
+    heads = [x.clone().requires_grad_() for x in rows]
+    criterion = QMFLoss(QualityAwareFusion(2, uncertainty=entropy, learnable=True, **options), 4)
+    out = criterion(heads, target, torch.arange(4))
+    out.loss.backward()
+    assert out.weights[0, 1] == 0
+    assert (heads[0].grad[1] == 0).all()
+    assert all(torch.isfinite(x.grad).all() for x in (*heads, *criterion.parameters()))
+
+
+def test_any_number_is_a_temperature_of_logit_norm():
+    for value in (np.float32(0.25), torch.tensor(0.25), Fraction(1, 4), "0.25"):
+        assert QualityAwareFusion(2, normalize_logits=value).normalize_logits == 0.25
+    for value in (0, -1.0, 1e39, 1e-39, float("nan")):
+        with pytest.raises(ValueError, match="normalize_logits must be a positive temperature, 1e-30 to 1e30, or None"):
+            QualityAwareFusion(2, normalize_logits=value)
+    with pytest.raises(TypeError, match=r"normalize_logits must be a number or None, got \[1\]"):
+        QualityAwareFusion(2, normalize_logits=[1])
+
+
+def test_odds_that_float32_does_not_hold_are_refused():
+    for switches in ({"odds": 1e31}, {"odds": 1e-31}, {"odds": 1e5, "onset": -80.0}, {"onset": -1e6}):
+        with pytest.raises(ValueError, match="odds and onset must make odds of 1e-30 to 1e30"):
+            QualityAwareFusion.robust(2, **switches)
+
+
+@pytest.mark.parametrize("alone", [1, 2])
+def test_modalities_alone_tie_in_the_ranking(alone):
+    """Their weight under robust is a constant, without roundings for the ranking to put in an order."""
+    x = 3 * torch.randn(alone, 40, 5, generator=torch.Generator().manual_seed(0))
+    present = torch.tensor([True, False][:alone])
+    criterion = QMFLoss(QualityAwareFusion.robust(alone), 40)
+    for _ in range(2):
+        out = criterion(x, torch.arange(40) % 5, torch.arange(40), present)
+    assert len(out.weights[0].unique()) == 1
+    assert out.ranking_loss == 0

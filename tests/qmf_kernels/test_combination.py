@@ -61,7 +61,7 @@ def written_out(rule: WeightRule, leaves: list[Tensor], makers: list[Tensor]) ->
         # With an onset this late, and nothing untypical, the odds are what they are given as.
         product = ContaminatedProduct(NUM, agreement=rule.combine == "mixture", odds=rule.odds, onset=60.0)
         x = torch.stack(seen)
-        fused, weights = product(x, torch.ones_like(x[..., 0], dtype=torch.bool), rule.static, plain=True)
+        fused, weights = product(x, torch.ones_like(x[..., 0], dtype=torch.bool), rule.static)
         return seen, [fused, weights, -torch.logsumexp(x, -1)]
     alpha, beta = makers[:2]
     temperature = makers[2] if len(makers) == 3 else torch.ones(NUM)
@@ -208,6 +208,15 @@ def test_logit_norm_of_any_size(dtype: torch.dtype, size: float, backend: str) -
         rows = ... if one.shape[0] == 1 else whole
         torch.testing.assert_close(one[rows].double(), other[rows].double(), **tolerance)
     assert torch.isfinite(found[0][0]).all()
+
+
+@BACKENDS
+def test_modalities_alone_have_one_weight_in_a_mixture(backend: str) -> None:
+    x, rule = [3 * randn(30, 5, seed=m).float() for m in range(NUM)], make_rule("mixture")
+    present = torch.zeros(NUM, 30, dtype=torch.bool)
+    present[torch.arange(30) % NUM, torch.arange(30)] = True
+    _, weights, _ = ops.fuse(x, present, *rule, backend)
+    assert torch.equal(weights[present].unique(), torch.tensor([1 / (1 + 0.3)]))
 
 
 def test_an_unknown_combination_is_named() -> None:

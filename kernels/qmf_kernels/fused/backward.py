@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .combination import combine_label, combine_tile, free_weights, row_shares
-from .gradients import loss_coefficients, reduce_tile, tile_gradients, vote_sums, weight_gradients
+from .gradients import OfRows, loss_coefficients, reduce_tile, tile_gradients, vote_sums, weight_gradients
 from .measures import moment, slope, value
 from .passes import keep_factors, label_logits, read_labels, read_tiles, scan, second_pass, summarize, zeros
 from .rows import clamp_weights, coefficient, narrow, number, raw_weight, row_offset, widen
@@ -207,7 +207,7 @@ def backward_rows(
         if maker_out.weights is not None:
             tl.store(maker_out.weights + m * num_rows + row, weight_grads[m], in_row)
 
-    of_rows = (
+    of_rows = OfRows(
         y, fused_lse, coefficients, lses, measured, shares, counts, factors, energy_grads, measure_grads, sums,
         means, weight_pulls, grad_sum,
     )  # fmt: skip
@@ -290,7 +290,7 @@ def _write_tile(
     if grad_fused is not None:
         outside = _read_fused(grad_fused, grad_offset, grad_stride, column, in_tile, ACC)
     out = tile_gradients(tiles, column, of_rows, reduced, labels, makers, outside, in_tile, num_classes, M, RULES, ACC)
-    lses, measured, counts = of_rows[3], of_rows[4], of_rows[6]
+    lses, measured, counts = of_rows.lses, of_rows.measured, of_rows.counts
     means, moments = (), ()
     for m in tl.static_range(M):
         place = row_offset(row, sizes, d_strides[m], DIMS)[:, None]

@@ -147,12 +147,15 @@ def made_weights(weights, products, total, counts, makers, M: tl.constexpr, RULE
     """The weights that a mixture makes of its votes; any other rule's as they are."""
     if RULES.mixed:
         out = ()
+        number_there = tl.zeros_like(total)
+        for m in tl.static_range(M):
+            number_there += tl.where(counts[m], 1.0, 0.0)
         for m in tl.static_range(M):
             rho, fixed = odds(m, makers, ACC)
+            weight = tl.zeros_like(products[m]) + 1.0 / (1.0 + rho)
             if RULES.combine == "mixture":
-                weight = products[m] / tl.where(total > 0, total, 1.0)
-            else:
-                weight = tl.zeros_like(products[m]) + 1.0 / (1.0 + rho)
+                # That of a modality alone, too, whose mean would have roundings for the ranking to put in an order.
+                weight = tl.where(number_there > 1, products[m] / tl.where(total > 0, total, 1.0), weight)
             weight = tl.where(fixed == fixed, fixed, weight)
             out = out + (tl.where(counts[m], weight, 0.0),)
         return out

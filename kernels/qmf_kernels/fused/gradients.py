@@ -24,6 +24,25 @@ class Grads(NamedTuple):
     energy: Any
 
 
+class OfRows(NamedTuple):
+    """What a tile's gradients need of its rows: ``[RB]`` each, or tuples of them, one per modality."""
+
+    y: Any  # the class; -1 where there is none
+    fused_lse: Any  # in two parts
+    coefficients: Any  # of the M modalities' losses and the fused row's
+    lses: Any
+    measured: Any
+    shares: Any
+    counts: Any
+    factors: Any
+    energy_grads: Any
+    measure_grads: Any
+    sums: Any  # of votes times the fused row's gradient
+    means: Any  # of votes
+    weight_pulls: Any  # the gradients of weights that a mixture makes
+    grad_sum: Any  # of the fused logits' incoming gradient
+
+
 @triton.jit
 def loss_coefficients(y, wanted, scale, inverse, mass, labels, num_classes, RULES: tl.constexpr, ACC: tl.constexpr):
     """What a row's cross-entropy puts on its label, on every class times its weight, and on the softmax."""
@@ -83,7 +102,7 @@ def reduce_tile(
     LogitNorm <x, that and the rest> and <x, softmax(x)>.
     """
     pulls, owns, probs = _parts(tiles, column, rows, labels, makers, grad_fused, in_tile, num_classes, M, RULES, ACC)
-    counts = rows[6]
+    counts = rows.counts
     sums, alongs, means = (), (), ()
     for m in tl.static_range(M):
         inside = in_tile & counts[m][:, None]
@@ -104,7 +123,7 @@ def tile_gradients(
 ):  # fmt: skip
     """The gradients of M tiles of logits."""
     pulls, owns, probs = _parts(tiles, column, rows, labels, makers, grad_fused, in_tile, num_classes, M, RULES, ACC)
-    counts, factors, sums = rows[6], rows[7], rows[10]
+    counts, factors, sums = rows.counts, rows.factors, rows.sums
     out = ()
     for m in tl.static_range(M):
         grad = owns[m]
@@ -133,11 +152,9 @@ def _parts(
     log-probabilities; of the modality's own loss and uncertainty, to which the first is added already where no sum over
     the row needs it alone; and its softmax.
     """
-    (
-        y, fused_lse, coefficients, lses, measured, shares, counts, _, energy_grads, measure_grads, _,
-        means, weight_pulls, grad_sum,
-    ) = rows  # fmt: skip
-    f, votes = combine_tile(tiles, lses, shares, counts, in_tile, makers, num_classes, M, RULES, ACC)
+    y, fused_lse, coefficients, lses, counts = rows.y, rows.fused_lse, rows.coefficients, rows.lses, rows.counts
+    means, weight_pulls = rows.means, rows.weight_pulls
+    f, votes = combine_tile(tiles, lses, rows.shares, counts, in_tile, makers, num_classes, M, RULES, ACC)
     grad_f = tl.zeros_like(f)
     label = column[None, :] == y[:, None]
     share_of_class = tl.zeros_like(f)
@@ -156,7 +173,7 @@ def _parts(
     if grad_fused is not None:
         grad_f += grad_fused
         if RULES.mixed:
-            grad_f -= fused_probs * grad_sum[:, None]
+            grad_f -= fused_probs * rows.grad_sum[:, None]
     if RULES.combine == "mixture":
         # w = <softmax(f), v>, whose slope in f is softmax(f) (v - w).
         for m in tl.static_range(M):
@@ -166,7 +183,7 @@ def _parts(
     for m in tl.static_range(M):
         counted = counts[m][:, None]
         if RULES.combine == "logits":
-            pull = shares[m][:, None] * grad_f
+            pull = rows.shares[m][:, None] * grad_f
         elif RULES.combine == "mixture":
             pull = votes[m] * (grad_f + weight_pulls[m][:, None] * fused_probs * (1.0 - votes[m]))
         else:
@@ -184,9 +201,9 @@ def _parts(
             own += share[:, None] * probs - tl.where(label, hard[:, None], 0.0)
             if RULES.smoothing:
                 own -= soft[:, None] * share_of_class
-        own -= energy_grads[m][:, None] * tempered
+        own -= rows.energy_grads[m][:, None] * tempered
         if RULES.measured:
-            slopes = slope(m, tiles[m], lses, measured[m], counts[m], makers, num_classes, RULES, ACC)
-            own += measure_grads[m][:, None] * slopes
+            slopes = slope(m, tiles[m], lses, rows.measured[m], counts[m], makers, num_classes, RULES, ACC)
+            own += rows.measure_grads[m][:, None] * slopes
         pulls, owns, softmaxes = pulls + (pull,), owns + (own,), softmaxes + (probs,)
     return pulls, owns, softmaxes

@@ -1,8 +1,8 @@
 """Compile the kernels for a device that is not here, as the launchers launch them, and report what each took.
 
 ``python ahead_of_time.py cuda:90 SUITE`` prints a JSON list; the suite ``many``, of minutes, is for whoever changes the
-tiling. It has to be a process of its own, without
-``TRITON_INTERPRET``: Triton decides at its import whether kernels are compiled.
+tiling. It has to be a process of its own, without ``TRITON_INTERPRET``: Triton decides at its import whether kernels
+are compiled.
 """
 
 import json
