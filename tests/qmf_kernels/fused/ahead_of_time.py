@@ -154,7 +154,7 @@ LARGE = {
     "target in half": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16"),
     "beyond 2^31": lambda: step(3, (4_194_304,), 1000, 5_000_000, "bfloat16", backward=False),
     "eight modalities": lambda: step(8, (65_536,), 1000, 100_000, "bfloat16"),
-    "sixteen modalities": lambda: step(16, (65_536,), 1000, 100_000, "bfloat16"),
+    "sixteen of few classes": lambda: step(16, (4096,), 10, 100_000, "bfloat16"),
     "a million classes": lambda: step(2, (4,), 1_000_000, 1000),
     "dense": lambda: step(3, (4, 65, 65), 21, 100),
 }
@@ -178,7 +178,7 @@ RULES = {
 }
 MANY = {
     "eight modalities": lambda: step(8, (65_536,), 1000, 100_000),
-    "sixteen of few classes": lambda: step(16, (4096,), 10, 100_000, "bfloat16"),
+    "sixteen modalities": lambda: step(16, (65_536,), 1000, 100_000, "bfloat16"),
     "sixteen with everything": lambda: step(16, (4096,), 100, 10_000, pairs="all", options=True, every=True),
     "sixteen in float64": lambda: step(16, (4096,), 100, 10_000, "float64"),
     "a million with everything": lambda: step(4, (64,), 1_000_000, 1000, options=True, every=True),

@@ -229,6 +229,8 @@ def assert_errors_close(
     """
     assert ours.shape == truth.shape, name
     assert torch.equal(ours.isnan(), truth.isnan()), f"{name}: NaN at other places\n{ours}\n{truth}"
+    beyond = ours.isinf() & (truth.abs() > 0.99 * torch.finfo(ours.dtype).max)  # of what the dtype holds
+    truth = torch.where(beyond, truth.sign() * torch.inf, truth)
     infinite = truth.isinf()
     assert torch.equal(ours.double()[infinite], truth.double()[infinite]), f"{name}: infinite elsewhere"
     finite = torch.isfinite(truth) & torch.isfinite(ours)

@@ -20,7 +20,7 @@ LAUNCHES = {
         "target in half": THREE,
         "beyond 2^31": THREE[:2],
         "eight modalities": THREE,
-        "sixteen modalities": THREE,
+        "sixteen of few classes": THREE,
         "a million classes": THREE,
         "dense": ["forward_kernel", "positions_kernel", *THREE[1:]],
     },
