@@ -1,6 +1,7 @@
 """What the tests on a GPU share: the device, inputs moved to it as they lie, and a step's launches."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -43,6 +44,17 @@ def make_step(
     target = torch.randint(classes, (batch,), generator=generator).to(DEVICE)
     index = torch.randperm(samples, generator=generator)[:batch].to(DEVICE)
     return criterion, [x.requires_grad_() for x in rows], target, index
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def launches_of(run: Callable[[], Any]) -> Launches:

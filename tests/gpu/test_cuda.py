@@ -5,7 +5,9 @@ import torch
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device, and there is none")
+from . import gpu
+
+pytestmark = gpu.needs_gpu
 
 
 def batch(dtype: torch.dtype, device: str, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -39,9 +41,5 @@ def test_no_step_waits_for_the_device() -> None:
     present = torch.rand(2, 16).cuda() > 0.2
     for inputs, mask in (({"a": x, "b": x}, None), ({"a": x, "b": x}, present), ({"a": x, "b": None}, None)):
         criterion(model(inputs, mask).unimodal_logits, target, index).loss.backward()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with gpu.no_waiting():
             criterion(model(inputs, mask).unimodal_logits, target, index).loss.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

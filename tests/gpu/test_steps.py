@@ -63,23 +63,15 @@ def test_every_rule_takes_as_many_launches_and_waits_for_nothing(rule: str) -> N
         found = gpu.launches_of(lambda step=step: train(*step))
         assert gpu.ours(found) == expected, found.names
         assert found.kernels - found.ours + found.copies <= 1, found.names
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with gpu.no_waiting():
             train(*step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_statistics_of_robust_are_gathered_without_waiting() -> None:
     step = gpu.make_step(2, 64, 10, make=QualityAwareFusion.robust)
     train(*step)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with gpu.no_waiting():
         train(*step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_nothing_but_ours_and_the_gradient_of_the_loss_is_launched() -> None:
@@ -118,13 +110,9 @@ def test_no_step_waits_for_the_device(shape: tuple[int, int, int], options: dict
     """The first step compiles; the others must go through."""
     step = gpu.make_step(*shape, **options)
     train(*step)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with gpu.no_waiting():
         for _ in range(2):
             train(*step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_large_case_needs_little_memory_above_inputs_and_gradients() -> None:
