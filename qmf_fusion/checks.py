@@ -14,6 +14,11 @@ from torch import Tensor
 Logits = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 
 
+def can_look(x: Tensor) -> bool:
+    """Whether code may depend on the values of ``x``: no device to wait for, no graph being compiled or exported."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
 def modality_names(modalities: int | Iterable[str]) -> tuple[str, ...]:
     """Names from a count (``"0"``, ``"1"``, ...) or from names."""
     if isinstance(modalities, bool) or not isinstance(modalities, int | Iterable) or isinstance(modalities, str):
@@ -147,7 +152,7 @@ def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
         raise ValueError(f"index must be [{batch}], one dataset index per sample, got {_shape(index)}")
     if batch == 0:
         raise ValueError("index must not be empty: the batch has no samples")
-    if index.is_cpu and not torch.compiler.is_compiling():
+    if can_look(index):
         # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
         values = index.tolist() if batch <= 128 else [x.item() for x in torch.aminmax(index)]
         low, high = min(values), max(values)
@@ -165,7 +170,7 @@ def check_class_weight(weight: Tensor | None, num_classes: int | None = None, on
         raise TypeError(f"class_weight must be a tensor [K] of real numbers or None, got {got}")
     if weight.dim() != 1 or num_classes not in (None, len(weight)):
         raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
-    if torch.compiler.is_compiling() or weight.is_meta or not (weight.is_cpu or once):
+    if not can_look(weight) and (not once or weight.is_meta or torch.compiler.is_compiling()):
         return
     wrong = ~((weight >= 0) & (weight < math.inf))
     if bool(wrong.any()):

@@ -13,12 +13,18 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from einops import rearrange
+from torch import Tensor
 
-from .typicality import ClassStatistics, RunningStatistics, Statistics, check_num_classes, class_distances, untypicality
+from .calibration import CleanData, hold_until_eq_6
+from .checks import can_look
+from .rows import per_modality, stack_rows
+from .rule import Rule, Weighed, ready
+from .typicality import ClassStatistics, RunningStatistics, Statistics, class_distances, untypicality
 
 
 class Evidence(NamedTuple):
@@ -32,7 +38,7 @@ class Evidence(NamedTuple):
     """``[M, *]``: rho, broken : clean, before the others are heard."""
 
 
-class ContaminatedProduct(nn.Module):
+class ContaminatedProduct(Rule):
     """Fuse logits as a product of experts of which any may be broken; every ingredient has its switch.
 
     Evidence ``r(y) = (1 - a) * softmax(x)_y / prior_y + a * t(y) / sum_k prior_k t(k)`` with the class-distance
@@ -41,6 +47,7 @@ class ContaminatedProduct(nn.Module):
 
     Args:
         num_modalities: M.
+        num_classes: K.
         typicality_norm: u sees the two-sided z-score of the log-norm.
         typicality_distance: u sees the z-score of the distance to the nearest class.
         distance_evidence: a, the share of the class-distance likelihood in r, from 0 to 1; 0 leaves the softmax.
@@ -60,12 +67,15 @@ class ContaminatedProduct(nn.Module):
             samples, without a collective.
 
     Raises:
-        ValueError: a number out of its range or not finite.
+        TypeError, ValueError: a number of the wrong kind, out of its range or not finite.
     """
+
+    num_classes: int
 
     def __init__(
         self,
         num_modalities: int,
+        num_classes: int,
         *,
         typicality_norm: bool = True,
         typicality_distance: bool = True,
@@ -81,7 +91,11 @@ class ContaminatedProduct(nn.Module):
         gather: bool = True,
         everywhere: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(num_modalities)
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         anything, at_least_0, positive = (lambda _: True), (lambda v: v >= 0), (lambda v: v > 0)
         for name, value, demand, holds in (
             ("odds", odds, "positive", positive),
@@ -101,34 +115,39 @@ class ContaminatedProduct(nn.Module):
             raise ValueError(
                 f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {self.plain_odds}"
             )
-        self.gather = gather
-        self.running = RunningStatistics(num_modalities, spread, everywhere)
-        self.fitted = ClassStatistics(num_modalities, spread)
+        self.num_classes, self.gather = num_classes, gather
+        self.running = RunningStatistics(num_modalities, num_classes, spread, everywhere)
+        self.fitted = ClassStatistics(num_modalities, num_classes, spread)
 
-    def statistics(self) -> Statistics | None:
-        """The calibrated ones, else those gathered in training, else None."""
-        fitted = self.fitted.statistics()
-        return self.running.statistics() if fitted is None else fitted
+    def statistics(self) -> Statistics:
+        """The calibrated ones, else those gathered in training, else those of which nothing follows."""
+        fitted, running = self.fitted.statistics(), self.running.statistics()
+        if can_look(self.fitted.known):
+            return fitted if self.fitted.known > 0 else running
+        return Statistics(*(torch.where(self.fitted.known > 0, f, r) for f, r in zip(fitted, running, strict=True)))
+
+    def knows_nothing(self) -> bool:
+        """Whether there can be seen to be no statistics; False on a device, to ask which would be to wait for it."""
+        known = self.fitted.known + self.running.known
+        return can_look(known) and not known > 0
 
     def evidence(self, logits: Tensor, statistics: Statistics | None) -> Evidence:
         """What each modality says: logits ``[M, *, K]``, finite. Without statistics, r = K softmax and u = 0."""
         probs = torch.softmax(logits, -1)
         if statistics is None:
-            ratio, u = probs * logits.shape[-1], torch.zeros_like(logits[..., 0])
-            return Evidence(ratio, u, self._odds(u))
-        check_num_classes(logits, statistics.prior)
-        per_modality = (-1, *(1,) * (logits.dim() - 1))
+            u = torch.zeros_like(logits[..., 0])
+            return Evidence(probs * logits.shape[-1], u, self.odds_of(u))
         prior = self.prior(logits, statistics)
         ratio = probs / prior
         distances = class_distances(logits, statistics)
         known = statistics.scale > 0
         if self.distance_evidence:
-            usable = statistics.seen.any(-1) & known
+            usable = per_modality(statistics.seen.any(-1) & known, logits)
             # A class never seen has no distance; where none has been, all are at 0, and nothing is made of it.
-            finite = torch.where(usable.view(per_modality), distances, 0)
-            scale = torch.where(known, statistics.scale, 1).to(logits).view(per_modality)
+            finite = torch.where(usable > 0, distances, 0)
+            scale = per_modality(torch.where(known, statistics.scale, 1), logits)
             tail = torch.softmax(-self.sharpness * torch.log1p(finite / scale), -1)
-            share = self.distance_evidence * usable.to(logits.dtype).view(per_modality)
+            share = self.distance_evidence * usable
             ratio = (1 - share) * ratio + share * tail / (tail * prior).sum(-1, keepdim=True)
         u = untypicality(
             logits,
@@ -138,14 +157,15 @@ class ContaminatedProduct(nn.Module):
             distance=self.typicality_distance,
             floor=self.floor,
         )
-        return Evidence(ratio, u, self._odds(u))
+        return Evidence(ratio, u, self.odds_of(u))
 
     @property
     def plain_odds(self) -> float:
         """The odds of a modality that is not untypical, as all are without statistics."""
         return self.odds * (1 + math.exp(min(min(0.0, self.ceiling) - self.onset, 700.0)))
 
-    def _odds(self, u: Tensor) -> Tensor:
+    def odds_of(self, u: Tensor) -> Tensor:
+        """rho, which rises with the untypicality u."""
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
 
     def prior(self, logits: Tensor, statistics: Statistics | None) -> Tensor:
@@ -154,30 +174,91 @@ class ContaminatedProduct(nn.Module):
             return logits.new_full(logits.shape[-1:], 1 / logits.shape[-1])
         return statistics.prior.to(logits)
 
-    def forward(self, logits: Tensor, counted: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Fuse.
+    def posterior(self, logits: Tensor, counted: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+        """Fused log-probabilities ``[*, K]``, 0 where nothing counts, and ``P(clean | all)`` ``[M, *]``.
 
         Args:
             logits: ``[M, *, K]``, finite; what they are where they do not count does not matter.
-            counted: bool ``[M, *]``; False drops the modality, exactly.
-            static: ``[M]``; where not NaN, the modality has this constant weight (odds ``1 / weight - 1``) instead.
+            counted: bool ``[M, *]``; False drops the modality, exactly, with weight 0.
+            statistics: None for the plain form.
 
-        Returns:
-            Fused log-probabilities ``[*, K]``, and ``P(clean | all)`` ``[M, *]``, 0 where a modality does not count.
+        A modality held by calibration has that constant weight, and the odds ``1 / weight - 1``.
         """
-        statistics = self.statistics()
         ratio, _, odds = self.evidence(logits, statistics)
-        if static is not None:
-            fixed = static.to(logits).view(-1, *(1,) * (odds.dim() - 1))
-            odds = torch.where(torch.isnan(fixed), odds, 1 / fixed.clamp(1e-6, 1) - 1).clamp_min(1e-6)
-        odds = odds.unsqueeze(-1)
+        held = per_modality(self.calibration.held, odds)
+        odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1) - 1).clamp_min(1e-6)).unsqueeze(-1)
+        alone = (1 / (1 + odds)).squeeze(-1)
+        clean = ratio / (ratio + odds)
         votes = torch.log1p(ratio / odds) if self.agreement else ratio.clamp_min(1e-12).log() / (1 + odds)
         votes = torch.where(counted.unsqueeze(-1), votes, 0)
         fused = torch.log_softmax(self.prior(logits, statistics).log() + votes.sum(0), -1)
-        weights = (fused.exp() * ratio / (ratio + odds)).sum(-1) if self.agreement else 1 / (1 + odds.squeeze(-1))
+        weights = alone
+        if self.agreement:
+            # Of a modality alone it is the same, but for roundings that the ranking would put in an order.
+            weights = torch.where(counted.sum(0) > 1, (fused.exp() * clean).sum(-1), alone)
+        weights = torch.where(held == 0, weights, held)
+        return torch.where(counted.any(0).unsqueeze(-1), fused, 0), torch.where(counted, weights, 0)
+
+    def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
+        self._check(rows)
+        statistics = None if plain or self.knows_nothing() else self.statistics()
+        with torch.autocast(rows[0].device.type, enabled=False):
+            x, counted = stack_rows(rows, present)
+            fused, weights = self.posterior(x, counted, statistics)
+        return Weighed(rows, counted, ready(weights, fused))
+
+    def _check(self, rows: Sequence[Tensor]) -> None:
+        if rows[0].shape[-1] != self.num_classes:
+            raise ValueError(
+                f"logits must have the {self.num_classes} classes of the statistics of robust(), "
+                f"got {rows[0].shape[-1]}"
+            )
+
+    def uncertainties(self, rows: list[Tensor]) -> Tensor:
+        """The untypicality, which the odds rise with: 0 everywhere without statistics."""
+        self._check(rows)
+        x, finite = stack_rows(rows, None)
+        return torch.where(finite, self.evidence(x, self.statistics()).untypical, torch.nan)
+
+    def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int) -> None:
+        """Count a batch in the running statistics, unless that is left to ``calibrate``."""
+        if not self.gather:
+            return
+        self._check(rows)
+        with torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
+            x, counted = stack_rows([row.detach() for row in rows], present)
+            valid = target != ignore_index
+            label, counted = torch.where(valid, target, 0), counted & valid
+            self.running.update(
+                rearrange(x, "m b ... k -> m (b ...) k"),
+                rearrange(label, "b ... -> (b ...)"),
+                rearrange(counted, "m b ... -> m (b ...)"),
+            )
+
+    def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
         if static is not None:
-            weights = torch.where(torch.isnan(fixed), weights, fixed)
-        return fused, torch.where(counted, weights, 0)
+            raise ValueError(
+                "static_weights must be None for robust(): its weights are probabilities, not coefficients"
+            )
+        if fit:
+            raise ValueError(f"fit must be empty for this rule, which has no such constants, got {list(fit)}")
+        self._check(data.rows)
+        self.fitted.fit(
+            rearrange(torch.stack(data.rows), "m ... k -> m (...) k"),
+            rearrange(data.target, "... -> (...)"),
+            rearrange(data.counted, "m ... -> m (...)"),
+        )
+        # To hold one modality moves the posteriors of the others, their means and their correlations.
+        hold_until_eq_6(self.calibration, lambda: self.fuse(data.rows, data.counted)[1], data, confidence, None)
+
+    def reset_calibration(self) -> None:
+        """Undo ``calibrate``; statistics gathered in training stay."""
+        super().reset_calibration()
+        self.fitted.clear()
+
+    def default_static(self, means: Tensor) -> Tensor:
+        """Its own mean weights, which no constants could bring to others."""
+        return means
 
     def extra_repr(self) -> str:
         names = ("typicality_norm", "typicality_distance", "distance_evidence", "class_prior", "agreement")

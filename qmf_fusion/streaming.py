@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .correlation import co_moments, merge_co_moments, pearson_of
 from .precision import KeepsPrecision
 
 
@@ -67,28 +68,20 @@ class WeightLossCorrelation(KeepsPrecision):
             )
         c = torch.isfinite(weights) & torch.isfinite(losses)
         c = (c if counted is None else c & counted).flatten(1)
-        w, v = (torch.where(c, x.flatten(1).to(self.moments), 0) for x in (weights, losses))
-        n = c.sum(1).to(self.moments.dtype)
-        mean_w, mean_v = w.sum(1) / n.clamp_min(1), v.sum(1) / n.clamp_min(1)
-        dw, dv = (torch.where(c, x - mean.unsqueeze(1), 0) for x, mean in ((w, mean_w), (v, mean_v)))
-        batch = torch.stack([n, mean_w, mean_v, (dw * dw).sum(1), (dv * dv).sum(1), (dw * dv).sum(1)], 1)
-        self.moments.copy_(_merge(self.moments, batch))
+        w, v = (x.flatten(1).to(self.moments) for x in (weights, losses))
+        self.moments.copy_(merge_co_moments(self.moments, co_moments(w, v, c)))
 
     def merge_state(self, other: "WeightLossCorrelation") -> None:
         """Count what another accumulator has seen."""
-        self.moments.copy_(_merge(self.moments, other.moments.to(self.moments)))
+        self.moments.copy_(merge_co_moments(self.moments, other.moments.to(self.moments)))
 
     def compute(self) -> Correlation:
         """Over everything seen, in all processes where ``torch.distributed`` is initialised."""
         moments = self.moments
         for gathered in self._gather(moments):
-            moments = _merge(moments, gathered)
-        n, mean_w, mean_v, ww, vv, wv = moments.unbind(1)
-        size = (ww * vv).sqrt()
-        # Deviations that are rounding alone count as none.
-        constant = (ww <= n * (1e-12 * mean_w).square()) | (vv <= n * (1e-12 * mean_v).square()) | (size == 0)
-        pearson = torch.where(constant, 0, wv / torch.where(constant, 1, size))
-        return Correlation(n, mean_w, mean_v, wv / n.clamp_min(1), pearson.clamp(-1, 1))
+            moments = merge_co_moments(moments, gathered)
+        n, mean_weight, mean_loss, *_, products = moments.unbind(1)
+        return Correlation(n, mean_weight, mean_loss, products / n.clamp_min(1), pearson_of(moments))
 
     def reset(self) -> None:
         self.moments.zero_()
@@ -105,13 +98,3 @@ class WeightLossCorrelation(KeepsPrecision):
         every = [torch.empty_like(moments) for _ in range(distributed.get_world_size())]
         distributed.all_gather(every, moments.contiguous())
         return [m for rank, m in enumerate(every) if rank != distributed.get_rank()]
-
-
-def _merge(a: Tensor, b: Tensor) -> Tensor:
-    """Two ``[M, 6]`` into one (Chan, Golub and LeVeque 1983)."""
-    n = a[:, 0] + b[:, 0]
-    share = b[:, 0] / n.clamp_min(1)
-    dw, dv = b[:, 1] - a[:, 1], b[:, 2] - a[:, 2]
-    cross = a[:, 0] * share
-    out = torch.stack([dw * dw * cross, dv * dv * cross, dw * dv * cross], 1) + a[:, 3:] + b[:, 3:]
-    return torch.cat([torch.stack([n, a[:, 1] + dw * share, a[:, 2] + dv * share], 1), out], 1)

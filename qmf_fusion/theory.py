@@ -22,9 +22,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .calibration import counted_rows, layer_weights, pearson, sample_losses
 from .checks import Logits
-from .fusion import Coefficient, QualityAwareFusion, coefficient
+from .coefficients import Coefficient, own_coefficient
+from .correlation import co_moments, pearson, pearson_of, spearman
+from .fusion import QualityAwareFusion
 from .streaming import Correlation, WeightLossCorrelation
 
 __all__ = ["Correlation", "FusionReport", "ModalityReport", "WeightLossCorrelation", "fusion_report", "spearman"]
@@ -209,20 +210,16 @@ def fusion_report(
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    rows, target, counted = counted_rows(fusion, logits, target, present, ignore_index)
-    weights = rearrange(layer_weights(fusion, rows, counted), "m ... -> m (...)")
-    losses = rearrange(sample_losses(rows, target), "m ... -> m (...)")
-    pairs = [
-        (w[c].cpu(), v[c].cpu())
-        for w, v, c in zip(weights, losses, rearrange(counted, "m ... -> m (...)"), strict=True)
-    ]
-    means = torch.stack([w.mean() for w, _ in pairs])
+    data = fusion.clean_data(logits, target, present, ignore_index)
+    weights = fusion.rule.fuse(data.rows, data.counted)[1]
+    flat = (rearrange(x, "m ... -> m (...)") for x in (weights, data.losses, data.counted))
+    pairs = [(w[c].cpu(), v[c].cpu()) for w, v, c in zip(*flat, strict=True)]
     if static_weights is not None:
-        static = coefficient("static_weights", static_weights, len(rows))
-    elif fusion.calibration.static is not None:
+        static = own_coefficient("static_weights", static_weights, fusion.num_modalities)
+    elif fusion.calibration.found():
         static = fusion.calibration.static.cpu()
     else:
-        static = means if fusion.mixture is not None else means.nanmean().expand(len(rows))
+        static = fusion.rule.default_static(torch.stack([w.mean() for w, _ in pairs]))
     described = [
         _describe(name, w, v, s, confidence, resamples, seed)
         for name, (w, v), s in zip(fusion.names, pairs, static.tolist(), strict=True)
@@ -255,23 +252,6 @@ def fusion_report(
     )
 
 
-def spearman(x: Tensor, y: Tensor) -> float:
-    """The correlation of the ranks of ``[n]`` and ``[n]``, ties at their mean rank; 0 where either is constant.
-
-    Example:
-        >>> round(spearman(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 8.0, 9.0])), 6)
-        1.0
-    """
-    return pearson(_ranks(x), _ranks(y))
-
-
-def _ranks(x: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    ranks: Tensor = (last - (counts - 1) / 2)[inverse]
-    return ranks.double()
-
-
 def _describe(
     name: str, w: Tensor, loss: Tensor, static: float, confidence: float, resamples: int, seed: int
 ) -> ModalityReport:
@@ -280,8 +260,9 @@ def _describe(
         sentence = f"{name} never counts in this data."
         undecided = ("undecided", "undecided", sentence)
         return ModalityReport(name, 0, nan, static, nan, (nan, nan), nan, (nan, nan), nan, nan, nan, nan, *undecided)
-    mean, mean_loss, r = float(w.mean()), float(loss.mean()), pearson(w, loss)
-    covariance = float(((w - w.mean()) * (loss - loss.mean())).mean())
+    moments = co_moments(w.double(), loss.double())
+    n, mean, mean_loss, *_, products = moments.tolist()
+    r, covariance = float(pearson_of(moments)), products / n
     mean_interval, interval = _bootstrap(w, loss, confidence, resamples, seed)
     close = abs(mean - static) <= 1e-6
     within = all(abs(x - static) <= MARGIN * abs(static) for x in mean_interval)
@@ -328,13 +309,12 @@ def _bootstrap(
     """Percentile intervals of the mean weight and of Pearson's r, from resampled pairs."""
     generator = torch.Generator().manual_seed(seed)
     n, means, rs = len(w), [], []
-    constant = pearson(w, loss) == 0.0 and (bool((w == w[0]).all()) or bool((loss == loss[0]).all()))
+    constant = bool((w == w[0]).all()) or bool((loss == loss[0]).all())
     for start in range(0, resamples, chunk := max(1, 4_000_000 // n)):
         pick = torch.randint(n, (min(chunk, resamples - start), n), generator=generator)
         a, b = w[pick], loss[pick]
         means.append(a.mean(1))
-        da, db = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-        rs.append(torch.nan_to_num((da * db).sum(1) / (da.norm(dim=1) * db.norm(dim=1))))
+        rs.append(pearson(a, b))
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=w.dtype)
     mean_low, mean_high = torch.cat(means).quantile(ends).tolist()
     low, high = (0.0, 0.0) if constant or n < 2 else torch.cat(rs).quantile(ends).tolist()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmf_kernels import energy
+
 Uncertainty = Callable[[Tensor], Tensor]
 
 
@@ -34,8 +36,8 @@ def energy_score(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        return -temperature * torch.logsumexp(logits / temperature, -1)
-    return -temperature * torch.logsumexp(logits / temperature.unsqueeze(-1), -1)
+        return energy(torch.logsumexp(logits / temperature, -1), temperature)
+    return energy(torch.logsumexp(logits / temperature.unsqueeze(-1), -1), temperature)
 
 
 def msp_uncertainty(logits: Tensor) -> Tensor:
@@ -96,9 +98,11 @@ def evidence_uncertainty(logits: Tensor) -> Tensor:
         >>> evidence_uncertainty(torch.full((1, 4), -100.0))
         tensor([1.])
     """
-    return logits.shape[-1] / (F.softplus(logits) + 1).sum(-1)
+    # The threshold from which softplus is taken for the identity, at 20 by default, would show in float64.
+    return logits.shape[-1] / (F.softplus(logits, threshold=40) + 1).sum(-1)
 
 
+# Every place that takes a name looks it up here. The energy is what the operators compute on their own.
 UNCERTAINTIES: dict[str, Uncertainty] = {
     "energy": energy_score,
     "msp": msp_uncertainty,

@@ -1,7 +1,7 @@
 """Operators behind ``qmf_fusion``: fusion, ranking and the whole objective, in the namespace ``qmf``."""
 
 from .autograd import fuse, objective, rank
-from .eager.fusion import affine_weights, energy
+from .eager.fusion import affine_weights, clamp_weights, energy
 from .eager.history import find_range, kappa
 from .operators import NAMESPACE, ops, takes_triton
 from .rules import BACKENDS, FORMS, PAIRS, Losses, LossRule, Past, WeightRule
@@ -16,6 +16,7 @@ __all__ = [
     "Past",
     "WeightRule",
     "affine_weights",
+    "clamp_weights",
     "energy",
     "find_range",
     "fuse",

@@ -1,7 +1,7 @@
 """What the checks call and how they compare: one face for a layer, a wrapped model and a user's own callable."""
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..fusion import QualityAwareFusion
 from ..model import FusionModel
+from ..rule import Rule
+from ..typicality import OF_CLASSES
 from ..uncertainty import Uncertainty, energy_score
 from .strategies import logits
 
@@ -40,10 +42,7 @@ class Subject:
         self.num_modalities = int(count)
         self.class_dim: int = getattr(self.layer or fusion, "class_dim", -1)
 
-        mixture = None if self.layer is None else self.layer.mixture
-        statistics = None if mixture is None else mixture.statistics()
-        # Statistics are of one number of classes, and take no other.
-        self.num_classes = None if statistics is None else len(statistics.prior)
+        self.num_classes = None if self.layer is None else self.layer.rule.num_classes
 
     def __call__(self, logits: Sequence[Tensor | None], present: Tensor | None = None) -> Output:
         given: Any = [None if x is None else x.movedim(-1, self.class_dim) for x in logits]
@@ -65,36 +64,30 @@ class Subject:
             return Subject(self.fusion, len(order))
         layer = copy.deepcopy(self.layer)
         layer.names = tuple(layer.names[m] for m in order)
-        learned, fixed = (
-            ("log_minus_alpha", "signed_beta", "log_temperature"),
-            ("fixed_alpha", "fixed_beta", "fixed_temperature"),
-        )
-        for name in learned if layer.learnable else fixed:
-            value = getattr(layer, name).detach()[list(order)]
-            setattr(layer, name, nn.Parameter(value) if layer.learnable else value)
-        layer.calibration.num_modalities = len(order)
-        _select(layer.calibration, order)
-        if layer.mixture is not None:
-            for statistics in (layer.mixture.fitted, layer.mixture.running):
-                statistics.num_modalities = len(order)
-                _select(statistics, order, {"prior", "count"})  # of the classes, not of a modality
-        layer._find_unit_temperature()
+        _select(layer.rule, order)
         if not isinstance(self.fusion, FusionModel):
             return Subject(layer)
         names = [self.fusion.names[m] for m in order]
         layer.names = tuple(names)
         return Subject(FusionModel({name: self.fusion.heads[name] for name in names}, layer))
 
-    def fused(self, given: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """What weights ``[M, *]`` make of the logits: Eq. 11, or a layer's other way to combine that has weights."""
+    def rows(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """Logits as the rule sees them."""
+        return list(given) if self.layer is None else self.layer.prepare(list(given))
+
+    def fused(self, given: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+        """What weights ``[M, *]`` make of the logits: Eq. 11, or what the layer's rule says; None where they do not
+        decide it.
+        """
+        rows = self.rows(given)
         if self.layer is None:
-            rows = list(given)
-        else:
-            rows = self.layer.prepare(list(given))
-            if self.layer.combine == "probabilities":
-                log_share = (weights.clamp_min(1e-12) / weights.clamp_min(1e-12).sum(0)).log()
-                return torch.logsumexp(log_share.unsqueeze(-1) + torch.log_softmax(torch.stack(rows), -1), 0)
-        return (weights.unsqueeze(-1) * torch.stack(rows)).sum(0)
+            return (weights.unsqueeze(-1) * torch.stack(rows)).sum(0)
+        return self.layer.rule.logits_from(rows, weights)
+
+    def expected_weights(self, given: Sequence[Tensor]) -> Tensor | None:
+        """What Eq. 9 makes of the layer's uncertainties; None where they do not decide the weights."""
+        assert self.layer is not None
+        return self.layer.rule.weights_from(self.uncertainties(given, None))
 
     def draws(self, num_classes: int | None, dtype: torch.dtype, **options: Any) -> st.SearchStrategy[list[Tensor]]:
         return logits(
@@ -106,10 +99,17 @@ class Subject:
         )
 
 
-def _select(module: nn.Module, order: Sequence[int], leave: Collection[str] = ()) -> None:
-    for name, value in module._buffers.items():
-        if value is not None and name != "_anchor" and name not in leave:
-            setattr(module, name, value[list(order)])
+def _select(rule: Rule, order: Sequence[int]) -> None:
+    """Leave these modalities, in this order, in every tensor whose first dimension they are."""
+    for module in rule.modules():
+        if hasattr(module, "num_modalities"):
+            module.num_modalities = len(order)  # type: ignore[assignment]
+        for name, value in module._parameters.items():
+            if value is not None:
+                setattr(module, name, nn.Parameter(value.detach()[list(order)]))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in OF_CLASSES:
+                setattr(module, name, buffer[list(order)])
 
 
 def verify(

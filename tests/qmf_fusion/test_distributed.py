@@ -101,7 +101,7 @@ dist.destroy_process_group()
 
 
 def make_criterion(**switches: bool) -> QMFLoss:
-    return QMFLoss(QualityAwareFusion.robust(2, **switches), 60)
+    return QMFLoss(QualityAwareFusion.robust(2, 4, **switches), 60)
 
 
 def steps_of_robust() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -134,7 +134,7 @@ def test_two_processes_have_the_statistics_of_one(found: list[dict[str, dict[str
     for rows, target, index in steps_of_robust():
         single(list(rows), target, index)
     expected = single.fusion.state_dict()
-    assert expected["mixture.running.count"].sum() == 12 + 12 + 9 + 12 + 3  # repeats count
+    assert expected["rule.running.count"].sum() == 12 + 12 + 9 + 12 + 3  # repeats count
     for state in found:
         torch.testing.assert_close(state["everywhere"], expected, rtol=1e-10, atol=1e-12)
         assert [x.tolist() for x in state["sums"]] == [[3.0], [[4.0, 4.0]]]

@@ -89,11 +89,16 @@ def test_a_few_samples_decide_nothing(n, static):
         assert all(f"{n} of the 4 samples" in m.sentence for m in report.modalities)
 
 
-@pytest.mark.parametrize("rule", [QualityAwareFusion.robust, QualityAwareFusion], ids=["robust", "default"])
-def test_prints_converts_and_plots(rule, tmp_path):
+NAMES = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "fusion", [QualityAwareFusion.robust(NAMES, 4), QualityAwareFusion(NAMES)], ids=["robust", "default"]
+)
+def test_prints_converts_and_plots(fusion, tmp_path):
     pytest.importorskip("matplotlib")
     logits, target = data()
-    report = fusion_report(rule(["a", "b", "c"]), logits, target)
+    report = fusion_report(fusion, logits, target)
     text = str(report)
     assert all(word in text for word in ("Term-L", "Term-Cov", "Spearman", "total", report.sentence))
     assert json.loads(json.dumps(report.to_dict()))["verdict"] == report.verdict

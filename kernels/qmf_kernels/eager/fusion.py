@@ -146,7 +146,8 @@ def _fuse(rows: Rows, rule: WeightRule) -> Fusion:
     e, tempered = _energies(rows, rule)
     u = e if rule.uncertainty is None else rule.uncertainty.unsqueeze(-1).to(e.dtype)
     u = keep_counted(u, rows.counted)
-    weights = _clamp(affine_weights(u, per_modality(rule.alpha, u), per_modality(rule.beta, u)), rows.counted, rule)
+    raw = affine_weights(u, per_modality(rule.alpha, u), per_modality(rule.beta, u))
+    weights = clamp_weights(raw, rows.counted, rule.nonnegative, rule.normalize)
     finite, ruled_out = rows.logits, None
     if rows.counted is not None:
         e = torch.where(rows.counted, e, torch.inf)
@@ -171,12 +172,12 @@ def _energies(rows: Rows, rule: WeightRule) -> tuple[Tensor, list[Tensor]]:
     return energy(_join(lse), t), list(probs)
 
 
-def _clamp(weights: Tensor, counted: Tensor | None, rule: WeightRule) -> Tensor:
-    """Clamped and normalised as asked, 0 where a row does not count."""
-    if rule.nonnegative or rule.normalize:
+def clamp_weights(weights: Tensor, counted: Tensor | None, nonnegative: bool, normalize: bool) -> Tensor:
+    """Weights ``[M, ...]`` clamped at 0 and normalised over the modalities as asked, 0 where a row does not count."""
+    if nonnegative or normalize:
         weights = weights.clamp(min=0)
     weights = keep_counted(weights, counted)
-    if rule.normalize:
+    if normalize:
         total = weights.sum(0)
         # Where every weight is 0, the modalities that count share equally.
         equal = torch.ones_like(weights) if counted is None else counted.to(weights.dtype)

@@ -1,4 +1,4 @@
-"""Eq. 18 for the rules in plain PyTorch: against PyTorch's own losses, and against the operator."""
+"""Every rule: fusion and Eq. 18 against PyTorch's own losses, and what is asked of all of them alike."""
 
 import copy
 from fractions import Fraction
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
-from qmf_fusion.composed import normalize_logits
+from qmf_fusion.logit_norm import normalize_logits
 
 RULES = {
-    "robust": lambda m: QualityAwareFusion.robust(m),
-    "probabilities": lambda m: QualityAwareFusion(m, combine="probabilities"),
-    "normalised": lambda m: QualityAwareFusion(m, normalize_logits=0.1),
-    "both": lambda m: QualityAwareFusion(m, combine="probabilities", normalize_logits=0.1, uncertainty="entropy"),
+    "robust": lambda m, k=5: QualityAwareFusion.robust(m, k),
+    "probabilities": lambda m, k=5: QualityAwareFusion(m, combine="probabilities"),
+    "normalised": lambda m, k=5: QualityAwareFusion(m, normalize_logits=0.1),
+    "both": lambda m, k=5: QualityAwareFusion(m, combine="probabilities", normalize_logits=0.1, uncertainty="entropy"),
 }
 
 
@@ -47,7 +47,7 @@ def test_losses_are_pytorchs(rule, smoothing, weighted):
 @pytest.mark.parametrize("form", ["paper", "margin", "released"])
 def test_gradients_are_those_of_the_loss(rule, form):
     x, target = batch(m=2, n=6, k=3)
-    fusion = RULES[rule](2)
+    fusion = RULES[rule](2, 3)
     criterion = QMFLoss(fusion, 6, ranking_weight=0.3, form=form)
     index = torch.arange(6)
     criterion(batch(m=2, n=6, k=3, seed=5)[0], target, index)
@@ -121,7 +121,7 @@ def test_logit_norm():
 def test_a_bad_target_is_named():
     x, target = batch()
     with pytest.raises(IndexError, match="target must hold classes 0 to 4"):
-        QMFLoss(QualityAwareFusion.robust(3), 12, ranking_weight=0)(x, target + 3)
+        QMFLoss(QualityAwareFusion.robust(3, 5), 12, ranking_weight=0)(x, target + 3)
 
 
 @pytest.mark.parametrize("rule", [*RULES, "default", "shares"])
@@ -130,7 +130,7 @@ def test_absent_equals_dropped(rule, training):
     make = {
         **RULES,
         "default": QualityAwareFusion,
-        "shares": lambda m: QualityAwareFusion(m, normalize=True, uncertainty="msp"),
+        "shares": lambda m, k=5: QualityAwareFusion(m, normalize=True, uncertainty="msp"),
     }[rule]
     x, target = batch()
     index, present = torch.arange(12), torch.tensor([True, False, True])
@@ -161,12 +161,13 @@ def test_a_callable_uncertainty_never_sees_a_row_that_is_absent(value, options):
     rows, target = batch(m=2, n=4, k=3)
     rows[0, 1, 2] = value
     heads = [x.clone().requires_grad_() for x in rows]
-    criterion = QMFLoss(QualityAwareFusion(2, uncertainty=entropy, learnable=True, **options), 4)
+    fusion = QualityAwareFusion(2, uncertainty=entropy, learnable=True, **options)
+    criterion = QMFLoss(fusion, 4)
     out = criterion(heads, target, torch.arange(4))
     out.loss.backward()
     assert out.weights[0, 1] == 0
     assert (heads[0].grad[1] == 0).all()
-    assert all(torch.isfinite(x.grad).all() for x in (*heads, *criterion.parameters()))
+    assert all(torch.isfinite(x.grad).all() for x in (*heads, *fusion.parameters()))
 
 
 def test_any_number_is_a_temperature_of_logit_norm():
@@ -182,7 +183,7 @@ def test_any_number_is_a_temperature_of_logit_norm():
 def test_odds_that_float32_does_not_hold_are_refused():
     for switches in ({"odds": 1e31}, {"odds": 1e-31}, {"odds": 1e5, "onset": -80.0}, {"onset": -1e6}):
         with pytest.raises(ValueError, match="odds and onset must make odds of 1e-30 to 1e30"):
-            QualityAwareFusion.robust(2, **switches)
+            QualityAwareFusion.robust(2, 5, **switches)
 
 
 @pytest.mark.parametrize("alone", [1, 2])
@@ -190,7 +191,7 @@ def test_modalities_alone_tie_in_the_ranking(alone):
     """Their weight under robust is a constant, without roundings for the ranking to put in an order."""
     x = 3 * torch.randn(alone, 40, 5, generator=torch.Generator().manual_seed(0))
     present = torch.tensor([True, False][:alone])
-    criterion = QMFLoss(QualityAwareFusion.robust(alone), 40)
+    criterion = QMFLoss(QualityAwareFusion.robust(alone, 5), 40)
     for _ in range(2):
         out = criterion(x, torch.arange(40) % 5, torch.arange(40), present)
     assert len(out.weights[0].unique()) == 1
