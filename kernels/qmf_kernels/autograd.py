@@ -45,7 +45,7 @@ def objective(
     backend: str | None = None,
     return_logits: bool = True,
 ) -> Losses:
-    """Eq. 18 of M tensors ``[B, *, K]`` with targets ``[B, *]``, kappa ``[M, B]`` or None, present ``[M, B, *]`` or None.
+    """Eq. 18 of M tensors ``[B, *, K]``, targets ``[B, *]``, kappa ``[M, B]`` and present ``[M, B, *]`` or None each.
 
     With ``past``, kappa comes from the history and the batch goes into it, in the kernels' own launches where they run.
     Arguments are not checked here.
