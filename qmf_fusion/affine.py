@@ -166,7 +166,7 @@ class AffineRule(Rule):
         self.coefficients = Coefficients(num_modalities, alpha, beta, temperature, learnable)
 
     def constants(self) -> Constants:
-        return self.coefficients(self.calibration.held)
+        return self.coefficients()
 
     def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
         alpha, beta, temperature = self.constants()
@@ -189,6 +189,7 @@ class AffineRule(Rule):
             raise ValueError(f"fit must be empty for this rule, which has no such constants, got {list(fit)}")
 
         def weigh() -> Tensor:
+            self.coefficients.hold(self.calibration.held)
             return self.fuse(data.rows, data.counted)[1]
 
         shape = self.options.shape

@@ -90,6 +90,7 @@ class Coefficients(KeepsPrecision):
     fixed_beta: Tensor
     fixed_temperature: Tensor
     scale: Tensor
+    keep: Tensor
     shift: Tensor
     temper: Tensor
 
@@ -112,10 +113,10 @@ class Coefficients(KeepsPrecision):
             self.log_minus_alpha = nn.Parameter(a.neg().log().to(dtype))
             self.signed_beta = nn.Parameter(b.to(dtype))
             self.log_temperature = nn.Parameter(t.log().to(dtype))
-        # What calibration multiplies alpha and the temperature by, and adds to beta; as they are, without effect.
-        self.register_buffer("scale", torch.ones_like(a))
+        # What calibration multiplies alpha, beta and the temperature by, and adds to beta; as they are, without effect.
+        for name in ("scale", "keep", "temper"):
+            self.register_buffer(name, torch.ones_like(a))
         self.register_buffer("shift", torch.zeros_like(a))
-        self.register_buffer("temper", torch.ones_like(a))
 
     def given(self) -> Constants:
         """The constants before calibration."""
@@ -125,27 +126,29 @@ class Coefficients(KeepsPrecision):
         beta = torch.where(self.signed_beta >= 0, self.signed_beta, -self.signed_beta)
         return Constants(-self.log_minus_alpha.exp(), beta, self.log_temperature.exp())
 
-    def forward(self, held: Tensor) -> Constants:
-        """The constants as calibrated; where ``held`` ``[M]`` is not 0, the weight is that constant."""
+    def forward(self) -> Constants:
+        """The constants as calibrated."""
         alpha, beta, temperature = self.given()
-        free, dtype = held == 0, alpha.dtype
-        return Constants(
-            torch.where(free, alpha * self.scale.to(dtype), 0),
-            torch.where(free, beta + self.shift.to(dtype), held.to(dtype)),
-            temperature * self.temper.to(dtype),
-        )
+        scale, keep, shift, temper = (x.to(alpha.dtype) for x in (self.scale, self.keep, self.shift, self.temper))
+        return Constants(alpha * scale, torch.addcmul(shift, beta, keep), temperature * temper)
 
     def correct(self, *, scale: Tensor, shift: Tensor, temper: Tensor) -> None:
         """Set what calibration found, ``[M]`` each."""
-        self.scale.copy_(scale)
-        self.shift.copy_(shift)
-        self.temper.copy_(temper)
+        for buffer, value in ((self.scale, scale), (self.shift, shift), (self.temper, temper)):
+            buffer.copy_(value)
+        self.keep.fill_(1)
+
+    def hold(self, held: Tensor) -> None:
+        """Make constant weights of those ``held`` ``[M]`` that are not 0."""
+        free = held == 0
+        self.scale.mul_(free)
+        self.keep.mul_(free)
+        self.shift.copy_(torch.where(free, self.shift, held))
 
     def clear(self) -> None:
         """Back to the constants as given."""
-        self.scale.fill_(1)
-        self.shift.zero_()
-        self.temper.fill_(1)
+        one = torch.ones_like(self.scale)
+        self.correct(scale=one, shift=0 * one, temper=one)
 
     def extra_repr(self) -> str:
         return "learnable" if self.learnable else ""

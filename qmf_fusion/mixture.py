@@ -38,6 +38,25 @@ class Evidence(NamedTuple):
     """``[M, *]``: rho, broken : clean, before the others are heard."""
 
 
+def _mixture(ratio: Tensor, odds: Tensor, log_prior: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Fused ``[*, K]`` and weights ``[M, *]`` of ``[M, *, K]``, ``[M, *, 1]``, ``[K]`` and ``[M, *]``.
+
+    In plain autograd: with its slopes written down a training step takes only 3 % less.
+    """
+    votes = torch.where(counted.unsqueeze(-1), torch.log1p(ratio / odds), 0)
+    fused = torch.log_softmax(log_prior + votes.sum(0), -1)
+    weights = (fused.exp() * (ratio / (ratio + odds))).sum(-1)
+    # Of a modality alone it is 1 / (1 + rho), but for roundings that the ranking would put in an order.
+    return fused, torch.where(counted.sum(0) > 1, weights, (1 / (1 + odds)).squeeze(-1))
+
+
+def _product(ratio: Tensor, odds: Tensor, log_prior: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without agreement, ``prod_m r_m ** (1 / (1 + rho_m))``."""
+    trust = 1 / (1 + odds)
+    votes = torch.where(counted.unsqueeze(-1), ratio.clamp_min(1e-12).log() * trust, 0)
+    return torch.log_softmax(log_prior + votes.sum(0), -1), trust.squeeze(-1)
+
+
 class ContaminatedProduct(Rule):
     """Fuse logits as a product of experts of which any may be broken; every ingredient has its switch.
 
@@ -185,18 +204,14 @@ class ContaminatedProduct(Rule):
         A modality held by calibration has that constant weight, and the odds ``1 / weight - 1``.
         """
         ratio, _, odds = self.evidence(logits, statistics)
-        held = per_modality(self.calibration.held, odds)
-        odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1) - 1).clamp_min(1e-6)).unsqueeze(-1)
-        alone = (1 / (1 + odds)).squeeze(-1)
-        clean = ratio / (ratio + odds)
-        votes = torch.log1p(ratio / odds) if self.agreement else ratio.clamp_min(1e-12).log() / (1 + odds)
-        votes = torch.where(counted.unsqueeze(-1), votes, 0)
-        fused = torch.log_softmax(self.prior(logits, statistics).log() + votes.sum(0), -1)
-        weights = alone
-        if self.agreement:
-            # Of a modality alone it is the same, but for roundings that the ranking would put in an order.
-            weights = torch.where(counted.sum(0) > 1, (fused.exp() * clean).sum(-1), alone)
-        weights = torch.where(held == 0, weights, held)
+        held = None
+        if not can_look(self.calibration.held) or any(self.calibration.held.tolist()):
+            held = per_modality(self.calibration.held, odds)
+            odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1) - 1).clamp_min(1e-6))
+        log_prior = self.prior(logits, statistics).log()
+        fused, weights = (_mixture if self.agreement else _product)(ratio, odds.unsqueeze(-1), log_prior, counted)
+        if held is not None:
+            weights = torch.where(held == 0, weights, held)
         return torch.where(counted.any(0).unsqueeze(-1), fused, 0), torch.where(counted, weights, 0)
 
     def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
