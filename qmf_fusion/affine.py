@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import qmf_kernels
 from qmf_kernels import WeightRule, affine_weights, clamp_weights
 
 from .calibration import CleanData, hold_until_eq_6
@@ -93,19 +92,21 @@ def weigh_rows(
     temperature: Tensor | None,
 ) -> Weighed:
     """What the operators need: M of ``[*, K]``, bool ``[M, *]`` or None, ``[M]`` each; a temperature of None is 1."""
-    pooled = options.combine == "probabilities"
-    u = None
-    if pooled:
-        x, present = stack_rows(rows, present)
-        rows = list(x.unbind(0))
-    if options.uncertainty != "energy":  # which the operators take from the rows themselves
-        u = measure(options.uncertainty, rows if pooled else _safe_rows(rows, present), temperature)
-    rule = WeightRule(u, alpha, beta, temperature, None, *options.shape, detach=options.detach)
-    if not pooled:
-        return Weighed(rows, present, rule)
-    weights = qmf_kernels.fuse(rows, present, rule)[1]
-    fused = pool_probabilities(rows, weights.detach() if options.detach else weights, present)
-    return Weighed(rows, present, ready(weights, fused, temperature))
+    if options.combine == "logits":
+        u = None  # the energy, which the operators take from the rows themselves
+        if options.uncertainty != "energy":
+            u = measure(options.uncertainty, _safe_rows(rows, present), temperature)
+        return Weighed(rows, present, WeightRule(u, alpha, beta, temperature, None, *options.shape, options.detach))
+    x, counted = stack_rows(rows, present)
+    u = measure(options.uncertainty, list(x), temperature)
+    weights = weights_of(u, alpha, beta, counted, options.shape)
+    fused = pool_probabilities(x, weights.detach() if options.detach else weights, counted)
+    return Weighed(rows, counted, ready(weights, fused, temperature))
+
+
+def weights_of(u: Tensor, alpha: Tensor, beta: Tensor, counted: Tensor | None, shape: Shape) -> Tensor:
+    """Eq. 9, clamped and normalised as asked: ``[M, *]``."""
+    return clamp_weights(affine_weights(u, per_modality(alpha, u), per_modality(beta, u)), counted, *shape)
 
 
 def _safe_rows(rows: list[Tensor], present: Tensor | None) -> list[Tensor]:
@@ -118,11 +119,11 @@ def _safe_rows(rows: list[Tensor], present: Tensor | None) -> list[Tensor]:
     return [torch.where(c.unsqueeze(-1), x, 0) for c, x in zip(counted, rows, strict=True)]
 
 
-def pool_probabilities(rows: Sequence[Tensor], weights: Tensor, counted: Tensor | None) -> Tensor:
+def pool_probabilities(logits: Tensor, weights: Tensor, counted: Tensor | None) -> Tensor:
     """``f = log(sum_m w[m] softmax(x[m]) / sum_m w[m])``, ``[*, K]``; 0 where no modality counts.
 
     Args:
-        rows: M of ``[*, K]``, finite.
+        logits: ``[M, *, K]``, finite.
         weights: ``[M, *]``, at least 0.
         counted: bool ``[M, *]``; None for all.
     """
@@ -132,7 +133,7 @@ def pool_probabilities(rows: Sequence[Tensor], weights: Tensor, counted: Tensor 
         some = counted.any(0)
         share = share.masked_fill(~counted & some, -torch.inf)
     share = share - torch.logsumexp(share, 0)
-    terms = share.unsqueeze(-1) + torch.log_softmax(torch.stack(list(rows)).to(share.dtype), -1)
+    terms = share.unsqueeze(-1) + torch.log_softmax(logits.to(share.dtype), -1)
     fused = torch.logsumexp(terms, 0)
     return fused if some is None else torch.where(some.unsqueeze(-1), fused, 0)
 
@@ -176,13 +177,14 @@ class AffineRule(Rule):
         return measure(self.options.uncertainty, rows, unless_one(self.constants().temperature))
 
     def weights_from(self, uncertainties: Tensor) -> Tensor:
-        alpha, beta, _ = (per_modality(x, uncertainties) for x in self.constants())
-        return clamp_weights(affine_weights(uncertainties, alpha, beta), None, *self.options.shape)
+        alpha, beta, _ = self.constants()
+        return weights_of(uncertainties, alpha, beta, None, self.options.shape)
 
     def logits_from(self, rows: list[Tensor], weights: Tensor) -> Tensor:
+        x = torch.stack(rows)
         if self.options.combine == "probabilities":
-            return pool_probabilities(rows, weights, None)
-        return (weights.unsqueeze(-1) * torch.stack(rows)).sum(0)
+            return pool_probabilities(x, weights, None)
+        return (weights.unsqueeze(-1) * x).sum(0)
 
     def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
         if "temperature" in fit and self.options.combine != "logits":
