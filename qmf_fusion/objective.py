@@ -15,6 +15,10 @@ from .ranking import TrajectoryRankingLoss
 class QMFLoss(nn.Module):
     """``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18), owning the trajectory that the ranking needs.
 
+    It refers to the fusion, which the model owns: ``parameters()``, ``state_dict()`` and ``.to()`` are of the trajectory
+    and the class weights alone. A learnable fusion's parameters come from the model. A copy of a module that holds both
+    has its criterion refer to its own fusion; a copy of the criterion alone comes with a fusion of its own.
+
     Args:
         fusion: the layer whose weights are to be trained; its options (uncertainty, normalisation, ...) hold here too.
         num_samples: N, the size of the training set.
@@ -95,7 +99,8 @@ class QMFLoss(nn.Module):
     def forward(
         self, logits: Logits, target: Tensor, index: Tensor | None = None, present: Tensor | None = None
     ) -> ObjectiveOutput:
-        """The objective of a batch; in training mode its unimodal losses are recorded afterwards.
+        """The objective of a batch; in training mode, with gradients on, it is learned from: its unimodal losses are
+        recorded, and the rule may observe it.
 
         Args:
             logits: the M heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.

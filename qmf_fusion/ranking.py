@@ -70,7 +70,7 @@ class TrajectoryRankingLoss(nn.Module):
         return self.trajectory.kappa(index, self.rescale)
 
     def forward(self, weights: Tensor, losses: Tensor, index: Tensor) -> Tensor:
-        """The ranking loss of a batch; in training mode its losses are recorded afterwards.
+        """The ranking loss of a batch; in training mode, with gradients on, its losses are recorded afterwards.
 
         Args:
             weights: ``[M, B]``, floating point.
@@ -96,7 +96,7 @@ class TrajectoryRankingLoss(nn.Module):
         # A modality that is absent from a sample, or broken, has no finite loss there and takes part in no pair.
         kappa = torch.where(torch.isfinite(losses), self.trajectory.kappa_checked(index, self.rescale), torch.nan)
         loss = functional.ranking_loss(weights, kappa, form=self.form, pairs=self.pairs)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.trajectory.record_checked(losses.detach(), index)
         return loss
 

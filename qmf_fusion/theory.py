@@ -105,30 +105,18 @@ class FusionReport:
             "static",
             "Term-Cov",
         ]
-        rows = [
-            [
-                m.name,
-                str(m.samples),
-                f"{m.mean_weight:.4f}",
-                f"{m.static_weight:.4f}",
-                f"{m.pearson:+.3f}",
-                f"[{m.interval[0]:+.3f}, {m.interval[1]:+.3f}]",
-                f"{m.spearman:+.3f}",
-                f"{m.term_l:.4f}",
-                f"{m.term_l_static:.4f}",
-                f"{m.covariance:+.4f}",
-                m.eq5,
-                m.eq6,
-            ]
-            for m in self.modalities
-        ]
-        total = ["total", *[""] * 6, f"{self.term_l:.4f}", f"{self.bound_static:.4f}", f"{self.term_cov:+.4f}"]
-        table = [[*titles, "Eq. 5", "Eq. 6"], *rows, [*total, self.eq5, self.eq6]]
+        table = [[*titles, "Eq. 5", "Eq. 6"]]
+        for m in self.modalities:
+            interval = f"[{m.interval[0]:+.3f}, {m.interval[1]:+.3f}]"
+            weights = [m.name, str(m.samples), f"{m.mean_weight:.4f}", f"{m.static_weight:.4f}"]
+            correlations = [f"{m.pearson:+.3f}", interval, f"{m.spearman:+.3f}"]
+            terms = [f"{m.term_l:.4f}", f"{m.term_l_static:.4f}", f"{m.covariance:+.4f}"]
+            table.append([*weights, *correlations, *terms, m.eq5, m.eq6])
+        terms = [f"{self.term_l:.4f}", f"{self.bound_static:.4f}", f"{self.term_cov:+.4f}"]
+        table.append(["total", *[""] * 6, *terms, self.eq5, self.eq6])
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = [
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
             for row in table
         ]
         lines.insert(1, "-" * len(lines[0]))
@@ -237,19 +225,8 @@ def fusion_report(
         "undecided": "Undecided: this data neither confirms nor refutes Theorem 2's conditions; use more of it.",
     }[verdict]
     points = [(w[:: -(-len(w) // _MOST_SHOWN) or 1], v[:: -(-len(v) // _MOST_SHOWN) or 1]) for w, v in pairs]
-    return FusionReport(
-        described,
-        confidence,
-        term_l,
-        term_cov,
-        term_l + term_cov,
-        bound_static,
-        eq5,
-        eq6,
-        verdict,
-        sentence,
-        points,
-    )
+    bounds = (term_l, term_cov, term_l + term_cov, bound_static)
+    return FusionReport(described, confidence, *bounds, eq5, eq6, verdict, sentence, points)
 
 
 def _describe(
@@ -261,7 +238,7 @@ def _describe(
         undecided = ("undecided", "undecided", sentence)
         return ModalityReport(name, 0, nan, static, nan, (nan, nan), nan, (nan, nan), nan, nan, nan, nan, *undecided)
     moments = co_moments(w.double(), loss.double())
-    n, mean, mean_loss, *_, products = moments.tolist()
+    n, (_, mean, mean_loss, *_, products) = len(w), moments.tolist()
     r, covariance = float(pearson_of(moments)), products / n
     mean_interval, interval = _bootstrap(w, loss, confidence, resamples, seed)
     close = abs(mean - static) <= 1e-6
@@ -269,7 +246,7 @@ def _describe(
     apart = not mean_interval[0] <= static <= mean_interval[1]
     eq5 = "holds" if close or within else "fails" if apart else "undecided"
     eq6 = "holds" if interval[1] <= 0 else "fails" if interval[0] > 0 else "undecided"
-    if len(w) < FEWEST:
+    if n < FEWEST:
         eq5 = eq6 = "undecided"
     percent = f"{100 * confidence:g} %"
     sentence = {
@@ -277,30 +254,15 @@ def _describe(
         "fails": f"{name} weighs more where it is wrong (r = {r:+.2f}): calibrate(), or use robust().",
         "undecided": f"{name}: the {percent} interval of r holds 0 ({interval[0]:+.2f} to {interval[1]:+.2f}).",
     }[eq6]
-    if len(w) < FEWEST:
-        sentence = f"{name} has {len(w)} of the {FEWEST} samples that a verdict takes."
+    if n < FEWEST:
+        sentence = f"{name} has {n} of the {FEWEST} samples that a verdict takes."
     elif interval == (0.0, 0.0):
         sentence = f"{name}'s weight or loss is constant here: no covariance."
     if eq5 == "fails":
         side = "above" if mean > static else "below"
         sentence += f" Its mean weight {mean:.3g} is {side} its static weight {static:.3g} (Eq. 5): calibrate()."
-    return ModalityReport(
-        name,
-        len(w),
-        mean,
-        static,
-        mean_loss,
-        mean_interval,
-        r,
-        interval,
-        spearman(w, loss),
-        covariance,
-        mean * mean_loss,
-        static * mean_loss,
-        eq5,
-        eq6,
-        sentence,
-    )
+    found = (n, mean, static, mean_loss, mean_interval, r, interval, spearman(w, loss), covariance)
+    return ModalityReport(name, *found, mean * mean_loss, static * mean_loss, eq5, eq6, sentence)
 
 
 def _bootstrap(
