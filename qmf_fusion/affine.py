@@ -51,12 +51,7 @@ class AffineOptions(NamedTuple):
 
 
 def measure(uncertainty: str | Uncertainty, rows: Sequence[Tensor], temperature: Tensor | None) -> Tensor:
-    """``u`` of Eq. 9, ``[M, *]``, in float32 or float64.
-
-    Args:
-        uncertainty: a name in ``UNCERTAINTIES``, or a callable from ``[*, K]`` to ``[*]``.
-        rows: M of ``[*, K]``.
-        temperature: ``[M]``, which divides the rows; None for 1.
+    """``u`` of Eq. 9, ``[M, *]`` in float32 or float64, of M rows ``[*, K]`` divided by T ``[M]``, where None is 1.
 
     Raises:
         ValueError: a callable that returns something else than ``[*]``.
@@ -122,10 +117,7 @@ def _safe_rows(rows: list[Tensor], present: Tensor | None) -> list[Tensor]:
 def pool_probabilities(logits: Tensor, weights: Tensor, counted: Tensor | None) -> Tensor:
     """``f = log(sum_m w[m] softmax(x[m]) / sum_m w[m])``, ``[*, K]``; 0 where no modality counts.
 
-    Args:
-        logits: ``[M, *, K]``, finite.
-        weights: ``[M, *]``, at least 0.
-        counted: bool ``[M, *]``; None for all.
+    Logits ``[M, *, K]`` are finite, weights ``[M, *]`` at least 0; ``counted`` ``[M, *]`` None is all.
     """
     share = weights.clamp_min(LEAST_SHARE).log()
     some = None
@@ -139,16 +131,7 @@ def pool_probabilities(logits: Tensor, weights: Tensor, counted: Tensor | None) 
 
 
 class AffineRule(Rule):
-    """``w[m] = alpha[m] * u[m] + beta[m]`` (Eq. 9) and what the weights add up: see ``QualityAwareFusion``.
-
-    Args:
-        num_modalities: M.
-        options: what it is.
-        alpha: None for the uncertainty's default.
-        beta: None for the uncertainty's default.
-        temperature: of the logits that the uncertainty sees.
-        learnable: see ``Coefficients``.
-    """
+    """``w[m] = alpha[m] * u[m] + beta[m]`` (Eq. 9) and what the weights add up: see ``QualityAwareFusion``."""
 
     def __init__(
         self,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from qmf_kernels.eager.objective import valid_targets
 
-from .checks import check_present, check_target
 from .correlation import pearson
 from .logit_norm import normalize_rows
 from .precision import KeepsPrecision
@@ -63,14 +62,10 @@ class Calibration(KeepsPrecision):
 class CleanData(NamedTuple):
     """Checked held-out data; float64, or float32 where a device has no float64."""
 
-    rows: list[Tensor]
-    """M of ``[*, K]``, as the rule sees them; zeros where they do not count."""
-    target: Tensor
-    """``[*]``: classes; 0 where none counts."""
-    counted: Tensor
-    """``[M, *]`` bool."""
-    losses: Tensor
-    """``[M, *]``: each row's unimodal cross-entropy."""
+    rows: list[Tensor]  # M of ``[*, K]``, as the rule sees them; zeros where they do not count
+    target: Tensor  # ``[*]``: classes; 0 where none counts
+    counted: Tensor  # ``[M, *]`` bool
+    losses: Tensor  # ``[M, *]``: each row's unimodal cross-entropy
 
     def mean(self, values: Tensor) -> Tensor:
         """Each modality's mean of ``[M, *]`` over the rows that count, ``[M]``."""
@@ -79,31 +74,21 @@ class CleanData(NamedTuple):
 
 
 def clean_data(
-    rows: list[Tensor],
-    there: Tensor | None,
-    target: Tensor,
-    present: Tensor | None,
-    ignore_index: int,
-    logit_norm: float | None,
+    rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int, logit_norm: float | None
 ) -> CleanData:
-    """Held-out data from ``check_logits``'s rows, M of ``[N, *, K]``.
+    """Held-out data from what ``check_batch`` returns.
 
     Raises:
-        TypeError, ValueError, IndexError: arguments of the wrong kind, shape or range, naming them.
+        IndexError: a target that is no class.
     """
-    shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
-    if len(shape) < 2:
-        raise ValueError(f"logits must be [N, *, K], got {tuple(rows[0].shape)}")
-    target = check_target(target, shape[1:], device)
-    mask = check_present(present, there, shape, device)
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = torch.float32 if target.device.type == "mps" else torch.float64
     rows = normalize_rows([row.detach().to(wide) for row in rows], logit_norm)
-    x, counted = stack_rows(rows, mask)
+    x, counted = stack_rows(rows, present)
     # On the CPU, where a target that is no class raises rather than stops the device.
     valid = valid_targets(target.cpu(), x.shape[-1], ignore_index)
-    valid = torch.ones_like(target, dtype=torch.bool) if valid is None else valid.to(device)
+    valid = torch.ones_like(target, dtype=torch.bool) if valid is None else valid.to(target.device)
     target = torch.where(valid, target, 0)
-    losses = -torch.log_softmax(x, -1).gather(-1, target.expand(shape).unsqueeze(-1)).squeeze(-1)
+    losses = -torch.log_softmax(x, -1).gather(-1, target.expand(counted.shape).unsqueeze(-1)).squeeze(-1)
     return CleanData(list(x), target, counted & valid, losses)
 
 
@@ -143,13 +128,9 @@ def hold_until_eq_6(
 ) -> None:
     """Hold modalities at their static weights until no other's weight correlates positively with its loss.
 
-    Args:
-        calibration: gets the static weights, and those that are held.
-        weigh: the rule's weights ``[M, *]`` of the data, as the calibration stands.
-        data: held out.
-        confidence: of the test.
-        static: ``[M]``. None: the rule's own mean weights, which are new whenever another modality is held.
-        together: hold all or none, as one share of a sum cannot stand still while the others move.
+    ``weigh`` returns the rule's weights ``[M, *]`` of the data as the calibration stands. ``static`` ``[M]`` None stands
+    for the rule's own mean weights, which are new whenever another modality is held. ``together`` holds all or none, as
+    one share of a sum cannot stand still while the others move.
     """
     measured = static is None
     if static is None:

@@ -110,6 +110,23 @@ def check_logits(
     return rows, torch.stack([first.new_full((), x is not None, dtype=torch.bool) for x in given])
 
 
+def check_batch(
+    logits: Logits,
+    target: Tensor,
+    present: Tensor | None,
+    names: Sequence[str] | None = None,
+    class_dim: int = -1,
+    wanted: str = "[B, *, K]",
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Rows, M of ``[B, *, K]``, targets int64 ``[B, *]``, and which modalities are present, ``[M, B, *]`` or None."""
+    rows, there = check_logits(logits, names, class_dim)
+    if rows[0].dim() < 2:
+        raise ValueError(f"logits must be {wanted}, got {tuple(rows[0].shape)}")
+    shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
+    target = check_target(target, shape[1:], device)
+    return rows, target, check_present(present, there, shape, device)
+
+
 def check_present(
     present: Tensor | None, there: Tensor | None, shape: Sequence[int], device: torch.device
 ) -> Tensor | None:

@@ -24,11 +24,7 @@ _DEMANDS = {
 def check_coefficient(name: str, value: Coefficient, num: int, device: torch.device | str = "cpu") -> Tensor:
     """``value`` as ``[num]`` on ``device``: float64 from numbers, a tensor in its own dtype, gradient and all.
 
-    Args:
-        name: the argument's: ``"alpha"``, ``"beta"``, ``"temperature"`` or ``"static_weights"``, which says its sign.
-        value: a number, or one per modality.
-        num: M.
-        device: where the result goes. The values of a tensor on a device are not looked at, which would wait for it.
+    The argument's name says its sign. The values of a tensor on a device are not looked at, which would wait for it.
 
     Raises:
         TypeError, ValueError: a value of another kind, size or sign.
@@ -74,13 +70,8 @@ class Constants(NamedTuple):
 class Coefficients(KeepsPrecision):
     """alpha, beta and the temperature of M modalities, with the corrections that ``calibrate`` finds.
 
-    Args:
-        num_modalities: M.
-        alpha: negative; a number or ``[M]``.
-        beta: at least 0; a number or ``[M]``.
-        temperature: positive; a number or ``[M]``.
-        learnable: parameters in the default dtype, whose signs hold by construction (``alpha = -exp(a)``,
-            ``beta = |b|``, ``T = exp(t)``), rather than float64 buffers.
+    Where they are learnable, they are parameters in the default dtype, whose signs hold by construction
+    (``alpha = -exp(a)``, ``beta = |b|``, ``T = exp(t)``), rather than float64 buffers.
 
     Raises:
         TypeError, ValueError: a value of another kind, size or sign.

@@ -12,12 +12,12 @@ from qmf_kernels import BACKENDS, FORMS, PAIRS, LossRule, affine_weights
 from .affine import AffineOptions, weigh_rows
 from .checks import (
     Logits,
+    check_batch,
     check_choice,
     check_class_weight,
     check_logit_norm,
     check_logits,
     check_present,
-    check_target,
 )
 from .coefficients import Coefficient, check_coefficient
 from .logit_norm import normalize_rows
@@ -223,7 +223,9 @@ def qmf_objective(
     check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))  # a callable has no place here
     options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
     losses = LossRule(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
-    rows, target, mask = _check_batch(logits, target, kappa, present, losses)
+    rows, target, mask = check_batch(logits, target, present)
+    _check_kappa(kappa, len(rows), target)
+    check_loss_rule(losses, rows[0].shape[-1])
     constants = _constants(options, alpha, beta, temperature, rows)
     check_choice("backend", backend, BACKENDS)
     rows = normalize_rows(rows, check_logit_norm(normalize_logits))
@@ -256,23 +258,15 @@ def _constants(
     )
 
 
-def _check_batch(
-    logits: Logits, target: Tensor, kappa: Tensor | None, present: Tensor | None, options: LossRule
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Rows, M of ``[B, *, K]``, targets and which modalities are present."""
-    rows, there = check_logits(logits)
-    if rows[0].dim() < 2:
-        raise ValueError(f"logits must be [B, *, K], got {tuple(rows[0].shape)}")
-    shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
-    check_loss_rule(options, rows[0].shape[-1])
-    if kappa is not None and not isinstance(kappa, Tensor):
+def _check_kappa(kappa: Tensor | None, num: int, target: Tensor) -> None:
+    if kappa is None:
+        return
+    if not isinstance(kappa, Tensor):
         raise TypeError(f"kappa must be a tensor or None, got {type(kappa).__name__}")
-    if kappa is not None and kappa.device != device:
-        raise ValueError(f"kappa must be on the logits' device {device}, got {kappa.device}")
-    if kappa is not None and tuple(kappa.shape) != shape[:2]:
-        raise ValueError(f"kappa must be {shape[:2]}, one per modality and sample, got {tuple(kappa.shape)}")
-    mask = check_present(present, there, shape, device)
-    return rows, check_target(target, shape[1:], device), mask
+    if kappa.device != target.device:
+        raise ValueError(f"kappa must be on the logits' device {target.device}, got {kappa.device}")
+    if tuple(kappa.shape) != (num, len(target)):
+        raise ValueError(f"kappa must be {(num, len(target))}, one per modality and sample, got {tuple(kappa.shape)}")
 
 
 def check_loss_rule(options: LossRule, num_classes: int | None = None, once: bool = False) -> None:

@@ -16,7 +16,7 @@ from .calibration import (
     restored_on_failure,
     warn_of_held,
 )
-from .checks import Logits, check_logit_norm, check_logits, check_present, modality_names
+from .checks import Logits, check_batch, check_logit_norm, check_logits, check_present, modality_names
 from .coefficients import Coefficient, own_coefficient
 from .logit_norm import normalize_rows
 from .mixture import ContaminatedProduct
@@ -225,8 +225,8 @@ class QualityAwareFusion(nn.Module):
         self, logits: Logits, target: Tensor, present: Tensor | None = None, ignore_index: int = -100
     ) -> CleanData:
         """Check held-out data, as ``calibrate`` takes it, and see it as the rule does."""
-        rows, there = check_logits(logits, self.names, self.class_dim)
-        return clean_data(rows, there, target, present, ignore_index, self.normalize_logits)
+        batch = check_batch(logits, target, present, self.names, self.class_dim, "[N, *, K]")
+        return clean_data(*batch, ignore_index, self.normalize_logits)
 
     @torch.no_grad()
     def calibrate(

@@ -30,12 +30,9 @@ from .typicality import ClassStatistics, RunningStatistics, Statistics, class_di
 class Evidence(NamedTuple):
     """What each modality says on its own."""
 
-    ratio: Tensor
-    """``[M, *, K]``: the likelihood ratio r of each class; its mean over the prior is 1."""
-    untypical: Tensor
-    """``[M, *]``: u, at least 0."""
-    odds: Tensor
-    """``[M, *]``: rho, broken : clean, before the others are heard."""
+    ratio: Tensor  # ``[M, *, K]``: the likelihood ratio r of each class; its mean over the prior is 1
+    untypical: Tensor  # ``[M, *]``: u, at least 0
+    odds: Tensor  # ``[M, *]``: rho, broken : clean, before the others are heard
 
 
 def _mixture(ratio: Tensor, odds: Tensor, log_prior: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,12 +193,9 @@ class ContaminatedProduct(Rule):
     def posterior(self, logits: Tensor, counted: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
         """Fused log-probabilities ``[*, K]``, 0 where nothing counts, and ``P(clean | all)`` ``[M, *]``.
 
-        Args:
-            logits: ``[M, *, K]``, finite; what they are where they do not count does not matter.
-            counted: bool ``[M, *]``; False drops the modality, exactly, with weight 0.
-            statistics: None for the plain form.
-
-        A modality held by calibration has that constant weight, and the odds ``1 / weight - 1``.
+        Logits ``[M, *, K]`` are finite; False in ``counted`` ``[M, *]`` drops a modality, exactly, with weight 0. No
+        statistics make the plain form. A modality held by calibration has that constant weight, and the odds
+        ``1 / weight - 1``.
         """
         ratio, _, odds = self.evidence(logits, statistics)
         held = None

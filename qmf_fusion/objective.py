@@ -6,7 +6,7 @@ from torch.compiler import is_compiling as compiling
 
 from qmf_kernels import BACKENDS, LossRule
 
-from .checks import Logits, check_choice, check_index, check_logits, check_present, check_target
+from .checks import Logits, check_batch, check_choice, check_index
 from .functional import ObjectiveOutput, check_loss_rule
 from .fusion import QualityAwareFusion
 from .ranking import TrajectoryRankingLoss
@@ -116,18 +116,13 @@ class QMFLoss(nn.Module):
             TypeError, ValueError, IndexError: arguments of the wrong kind, count, shape, dtype, device or range.
         """
         fusion, options, trajectory = self.fusion, self._options(), self.ranking.trajectory
-        rows, there = check_logits(logits, fusion.names, fusion.class_dim)
-        if rows[0].dim() < 2:
-            raise ValueError(f"logits must be [B, *, K], got {tuple(rows[0].shape)}")
-        shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
-        self._check_devices(device)
-        target = check_target(target, shape[1:], device)
-        mask = check_present(present, there, shape, device)
+        rows, target, mask = check_batch(logits, target, present, fusion.names, fusion.class_dim)
+        self._check_devices(rows[0].device)
         if options.class_weight is not None and len(options.class_weight) != rows[0].shape[-1]:
             check_loss_rule(options, rows[0].shape[-1])
 
         if index is not None:
-            index = check_index(index, shape[1], trajectory.num_samples)
+            index = check_index(index, len(target), trajectory.num_samples)
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.

@@ -16,10 +16,8 @@ from .coefficients import Constants
 class Weighed(NamedTuple):
     """What the operators need to fuse a batch."""
 
-    rows: Sequence[Tensor]
-    """M of ``[*, K]``."""
-    present: Tensor | None
-    """``[M, *]`` bool; None for all."""
+    rows: Sequence[Tensor]  # M of ``[*, K]``
+    present: Tensor | None  # ``[M, *]`` bool; None for all
     weights: WeightRule
 
 

@@ -3,10 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .correlation import co_moments, merge_co_moments, pearson_of
 from .precision import KeepsPrecision
+from .processes import place_of_process
 
 
 class Correlation(NamedTuple):
@@ -15,17 +17,14 @@ class Correlation(NamedTuple):
     samples: Tensor
     mean_weight: Tensor
     mean_loss: Tensor
-    covariance: Tensor
-    """Divided by n."""
-    pearson: Tensor
-    """0 where weight or loss is constant."""
+    covariance: Tensor  # Divided by n
+    pearson: Tensor  # 0 where weight or loss is constant
 
 
 class WeightLossCorrelation(KeepsPrecision):
     """Accumulate Pearson's r of weight and loss, per modality, batch by batch and across processes.
 
-    ``update`` / ``compute`` / ``reset`` / ``merge_state``, and states declared with their reduction, as in torchmetrics
-    (which is not needed). Counts, means and co-moments are merged by Chan et al.'s pairwise update, in float64, so that
+    ``update`` / ``compute`` / ``reset`` / ``merge_state`` as in torchmetrics (which is not needed). Counts, means and co-moments are merged by Chan et al.'s pairwise update, in float64, so that
     neither the order nor the size of the batches matters.
 
     Args:
@@ -45,14 +44,8 @@ class WeightLossCorrelation(KeepsPrecision):
         super().__init__()
         if num_modalities < 1:
             raise ValueError(f"num_modalities must be at least 1, got {num_modalities}")
-        self._reductions: dict[str, str | None] = {}
-        # n, mean w, mean loss, and the sums of squared and mixed deviations; not a sum over processes, so kept apart.
-        self.add_state("moments", torch.zeros(num_modalities, 6, dtype=torch.float64), dist_reduce_fx=None)
-
-    def add_state(self, name: str, default: Tensor, dist_reduce_fx: str | None) -> None:
-        """Declare a state: ``"sum"`` adds up over processes, None stacks what each has for ``compute`` to merge."""
-        self.register_buffer(name, default)
-        self._reductions[name] = dist_reduce_fx
+        # ``co_moments``: no sum over processes, so kept apart until ``compute``.
+        self.register_buffer("moments", torch.zeros(num_modalities, 6, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, weights: Tensor, losses: Tensor, counted: Tensor | None = None) -> None:
@@ -77,9 +70,12 @@ class WeightLossCorrelation(KeepsPrecision):
 
     def compute(self) -> Correlation:
         """Over everything seen, in all processes where ``torch.distributed`` is initialised."""
-        moments = self.moments
-        for gathered in self._gather(moments):
-            moments = merge_co_moments(moments, gathered)
+        moments, (rank, size) = self.moments, place_of_process()
+        if size > 1:
+            every = [torch.empty_like(moments) for _ in range(size)]
+            dist.all_gather(every, moments.contiguous())
+            for other in every[:rank] + every[rank + 1 :]:
+                moments = merge_co_moments(moments, other)
         n, mean_weight, mean_loss, *_, products = moments.unbind(1)
         return Correlation(n, mean_weight, mean_loss, products / n.clamp_min(1), pearson_of(moments))
 
@@ -88,13 +84,3 @@ class WeightLossCorrelation(KeepsPrecision):
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         self.update(*args, **kwargs)
-
-    @staticmethod
-    def _gather(moments: Tensor) -> list[Tensor]:
-        """The other processes' states."""
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-            return []
-        every = [torch.empty_like(moments) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(every, moments.contiguous())
-        return [m for rank, m in enumerate(every) if rank != distributed.get_rank()]

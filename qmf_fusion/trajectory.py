@@ -2,12 +2,10 @@
 
 import secrets
 import warnings
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.compiler import is_compiling as compiling
 
 import qmf_kernels
 
@@ -49,12 +47,9 @@ class LossTrajectory(KeepsPrecision):
 
     def __init__(self, num_samples: int, num_modalities: int, start_epoch: int = 1) -> None:
         super().__init__()
-        for name, value in (
-            ("num_samples", num_samples),
-            ("num_modalities", num_modalities),
-            ("start_epoch", start_epoch),
-        ):
-            check_count(name, value)
+        check_count("num_samples", num_samples)
+        check_count("num_modalities", num_modalities)
+        check_count("start_epoch", start_epoch)
         self.start_epoch = start_epoch
         # Sums and counts in one tensor, [2, M, N], for one gather and one scatter a step; counts stay exact to 2^53.
         self.register_buffer("history", torch.zeros(2, num_modalities, num_samples, dtype=torch.float64))
@@ -102,10 +97,7 @@ class LossTrajectory(KeepsPrecision):
 
     def record_checked(self, losses: Tensor, index: Tensor) -> None:
         """``record`` without its checks."""
-        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
-        # In the host's memory a call to the operator would cost half of what it does.
-        add = qmf_kernels.record if losses.is_cpu and not compiling() else qmf_kernels.ops.record.default
-        add(buffers["history"], buffers["low"], buffers["span"], buffers["visits"], self.start_epoch, losses, index)
+        qmf_kernels.record(self.history, self.low, self.span, self.visits, self.start_epoch, losses, index)
 
     def kappa(self, index: Tensor, rescale: str | None = "minmax") -> Tensor:
         """``kappa`` of the samples ``index`` ``[B]``: ``[M, B]``, NaN where nothing is recorded.
@@ -121,13 +113,11 @@ class LossTrajectory(KeepsPrecision):
 
     def kappa_checked(self, index: Tensor, rescale: str | None) -> Tensor:
         """``kappa`` without its checks."""
-        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
-        return qmf_kernels.kappa(buffers["history"], buffers["low"], buffers["span"], index, rescale is not None)
+        return qmf_kernels.kappa(self.history, self.low, self.span, index, rescale is not None)
 
     def past(self, index: Tensor, rescale: str | None, *, ranks: bool, records: bool) -> qmf_kernels.Past:
         """The history for a step of the objective on checked indices, which reads and records in its own launches."""
-        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
-        tensors = (buffers["history"], buffers["low"], buffers["span"], buffers["visits"], index)
+        tensors = (self.history, self.low, self.span, self.visits, index)
         return qmf_kernels.Past(*tensors, self.start_epoch, rescale is not None, ranks, records)
 
     @torch.no_grad()

@@ -22,20 +22,15 @@ MOST_ROWS = 4096  # per step, process and modality; a dense prediction's positio
 class Statistics(NamedTuple):
     """What is known of M modalities' clean logits, K classes; all float64 but ``seen``."""
 
-    whiten: Tensor
-    """``[M, K, K]``: ``|(x - mean) @ whiten|^2`` is the squared distance in the within-class covariance."""
-    centre: Tensor
-    """``[M, K, K]``: the class means, whitened; row y is class y's."""
-    seen: Tensor
-    """``[M, K]`` bool: whether the class has a mean."""
-    scale: Tensor
-    """``[M]``: mean squared distance of a sample to its own class; 0 where nothing is known of the modality."""
-    norm: Tensor
-    """``[M, 2]``: mean and standard deviation of ``log |x|``."""
-    distance: Tensor
-    """``[M, 2]``: mean and standard deviation of the log squared distance to the nearest class."""
-    prior: Tensor
-    """``[K]``: class frequencies, ``(n_y + 1) / (N + K)``."""
+    whiten: Tensor  # ``[M, K, K]``: ``|(x - mean) @ whiten|^2`` is the squared distance in the within-class covariance
+    centre: Tensor  # ``[M, K, K]``: the class means, whitened; row y is class y's
+    seen: Tensor  # ``[M, K]`` bool: whether the class has a mean
+    scale: (
+        Tensor  # ``[M]``: mean squared distance of a sample to its own class; 0 where nothing is known of the modality
+    )
+    norm: Tensor  # ``[M, 2]``: mean and standard deviation of ``log |x|``
+    distance: Tensor  # ``[M, 2]``: mean and standard deviation of the log squared distance to the nearest class
+    prior: Tensor  # ``[K]``: class frequencies, ``(n_y + 1) / (N + K)``
 
 
 _SHAPES = {"whiten": "mkk", "centre": "mkk", "seen": "mk", "scale": "m", "norm": "m2", "distance": "m2", "prior": "k"}
@@ -219,15 +214,9 @@ def untypicality(
 ) -> Tensor:
     """``u >= 0``, ``[M, *]``: by how many standard deviations a row is untypical of its modality's clean logits.
 
-    ``u = max(|z(log |x|)|, z(log min_y distance_y), 0)``: of an unusual size either way, or far from every class.
-
-    Args:
-        logits: ``[M, *, K]``, finite.
-        distances: ``[M, *, K]``, from ``class_distances``.
-        statistics: the same modalities'.
-        norm: whether the size counts.
-        distance: whether the distance counts.
-        floor: the least standard deviation believed, in natural logarithms.
+    ``u = max(|z(log |x|)|, z(log min_y distance_y), 0)``: of an unusual size either way, or far from every class, where
+    ``norm`` and ``distance`` let these count; ``floor`` is the least standard deviation believed, in logarithms.
+    Logits ``[M, *, K]`` are finite, distances those of ``class_distances``.
     """
     u = torch.zeros_like(logits[..., 0])
     if norm:

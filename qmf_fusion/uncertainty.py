@@ -1,6 +1,7 @@
 """How uncertain one modality is about each sample: energy (Eq. 13) and its rivals, each ``[*, K] -> [*]``.
 
-Any of them is the ``u`` of Eq. 9, ``w = alpha * u + beta`` with ``alpha < 0``: the more uncertain, the less weight.
+Any of them is the ``u`` of Eq. 9, ``w = alpha * u + beta`` with ``alpha < 0``: the more uncertain, the less weight. They
+take floating point ``[*, K]`` and return ``[*]`` in its dtype. To add one, write the function and name it at the end.
 """
 
 from collections.abc import Callable
@@ -45,12 +46,6 @@ def msp_uncertainty(logits: Tensor) -> Tensor:
 
     Source: Hendrycks and Gimpel, *A Baseline for Detecting Misclassified and Out-of-Distribution Examples*, ICLR 2017.
 
-    Args:
-        logits: ``[*, K]``, floating point.
-
-    Returns:
-        ``[*]``, in the logits' dtype.
-
     Example:
         >>> msp_uncertainty(torch.zeros(1, 4))
         tensor([0.7500])
@@ -62,12 +57,6 @@ def entropy_uncertainty(logits: Tensor) -> Tensor:
     """Shannon entropy of the softmax over its maximum, ``H(p) / log K``, in [0, 1]; 0 where K is 1.
 
     Source: Shannon 1948; as a weight for modalities, Tian et al., *UNO*, ICRA 2020.
-
-    Args:
-        logits: ``[*, K]``, floating point.
-
-    Returns:
-        ``[*]``, in the logits' dtype.
 
     Example:
         >>> entropy_uncertainty(torch.zeros(1, 4))
@@ -87,12 +76,6 @@ def evidence_uncertainty(logits: Tensor) -> Tensor:
 
     Source: Sensoy et al., *Evidential Deep Learning*, NeurIPS 2018; as a weight for modalities, Han et al., *Trusted
     Multi-View Classification*, ICLR 2021.
-
-    Args:
-        logits: ``[*, K]``, floating point.
-
-    Returns:
-        ``[*]``, in the logits' dtype.
 
     Example:
         >>> evidence_uncertainty(torch.full((1, 4), -100.0))

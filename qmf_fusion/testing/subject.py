@@ -41,7 +41,6 @@ class Subject:
         count: Any = getattr(self.layer or fusion, "num_modalities", 3) if num_modalities is None else num_modalities
         self.num_modalities = int(count)
         self.class_dim: int = getattr(self.layer or fusion, "class_dim", -1)
-
         self.num_classes = None if self.layer is None else self.layer.rule.num_classes
 
     def __call__(self, logits: Sequence[Tensor | None], present: Tensor | None = None) -> Output:
@@ -63,26 +62,20 @@ class Subject:
         if self.layer is None:
             return Subject(self.fusion, len(order))
         layer = copy.deepcopy(self.layer)
-        layer.names = tuple(layer.names[m] for m in order)
+        names = [getattr(self.fusion, "names", layer.names)[m] for m in order]
+        layer.names = tuple(names)
         _select(layer.rule, order)
         if not isinstance(self.fusion, FusionModel):
             return Subject(layer)
-        names = [self.fusion.names[m] for m in order]
-        layer.names = tuple(names)
         return Subject(FusionModel({name: self.fusion.heads[name] for name in names}, layer))
-
-    def rows(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """Logits as the rule sees them."""
-        return list(given) if self.layer is None else self.layer.prepare(list(given))
 
     def fused(self, given: Sequence[Tensor], weights: Tensor) -> Tensor | None:
         """What weights ``[M, *]`` make of the logits: Eq. 11, or what the layer's rule says; None where they do not
         decide it.
         """
-        rows = self.rows(given)
         if self.layer is None:
-            return (weights.unsqueeze(-1) * torch.stack(rows)).sum(0)
-        return self.layer.rule.logits_from(rows, weights)
+            return (weights.unsqueeze(-1) * torch.stack(list(given))).sum(0)
+        return self.layer.rule.logits_from(self.layer.prepare(list(given)), weights)
 
     def expected_weights(self, given: Sequence[Tensor]) -> Tensor | None:
         """What Eq. 9 makes of the layer's uncertainties; None where they do not decide the weights."""
@@ -90,13 +83,8 @@ class Subject:
         return self.layer.rule.weights_from(self.uncertainties(given, None))
 
     def draws(self, num_classes: int | None, dtype: torch.dtype, **options: Any) -> st.SearchStrategy[list[Tensor]]:
-        return logits(
-            num_modalities=self.num_modalities,
-            num_classes=num_classes or self.num_classes or st.integers(2, 6),
-            batch=options.pop("batch", None),
-            dtype=dtype,
-            **options,
-        )
+        classes = num_classes or self.num_classes or st.integers(2, 6)
+        return logits(num_modalities=self.num_modalities, num_classes=classes, dtype=dtype, **options)
 
 
 def _select(rule: Rule, order: Sequence[int]) -> None:

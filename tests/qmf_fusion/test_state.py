@@ -39,7 +39,7 @@ def learn(model, calibrate=True):
 
 def outputs(model):
     x = torch.randn(7, 6, generator=torch.Generator().manual_seed(3))
-    out = model({name: 3 * x for name in NAMES})
+    out = model(dict.fromkeys(NAMES, 3 * x))
     return torch.cat([out.logits.flatten(), out.weights.flatten()])
 
 
@@ -137,9 +137,9 @@ def test_state_has_its_final_shape_from_construction(kind):
 
 def test_another_number_of_classes_does_not_load():
     state = QualityAwareFusion.robust(2, 4).state_dict()
-    with pytest.raises(RuntimeError, match="size mismatch for rule.running.whiten"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         QualityAwareFusion.robust(2, 5).load_state_dict(state)
-    with pytest.raises(TypeError, match="num_classes must be an integer, got 4.0"):
+    with pytest.raises(TypeError, match=r"num_classes must be an integer, got 4\.0"):
         QualityAwareFusion.robust(2, 4.0)
 
 
@@ -171,7 +171,7 @@ def test_activation_checkpointing_of_the_model(reentrant):
         x = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
         def run(x, model=model):
-            return model({name: x for name in NAMES}).unimodal_logits
+            return model(dict.fromkeys(NAMES, x)).unimodal_logits
 
         unimodal = checkpoint(run, x, use_reentrant=reentrant) if wrap else run(x)
         criterion(unimodal, torch.arange(20) % 5, torch.arange(20)).loss.backward()
