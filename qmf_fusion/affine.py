@@ -11,7 +11,7 @@ from qmf_kernels import WeightRule, affine_weights, clamp_weights
 from .calibration import CleanData, hold_until_eq_6
 from .checks import check_choice
 from .coefficients import Coefficient, Coefficients, Constants, unless_one
-from .lemma_1 import Shape, check_shares, find_shift, fit_scale, fit_temperatures
+from .lemma_1 import Clamp, check_shares, find_shift, fit_scale, fit_temperatures
 from .rows import per_modality, stack_rows, wide_dtype
 from .rule import Rule, Weighed, ready
 from .uncertainty import UNCERTAINTIES, Uncertainty
@@ -35,19 +35,15 @@ class AffineOptions(NamedTuple):
         if not callable(self.uncertainty):
             check_choice("uncertainty", self.uncertainty, list(UNCERTAINTIES))
 
-    @property
-    def default_alpha(self) -> float:
-        """As published for the energy; -1 for the others, which lie in [0, 1]."""
-        return -0.1 if self.uncertainty == "energy" else -1.0
+    def defaults(self, alpha: Coefficient | None, beta: Coefficient | None) -> tuple[Coefficient, Coefficient]:
+        """None becomes -0.1 and 0 for the energy, as published, and -1 and 1 for others, which lie in [0, 1]."""
+        published = (-0.1, 0.0) if self.uncertainty == "energy" else (-1.0, 1.0)
+        return published[0] if alpha is None else alpha, published[1] if beta is None else beta
 
     @property
-    def default_beta(self) -> float:
-        return 0.0 if self.uncertainty == "energy" else 1.0
-
-    @property
-    def shape(self) -> Shape:
+    def clamp(self) -> Clamp:
         """Probabilities are no probabilities with weights below 0."""
-        return Shape(self.nonnegative or self.combine == "probabilities", self.normalize)
+        return Clamp(self.nonnegative or self.combine == "probabilities", self.normalize)
 
 
 def measure(uncertainty: str | Uncertainty, rows: Sequence[Tensor], temperature: Tensor | None) -> Tensor:
@@ -91,17 +87,17 @@ def weigh_rows(
         u = None  # the energy, which the operators take from the rows themselves
         if options.uncertainty != "energy":
             u = measure(options.uncertainty, _safe_rows(rows, present), temperature)
-        return Weighed(rows, present, WeightRule(u, alpha, beta, temperature, None, *options.shape, options.detach))
+        return Weighed(rows, present, WeightRule(u, alpha, beta, temperature, None, *options.clamp, options.detach))
     x, counted = stack_rows(rows, present)
     u = measure(options.uncertainty, list(x), temperature)
-    weights = weights_of(u, alpha, beta, counted, options.shape)
+    weights = weights_of(u, alpha, beta, counted, options.clamp)
     fused = pool_probabilities(x, weights.detach() if options.detach else weights, counted)
     return Weighed(rows, counted, ready(weights, fused, temperature))
 
 
-def weights_of(u: Tensor, alpha: Tensor, beta: Tensor, counted: Tensor | None, shape: Shape) -> Tensor:
+def weights_of(u: Tensor, alpha: Tensor, beta: Tensor, counted: Tensor | None, clamp: Clamp) -> Tensor:
     """Eq. 9, clamped and normalised as asked: ``[M, *]``."""
-    return clamp_weights(affine_weights(u, per_modality(alpha, u), per_modality(beta, u)), counted, *shape)
+    return clamp_weights(affine_weights(u, per_modality(alpha, u), per_modality(beta, u)), counted, *clamp)
 
 
 def _safe_rows(rows: list[Tensor], present: Tensor | None) -> list[Tensor]:
@@ -145,9 +141,7 @@ class AffineRule(Rule):
         super().__init__(num_modalities)
         options.check()
         self.options = options
-        alpha = options.default_alpha if alpha is None else alpha
-        beta = options.default_beta if beta is None else beta
-        self.coefficients = Coefficients(num_modalities, alpha, beta, temperature, learnable)
+        self.coefficients = Coefficients(num_modalities, *options.defaults(alpha, beta), temperature, learnable)
 
     def constants(self) -> Constants:
         return self.coefficients()
@@ -161,7 +155,7 @@ class AffineRule(Rule):
 
     def weights_from(self, uncertainties: Tensor) -> Tensor:
         alpha, beta, _ = self.constants()
-        return weights_of(uncertainties, alpha, beta, None, self.options.shape)
+        return weights_of(uncertainties, alpha, beta, None, self.options.clamp)
 
     def logits_from(self, rows: list[Tensor], weights: Tensor) -> Tensor:
         x = torch.stack(rows)
@@ -177,9 +171,9 @@ class AffineRule(Rule):
             self.coefficients.hold(self.calibration.held)
             return self.fuse(data.rows, data.counted)[1]
 
-        shape = self.options.shape
+        clamp = self.options.clamp
         static = self._default_static(data, weigh()) if static is None else static.to(data.losses)
-        static = check_shares(static, data) if shape.normalize else static
+        static = check_shares(static, data) if clamp.normalize else static
         scale, shift, temper = torch.ones_like(static), torch.zeros_like(static), torch.ones_like(static)
         if "temperature" in fit:
             temper = fit_temperatures(data) / self.constants().temperature.to(static)
@@ -188,11 +182,11 @@ class AffineRule(Rule):
         alpha, beta, _ = (per_modality(x, u) for x in self.constants())
         slope = alpha * u
         if "alpha" in fit:
-            scale = scale * fit_scale(slope, beta, data, static, shape)
+            scale = scale * fit_scale(slope, beta, data, static, clamp)
             slope = slope * per_modality(scale, slope)
-        shift = find_shift(slope + beta, data, static, shape)
+        shift = find_shift(slope + beta, data, static, clamp)
         self.coefficients.correct(scale=scale, shift=shift, temper=temper)
-        hold_until_eq_6(self.calibration, weigh, data, confidence, static, together=shape.normalize)
+        hold_until_eq_6(self.calibration, weigh, data, confidence, static, together=clamp.normalize)
 
     def _default_static(self, data: CleanData, weights: Tensor) -> Tensor:
         # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.

@@ -128,9 +128,9 @@ def hold_until_eq_6(
 ) -> None:
     """Hold modalities at their static weights until no other's weight correlates positively with its loss.
 
-    ``weigh`` returns the rule's weights ``[M, *]`` of the data as the calibration stands. ``static`` ``[M]`` None stands
-    for the rule's own mean weights, which are new whenever another modality is held. ``together`` holds all or none, as
-    one share of a sum cannot stand still while the others move.
+    ``weigh`` returns the rule's weights ``[M, *]`` of the data as the calibration stands. ``static`` ``[M]`` None means
+    the rule's own mean weights, which are new whenever another modality is held. ``together`` holds all or none, as one
+    share of a sum cannot stand still while the others move.
     """
     measured = static is None
     if static is None:

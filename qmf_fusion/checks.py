@@ -146,6 +146,12 @@ def check_present(
     return full[0] if len(full) == 1 else full[0] & full[1]
 
 
+def check_floating(name: str, x: Tensor, kind: str = "tensor") -> None:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating point {kind}, got {got}")
+
+
 def check_target(target: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
     """``target`` as int64, of the logits' shape without their classes."""
     if not isinstance(target, Tensor):

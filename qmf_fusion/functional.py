@@ -15,11 +15,12 @@ from .checks import (
     check_batch,
     check_choice,
     check_class_weight,
+    check_floating,
     check_logit_norm,
     check_logits,
     check_present,
 )
-from .coefficients import Coefficient, check_coefficient
+from .coefficients import Coefficient, check_coefficient, unless_one
 from .logit_norm import normalize_rows
 from .rows import per_modality, wide_dtype
 from .rule import ready
@@ -68,9 +69,9 @@ def fusion_weights(uncertainty: Tensor, alpha: Coefficient = -0.1, beta: Coeffic
         tensor([[0.2000],
                 [0.1000]])
     """
-    if not isinstance(uncertainty, Tensor) or not uncertainty.dtype.is_floating_point or uncertainty.dim() == 0:
-        got = uncertainty.dtype if isinstance(uncertainty, Tensor) else type(uncertainty).__name__
-        raise TypeError(f"uncertainty must be a floating point tensor [M, *], got {got}")
+    check_floating("uncertainty", uncertainty, "tensor [M, *]")
+    if uncertainty.dim() == 0:
+        raise TypeError(f"uncertainty must be a floating point tensor [M, *], got {uncertainty.dtype}")
     a, b = (
         per_modality(check_coefficient(name, value, len(uncertainty), uncertainty.device), uncertainty)
         for name, value in (("alpha", alpha), ("beta", beta))
@@ -140,9 +141,7 @@ def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: 
     check_choice("form", form, FORMS)
     check_choice("pairs", pairs, PAIRS)
     for name, x in (("weights", weights), ("kappa", kappa)):
-        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating point tensor, got {got}")
+        check_floating(name, x)
     if weights.dim() not in (1, 2) or weights.shape != kappa.shape:
         raise ValueError(f"weights and kappa must both be [M, B], got {tuple(weights.shape)} and {tuple(kappa.shape)}")
     if weights.numel() == 0:
@@ -220,41 +219,28 @@ def qmf_objective(
         >>> qmf_objective(heads, torch.tensor([0]), None).loss
         tensor(1.9971)
     """
-    check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))  # a callable has no place here
+    check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))
     options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
     losses = LossRule(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
     rows, target, mask = check_batch(logits, target, present)
     _check_kappa(kappa, len(rows), target)
     check_loss_rule(losses, rows[0].shape[-1])
-    constants = _constants(options, alpha, beta, temperature, rows)
+    options.check()
+    alpha, beta = options.defaults(alpha, beta)
+    num, device = len(rows), target.device
+    constants = [
+        check_coefficient(name, value, num, device)
+        for name, value in (("alpha", alpha), ("beta", beta), ("temperature", temperature))
+    ]
     check_choice("backend", backend, BACKENDS)
     rows = normalize_rows(rows, check_logit_norm(normalize_logits))
-    weighed = weigh_rows(rows, mask, options, *constants)
+    weighed = weigh_rows(rows, mask, options, constants[0], constants[1], unless_one(constants[2]))
     return ObjectiveOutput(
         *qmf_kernels.objective(
             *(weighed.rows, target, kappa, weighed.present, weighed.weights, losses),
             backend=backend,
             return_logits=return_logits,
         )
-    )
-
-
-def _constants(
-    options: AffineOptions,
-    alpha: Coefficient | None,
-    beta: Coefficient | None,
-    temperature: Coefficient,
-    like: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    options.check()
-    alpha = options.default_alpha if alpha is None else alpha
-    beta = options.default_beta if beta is None else beta
-    one = isinstance(temperature, int | float) and temperature == 1
-    num, device = len(like), like[0].device
-    return (
-        check_coefficient("alpha", alpha, num, device),
-        check_coefficient("beta", beta, num, device),
-        None if one else check_coefficient("temperature", temperature, num, device),
     )
 
 

@@ -14,7 +14,7 @@ from .calibration import CleanData
 from .rows import per_modality
 
 
-class Shape(NamedTuple):
+class Clamp(NamedTuple):
     """What happens to ``alpha * u + beta`` before it is a weight."""
 
     nonnegative: bool
@@ -25,26 +25,26 @@ class Shape(NamedTuple):
         return clamp_weights(raw + per_modality(shift, raw), counted, self.nonnegative, self.normalize)
 
 
-def find_shift(raw: Tensor, data: CleanData, static: Tensor, shape: Shape) -> Tensor:
+def find_shift(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Tensor:
     """What to add to beta so that the mean weight is ``static``, ``[M]``, where it is ``raw`` ``[M, *]`` without."""
-    if shape.normalize:
-        return _shift_shares(raw, data, static, shape)
+    if clamp.normalize:
+        return _shift_shares(raw, data, static, clamp)
     shift = static - data.mean(raw)
-    return _shift_clamped(raw, data, static, shape, shift) if shape.nonnegative else shift
+    return _shift_clamped(raw, data, static, clamp, shift) if clamp.nonnegative else shift
 
 
-def _shift_clamped(raw: Tensor, data: CleanData, static: Tensor, shape: Shape, high: Tensor) -> Tensor:
+def _shift_clamped(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp, high: Tensor) -> Tensor:
     """Of clamped weights, whose mean rises with the shift, from 0 on, and is at least the unclamped one: bisect."""
     spread = torch.where(data.counted, raw, 0).flatten(1).abs().amax(1) + static.abs() + 1
     low = torch.minimum(high, -spread)
     for _ in range(200):
         middle = (low + high) / 2
-        over = data.mean(shape.weights(raw, middle, data.counted)) > static
+        over = data.mean(clamp.weights(raw, middle, data.counted)) > static
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
     return (low + high) / 2
 
 
-def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, shape: Shape) -> Tensor:
+def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Tensor:
     """Of normalised weights, whose means depend on every modality's shift: by damped iteration."""
     level = torch.where(data.counted, raw, 0).flatten(1).abs().amax()
     level = torch.where(level > 0, level, 1)
@@ -52,7 +52,7 @@ def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, shape: Shape) ->
     step = level
     error = torch.inf
     for _ in range(2000):
-        gap = static - data.mean(shape.weights(raw, shift, data.counted))
+        gap = static - data.mean(clamp.weights(raw, shift, data.counted))
         new = float(gap.abs().max())
         if new < 1e-9:
             return shift
@@ -76,13 +76,13 @@ def check_shares(static: Tensor, data: CleanData) -> Tensor:
     return static / total
 
 
-def fit_scale(slope: Tensor, beta: Tensor, data: CleanData, static: Tensor, shape: Shape) -> float:
+def fit_scale(slope: Tensor, beta: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> float:
     """The factor of every alpha that makes the fused logits likeliest under Eq. 5; ``slope`` is ``alpha * u``."""
     some, x = data.counted.any(0), torch.stack(data.rows)
 
     def loss(log_scale: float) -> float:
         raw = slope * math.exp(log_scale) + beta
-        weights = shape.weights(raw, find_shift(raw, data, static, shape), data.counted)
+        weights = clamp.weights(raw, find_shift(raw, data, static, clamp), data.counted)
         return float(F.cross_entropy((weights.unsqueeze(-1) * x).sum(0)[some], data.target[some]))
 
     return math.exp(_golden(loss, math.log(1e-3), math.log(1e2)))

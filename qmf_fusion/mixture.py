@@ -38,7 +38,7 @@ class Evidence(NamedTuple):
 def _mixture(ratio: Tensor, odds: Tensor, log_prior: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Fused ``[*, K]`` and weights ``[M, *]`` of ``[M, *, K]``, ``[M, *, 1]``, ``[K]`` and ``[M, *]``.
 
-    In plain autograd: with its slopes written down a training step takes only 3 % less.
+    In plain autograd: with its slopes written down, a training step takes only 3 % less.
     """
     votes = torch.where(counted.unsqueeze(-1), torch.log1p(ratio / odds), 0)
     fused = torch.log_softmax(log_prior + votes.sum(0), -1)
@@ -112,18 +112,15 @@ class ContaminatedProduct(Rule):
             raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        anything, at_least_0, positive = (lambda _: True), (lambda v: v >= 0), (lambda v: v > 0)
-        for name, value, demand, holds in (
-            ("odds", odds, "positive", positive),
-            ("sharpness", sharpness, "positive", positive),
-            ("floor", floor, "at least 0", at_least_0),
-            ("spread", spread, "at least 0", at_least_0),
-            ("distance_evidence", distance_evidence, "from 0 to 1", lambda v: 0 <= v <= 1),
-            ("onset", onset, "a number", anything),
-            ("ceiling", ceiling, "a number", anything),
+        for demand, holds, values in (
+            ("positive", lambda v: v > 0, {"odds": odds, "sharpness": sharpness}),
+            ("at least 0", lambda v: v >= 0, {"floor": floor, "spread": spread}),
+            ("from 0 to 1", lambda v: 0 <= v <= 1, {"distance_evidence": distance_evidence}),
+            ("a number", lambda _: True, {"onset": onset, "ceiling": ceiling}),
         ):
-            if not math.isfinite(value) or not holds(value):
-                raise ValueError(f"{name} must be finite and {demand}, got {value}")
+            for name, value in values.items():
+                if not math.isfinite(value) or not holds(value):
+                    raise ValueError(f"{name} must be finite and {demand}, got {value}")
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
         self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
         self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor

@@ -15,18 +15,15 @@ from .ranking import TrajectoryRankingLoss
 class QMFLoss(nn.Module):
     """``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18), owning the trajectory that the ranking needs.
 
-    It refers to the fusion, which the model owns: ``parameters()``, ``state_dict()`` and ``.to()`` are of the trajectory
-    and the class weights alone. A learnable fusion's parameters come from the model. A copy of a module that holds both
-    has its criterion refer to its own fusion; a copy of the criterion alone comes with a fusion of its own.
+    It refers to the fusion, which the model owns: ``parameters()``, ``state_dict()`` and ``.to()`` are of trajectory
+    and class weights alone, and a learnable fusion's parameters come from the model. In a copy of a module that holds
+    both, the criterion refers to that copy's fusion; a copy of it alone comes with a fusion of its own.
 
     Args:
         fusion: the layer whose weights are to be trained; its options (uncertainty, normalisation, ...) hold here too.
         num_samples: N, the size of the training set.
         ranking_weight: lambda, at least 0; 0 leaves the ranking out.
-        form: see ``TrajectoryRankingLoss``.
-        pairs: see ``TrajectoryRankingLoss``.
-        rescale: see ``TrajectoryRankingLoss``.
-        start_epoch: see ``TrajectoryRankingLoss``.
+        form, pairs, rescale, start_epoch: see ``TrajectoryRankingLoss``.
         weight: class weights ``[K]``, finite and at least 0, as in ``torch.nn.CrossEntropyLoss``, for every
             cross-entropy. Looked at here, wherever they lie, and not again at a step.
         label_smoothing: the same.
@@ -156,7 +153,7 @@ class QMFLoss(nn.Module):
         own, of_fusion = self.ranking.trajectory.history.device, self.fusion.calibration.held.device
         if own != of_fusion:
             raise ValueError(
-                f"criterion must be on its fusion's device {of_fusion}, got {own}: move both, it does not own the fusion"
+                f"criterion must be on its fusion's device {of_fusion}, got {own}: move both, it owns no fusion"
             )
         if own != device:
             raise ValueError(f"logits must be on the device of criterion and fusion, {own}, got {device}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from qmf_kernels import FORMS, PAIRS
 
 from . import functional
-from .checks import check_choice, check_index
+from .checks import check_choice, check_floating, check_index
 from .trajectory import RESCALES, LossTrajectory
 
 
@@ -85,9 +85,7 @@ class TrajectoryRankingLoss(nn.Module):
         """
         num = self.trajectory.num_modalities
         for name, x in (("weights", weights), ("losses", losses)):
-            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"{name} must be a floating point tensor, got {got}")
+            check_floating(name, x)
             if x.dim() != 2 or len(x) != num or x.shape != weights.shape:
                 raise ValueError(f"{name} must be [{num}, B], the same B for both, got {tuple(x.shape)}")
         if weights.shape[1] == 0:

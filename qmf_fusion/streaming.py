@@ -24,8 +24,9 @@ class Correlation(NamedTuple):
 class WeightLossCorrelation(KeepsPrecision):
     """Accumulate Pearson's r of weight and loss, per modality, batch by batch and across processes.
 
-    ``update`` / ``compute`` / ``reset`` / ``merge_state`` as in torchmetrics (which is not needed). Counts, means and co-moments are merged by Chan et al.'s pairwise update, in float64, so that
-    neither the order nor the size of the batches matters.
+    ``update`` / ``compute`` / ``reset`` / ``merge_state`` as in torchmetrics (which is not needed). Counts, means and
+    co-moments are merged by Chan et al.'s pairwise update, in float64, so that neither the order nor the size of the
+    batches matters.
 
     Args:
         num_modalities: M.

@@ -176,4 +176,7 @@ class LossTrajectory(KeepsPrecision):
 def _after_load(trajectory: LossTrajectory, _: object) -> None:
     """A checkpoint holds what all processes agreed on; its range may have been another device's or release's."""
     qmf_kernels.find_range(trajectory.history, trajectory.low, trajectory.span)
+    if trajectory.synced.is_meta:  # where the module was built; no checkpoint holds these two
+        trajectory.synced = torch.empty_like(trajectory.history)
+        trajectory.mark = torch.zeros_like(trajectory.mark, device=trajectory.history.device)
     trajectory.synced.copy_(trajectory.history)

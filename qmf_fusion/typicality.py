@@ -121,11 +121,9 @@ class RunningStatistics(ClassStatistics):
         num_modalities: M.
         num_classes: K.
         spread: see ``ClassStatistics``.
-        everywhere: where ``torch.distributed`` is initialised, a step's batch is that of all its processes together:
-            each adds up counts and sums of its own rows, and two collectives a step (the second for what is measured
-            by the covariance that the first gives) add up the processes'. All then hold the same statistics, those of
-            one process that sees the same rows, to float64's rounding; there is nothing left to merge later. A sample
-            that a sampler repeats, so that all have the same number, counts as often as it is seen.
+        everywhere: where ``torch.distributed`` is initialised, a step's batch is that of all its processes together.
+            Two collectives a step (the second for what the first's covariance measures) add up their sums, so that all
+            hold the statistics of one process that sees the same rows, to float64's rounding.
     """
 
     _shapes: ClassVar[Mapping[str, str]] = {**_SHAPES, **_RUNNING}

@@ -1,7 +1,7 @@
 """How uncertain one modality is about each sample: energy (Eq. 13) and its rivals, each ``[*, K] -> [*]``.
 
-Any of them is the ``u`` of Eq. 9, ``w = alpha * u + beta`` with ``alpha < 0``: the more uncertain, the less weight. They
-take floating point ``[*, K]`` and return ``[*]`` in its dtype. To add one, write the function and name it at the end.
+Any of them is the ``u`` of Eq. 9, ``w = alpha * u + beta`` with ``alpha < 0``: the more uncertain, the less weight.
+They take floating point ``[*, K]`` and return ``[*]`` in its dtype. To add one, write it, and name it at the end.
 """
 
 from collections.abc import Callable

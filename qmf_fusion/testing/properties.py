@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..fusion import QualityAwareFusion  # noqa: F401 - for the examples
 from ..model import FusionModel
 from ..uncertainty import Uncertainty
 from .strategies import logits, present_masks
@@ -33,9 +34,6 @@ def check_weight_monotonicity(
         num_classes: K, for a fusion that takes no other.
         dtype: of the logits.
         settings: Hypothesis's; by default ``DEFAULTS``.
-
-    Raises:
-        AssertionError: an example where it does.
 
     Example:
         >>> check_weight_monotonicity(QualityAwareFusion(2))
@@ -111,9 +109,6 @@ def check_permutation(
     A ``QualityAwareFusion``'s coefficients, one per modality, and a ``FusionModel``'s heads are permuted along. Any
     other callable must treat its modalities alike to pass. Arguments as in ``check_weight_monotonicity``.
 
-    Raises:
-        AssertionError: an example where it does not.
-
     Example:
         >>> check_permutation(QualityAwareFusion(3, alpha=[-0.1, -0.2, -0.3]))
     """
@@ -144,9 +139,6 @@ def check_absent(
     there (NaN and infinities included) by a single bit, and its gradient is exactly 0; no sample turns into NaN. For a
     ``QualityAwareFusion`` or a ``FusionModel``: the same as leaving the modality out of the fusion, or giving None.
     Arguments as in ``check_weight_monotonicity``.
-
-    Raises:
-        AssertionError: an example where it does not.
 
     Example:
         >>> check_absent(QualityAwareFusion(2))
@@ -216,9 +208,6 @@ def check_equations(
     temperature, and is checked to return log-probabilities and weights from 0 to 1. Arguments as in
     ``check_weight_monotonicity``.
 
-    Raises:
-        AssertionError: an example where they do not.
-
     Example:
         >>> check_equations(QualityAwareFusion(2, temperature=2.0))
     """
@@ -284,9 +273,6 @@ def check_single_modality(
     A ``QualityAwareFusion`` or a ``FusionModel`` of several modalities is checked for each of them alone; any other
     callable is given a list of one. Arguments as in ``check_weight_monotonicity``.
 
-    Raises:
-        AssertionError: an example where it is not.
-
     Example:
         >>> check_single_modality(QualityAwareFusion(["rgb", "depth"]))
     """
@@ -324,9 +310,6 @@ def check_repeatable(
     """Repeated calls agree bit for bit, change no input, and draw nothing from torch's global random state.
 
     The logits include NaN and infinities. Arguments as in ``check_weight_monotonicity``.
-
-    Raises:
-        AssertionError: an example where they do not.
 
     Example:
         >>> check_repeatable(QualityAwareFusion(2))

@@ -220,6 +220,18 @@ def test_the_model_owns_the_fusion(options, tmp_path):
     torch.testing.assert_close(other.state_dict(), both.state_dict())
 
 
+def test_a_criterion_built_on_the_meta_device_loads():
+    both = Both()
+    learn(both.model)
+    criterion = QMFLoss(both.model.fusion, 8)
+    criterion(list(clean_data(m=2)[0][:, :8]), torch.arange(8) % 5, torch.arange(8))
+    with torch.device("meta"):
+        other = QMFLoss(both.model.fusion, 8)
+    other.load_state_dict(criterion.state_dict(), assign=True)
+    assert not any(x.is_meta for x in other.buffers())
+    assert torch.equal(other.ranking.trajectory.synced, criterion.ranking.trajectory.history)
+
+
 def test_copies_keep_model_and_criterion_together():
     both = Both(learnable=True)
     for other in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
