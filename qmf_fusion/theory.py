@@ -41,21 +41,26 @@ class ModalityReport:
     """One modality's side of Theorems 1 and 2."""
 
     name: str
-    samples: int  # How many had this modality and a target
+    samples: int
+    """How many had this modality and a target."""
     mean_weight: float
     static_weight: float
-    mean_loss: float  # The modality's own mean cross-entropy
+    mean_loss: float
+    """The modality's own mean cross-entropy."""
     mean_interval: tuple[float, float]
     """Bootstrap interval of the mean weight."""
-    pearson: float  # Of weight and loss; 0 where either is constant
+    pearson: float
+    """Of weight and loss; 0 where either is constant."""
     interval: tuple[float, float]
     """Bootstrap interval of ``pearson``."""
     spearman: float
     covariance: float
     """Term-Cov; divided by n, so that Term-L and Term-Cov add up to the mean of weight times loss."""
-    term_l: float  # ``E(w) E(loss)``
+    term_l: float
+    """``E(w) E(loss)``."""
     term_l_static: float
-    eq5: str  # ``holds``, ``undecided`` or ``fails``
+    eq5: str
+    """``holds``, ``undecided`` or ``fails``."""
     eq6: str
     sentence: str
 
@@ -70,10 +75,12 @@ class FusionReport:
     term_cov: float
     bound: float
     """Term-L plus Term-Cov of the dynamic rule: the bound's part that depends on data."""
-    bound_static: float  # Term-L of the static rule, which has no Term-Cov
+    bound_static: float
+    """Term-L of the static rule, which has no Term-Cov."""
     eq5: str
     eq6: str
-    verdict: str  # The worse of the two
+    verdict: str
+    """The worse of the two."""
     sentence: str
     _points: list[tuple[Tensor, Tensor]] = field(repr=False, default_factory=list)
 

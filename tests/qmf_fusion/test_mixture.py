@@ -241,6 +241,11 @@ def test_compiles_whole():
     logits, target = clean_data(dtype=torch.float32)
     fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     torch.testing.assert_close(torch.compile(fusion, fullgraph=True, backend="aot_eager")(logits), fusion(logits))
+    late = QualityAwareFusion.robust(3, 5)
+    compiled = torch.compile(late, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), late(logits))
+    late.calibrate(logits, target)  # what is compiled looks at the statistics anew
+    torch.testing.assert_close(compiled(logits), fusion(logits))
     plain, whole = (QMFLoss(QualityAwareFusion.robust(3, 5), 240) for _ in range(2))
     step = torch.compile(whole, fullgraph=True, backend="aot_eager")
     for i in range(0, 240, 80):
