@@ -144,7 +144,7 @@ class AffineRule(Rule):
         self.coefficients = Coefficients(num_modalities, *options.defaults(alpha, beta), temperature, learnable)
 
     def constants(self) -> Constants:
-        return self.coefficients()
+        return self.coefficients.calibrated()
 
     def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
         alpha, beta, temperature = self.constants()

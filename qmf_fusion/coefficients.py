@@ -117,10 +117,12 @@ class Coefficients(KeepsPrecision):
         beta = torch.where(self.signed_beta >= 0, self.signed_beta, -self.signed_beta)
         return Constants(-self.log_minus_alpha.exp(), beta, self.log_temperature.exp())
 
-    def forward(self) -> Constants:
+    def calibrated(self) -> Constants:
         """The constants as calibrated."""
         alpha, beta, temperature = self.given()
-        scale, keep, shift, temper = (x.to(alpha.dtype) for x in (self.scale, self.keep, self.shift, self.temper))
+        scale, keep, shift, temper = self.scale, self.keep, self.shift, self.temper
+        if alpha.dtype != scale.dtype:
+            scale, keep, shift, temper = (x.to(alpha.dtype) for x in (scale, keep, shift, temper))
         return Constants(alpha * scale, torch.addcmul(shift, beta, keep), temperature * temper)
 
     def correct(self, *, scale: Tensor, shift: Tensor, temper: Tensor) -> None:
