@@ -68,7 +68,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 @functools.cache
 def fused() -> Any:
     """The launchers of the Triton kernels, imported when they are first needed."""
-    return importlib.import_module(".fused.operators", __package__)
+    return importlib.import_module(".triton_kernels.operators", __package__)
 
 
 def takes_triton(device: torch.device, backend: str | None) -> bool:

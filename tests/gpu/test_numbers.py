@@ -14,7 +14,7 @@ from qmf_kernels.combination import NAMES
 from qmf_kernels.fusion import WeightRule, accumulate_dtype
 from qmf_kernels.objective import Losses, LossRule
 
-from ..qmf_kernels.fused.cases import Case, assert_errors_close, bounded, cases, poisoned, same
+from ..qmf_kernels.triton_kernels.cases import Case, assert_errors_close, bounded, cases, poisoned, same
 from . import gpu
 
 pytestmark = gpu.needs_gpu

@@ -11,7 +11,7 @@ from torch import Tensor
 from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_fusion.uncertainty import UNCERTAINTIES
 from qmf_kernels import ops
-from qmf_kernels.fused import tiling
+from qmf_kernels.triton_kernels import tiling
 from qmf_kernels.fusion import WeightRule
 
 needs_interpreter = pytest.mark.skipif(

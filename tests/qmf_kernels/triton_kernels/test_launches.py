@@ -7,7 +7,7 @@ import torch
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_kernels import fusion, objective
-from qmf_kernels.fused import operators as fused
+from qmf_kernels.triton_kernels import operators as fused
 from qmf_kernels.trajectory import Past
 
 from .test_trajectory import make_past
@@ -70,7 +70,7 @@ def test_one_launch_for_a_small_batch_and_one_to_scale(launched, num):
 @pytest.mark.parametrize("shape", [(2, 32, 3), (2, 16, 101), (2, 32, 101), (2, 128, 19), (2, 256, 10)])
 def test_every_data_set_of_the_paper_takes_one_launch(launched, shape):
     num, batch, classes = shape
-    from qmf_kernels.fused.tiling import fits_one
+    from qmf_kernels.triton_kernels.tiling import fits_one
 
     assert fits_one(num, classes, batch, "adjacent")
 

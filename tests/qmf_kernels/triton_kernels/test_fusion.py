@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 
 from qmf_kernels import fusion
-from qmf_kernels.fused import operators as fused
-from qmf_kernels.fused import tiling
+from qmf_kernels.triton_kernels import operators as fused
+from qmf_kernels.triton_kernels import tiling
 
 from .cases import assert_errors_close, backwards, bounded, cases, lay, poisoned, same
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from qmf_kernels import combination, fusion
-from qmf_kernels.fused import operators as fused
+from qmf_kernels.triton_kernels import operators as fused
 
 from . import test_fusion, test_objective
 from .cases import assert_errors_close, backwards, bounded, cases, poisoned, same
