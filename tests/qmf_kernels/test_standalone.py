@@ -94,7 +94,8 @@ def test_fused_kernels_of_two_copies_in_one_process(copies):
 import importlib, torch
 for name, folder in zip(("first", "second"), sys.argv[1:]):
     load(name, folder)
-    fused, fusion = importlib.import_module(name + ".triton_kernels.operators"), importlib.import_module(name + ".fusion")
+    fused = importlib.import_module(name + ".triton_kernels.operators")
+    fusion = importlib.import_module(name + ".fusion")
     heads = [torch.arange(6.0).reshape(3, 2) * (m + 1) for m in range(2)]
     rule = fusion.WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None)
     for ours, theirs in zip(fused.fuse(heads, None, rule), fusion.fuse(heads, None, rule)):

@@ -21,8 +21,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from qmf_kernels import fusion, objective
-from qmf_kernels.triton_kernels import operators as fused
 from qmf_kernels.trajectory import Past
+from qmf_kernels.triton_kernels import operators as fused
 
 WARPS = {"cuda": 32, "hip": 64}
 

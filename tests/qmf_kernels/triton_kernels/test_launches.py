@@ -7,8 +7,8 @@ import torch
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_kernels import fusion, objective
-from qmf_kernels.triton_kernels import operators as fused
 from qmf_kernels.trajectory import Past
+from qmf_kernels.triton_kernels import operators as fused
 
 from .test_trajectory import make_past
 

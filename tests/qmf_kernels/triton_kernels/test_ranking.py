@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 
+from qmf_kernels.ranking import FORMS, PAIRS, ranking
 from qmf_kernels.triton_kernels import operators as fused
 from qmf_kernels.triton_kernels import tiling
-from qmf_kernels.ranking import FORMS, PAIRS, ranking
 
 from ...qmf_fusion import reference
 from .cases import assert_errors_close, backwards, bounded, poisoned, same

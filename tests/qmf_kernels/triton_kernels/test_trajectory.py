@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 
 from qmf_kernels import fusion, objective, trajectory
+from qmf_kernels.trajectory import Past
 from qmf_kernels.triton_kernels import operators as fused
 from qmf_kernels.triton_kernels import tiling
-from qmf_kernels.trajectory import Past
 
 from .cases import backwards, bounded, fill, poisoned, same
 
