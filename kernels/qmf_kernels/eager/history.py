@@ -7,27 +7,12 @@ far above it the largest lies (``find_range`` sets them for a history from elsew
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Entries, M * N, up to which to look at all of them is cheaper than to ask whether the range may have moved.
 SCAN = 16_384
-
-
-class Past(NamedTuple):
-    """A training step's history: kappa comes from it where it ``ranks``, the batch goes in where it ``records``."""
-
-    history: Tensor
-    low: Tensor
-    span: Tensor
-    visits: Tensor | None
-    samples: Tensor  # [B], the dataset index of each
-    start_epoch: int
-    minmax: bool
-    ranks: bool
-    records: bool
 
 
 def kappa(history: Tensor, low: Tensor, span: Tensor, index: Tensor, minmax: bool) -> Tensor:

@@ -10,24 +10,20 @@ passes over the logits once more.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..rules import LossGrads, Losses, LossRule, RuleGrads, WeightRule
 from .fusion import (
-    Fused,
-    MakerGrads,
-    WeightRule,
+    Fusion,
     add,
     forget_ruled_out,
-    fuse_backward_rows,
     fuse_rows,
-    maker_grads,
     per_modality,
-    pull_logits,
+    rule_grads,
     separate,
-    shapes,
     softmax_lse,
     split_like,
     weigh_backward,
@@ -35,34 +31,10 @@ from .fusion import (
 from .ranking import ranking
 
 
-class LossRule(NamedTuple):
-    """The cross-entropies' options, as in ``torch.nn.CrossEntropyLoss``, and the ranking's."""
-
-    class_weight: Tensor | None
-    label_smoothing: float
-    ignore_index: int
-    ranking_weight: float
-    form: str
-    pairs: str
-
-
-class Losses(NamedTuple):
-    """What the objective returns."""
-
-    loss: Tensor  # scalar
-    fused_loss: Tensor  # scalar, mean cross-entropy of the fused logits
-    unimodal_losses: Tensor  # [M], the modalities' mean cross-entropies
-    ranking: Tensor  # scalar, before its coefficient
-    fused: Tensor  # [B, *, K]
-    weights: Tensor  # [M, B, *]
-    energy: Tensor  # [M, B, *]
-    sample_losses: Tensor  # [M, B], what the trajectory records; NaN where a modality does not count
-
-
 class _Kept(NamedTuple):
     """What the forward leaves for the backward; ``S`` is ``[M + 1, B, *, 1]``, the modalities, then the fused row."""
 
-    fused: Fused
+    fusion: Fusion
     fused_probs: Tensor  # [B, *, K]
     label: Tensor  # [1, B, *, 1]
     hard: Tensor  # S, each row's coefficient on its label's cross-entropy
@@ -77,36 +49,33 @@ def objective(
     present: Tensor | None,
     weight_rule: WeightRule,
     loss_rule: LossRule,
-    detach_weights: bool,
     gradients: bool,
-    maker_gradients: bool,
-) -> tuple[Losses, list[Tensor], list[Tensor]]:
-    """The losses, and the gradients of ``loss`` with respect to the logits (in the accumulating dtype) and to what made
-    the weights (``MakerGrads``); either list is empty unless asked for.
+    rule_gradients: bool,
+) -> tuple[Losses, list[Tensor], RuleGrads | None]:
+    """The losses, and where asked the gradients of ``loss`` with respect to the logits (in the accumulating dtype) and
+    to the rule's tensors.
     """
     out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
     if not gradients:
-        return out, [], []
-    unit = (1.0, None, None, None, None, None, None)
-    d_logits, d_makers = _backward(unit, kept, weight_rule, loss_rule, detach_weights, maker_gradients)
-    return out, d_logits, [] if d_makers is None else list(d_makers)
+        return out, [], None
+    d_logits, d_rule = _backward(None, kept, weight_rule, loss_rule, rule_gradients)
+    return out, d_logits, d_rule
 
 
 def objective_backward(
-    grads: Sequence[Tensor | None],
+    grads: LossGrads,
     logits: Sequence[Tensor],
     target: Tensor,
     kappa: Tensor | None,
     present: Tensor | None,
     weight_rule: WeightRule,
     loss_rule: LossRule,
-    detach_weights: bool,
-) -> tuple[list[Tensor], MakerGrads]:
-    """From gradients of the first seven of ``Losses`` (None is zero) to those of logits and of the weights' makers."""
+) -> tuple[list[Tensor], RuleGrads]:
+    """From gradients of the losses to those of the logits and of the rule's tensors."""
     _, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
-    d_logits, d_makers = _backward(grads, kept, weight_rule, loss_rule, detach_weights, True)
-    assert d_makers is not None
-    return d_logits, d_makers
+    d_logits, d_rule = _backward(grads, kept, weight_rule, loss_rule, True)
+    assert d_rule is not None
+    return d_logits, d_rule
 
 
 def _forward(
@@ -117,15 +86,15 @@ def _forward(
     weight_rule: WeightRule,
     loss_rule: LossRule,
 ) -> tuple[Losses, _Kept]:
-    fused = fuse_rows(logits, present, weight_rule)
-    rows = fused.rows
-    fused_probs, fused_lse = softmax_lse(fused.logits)
-    num_classes = fused.logits.shape[-1]
+    fusion = fuse_rows(logits, present, weight_rule)
+    rows = fusion.rows
+    fused_probs, fused_lse = softmax_lse(fusion.logits)
+    num_classes = fusion.logits.shape[-1]
 
     valid = valid_targets(target, num_classes, loss_rule.ignore_index)
     label = (target if valid is None else torch.where(valid, target, 0)).view(1, *target.shape, 1)
     lse = torch.cat([rows.lse, fused_lse.unsqueeze(0)])
-    groups = [*rows.logits, fused.logits.unsqueeze(0)]
+    groups = [*rows.logits, fusion.logits.unsqueeze(0)]
     entropies = lse - torch.cat([x.gather(-1, label.expand(len(x), *label.shape[1:])) for x in groups])
 
     counted = None
@@ -137,15 +106,7 @@ def _forward(
         fused_probs = torch.where(counted[-1], fused_probs, 0)
         entropies = torch.where(counted, entropies, 0)
     hard, soft = _coefficients(lse, counted, label, loss_rule, num_classes)
-    dims = tuple(range(1, lse.dim()))
-    if counted is None and loss_rule.class_weight is None and soft is None:
-        losses = entropies.mean(dims)
-    else:
-        losses = torch.where(hard > 0, hard * entropies, 0).sum(dims)
-    if soft is not None:
-        mass, sums = _class_sums(groups, loss_rule.class_weight)
-        smoothed = soft * (mass * lse - sums)
-        losses = losses + (smoothed if counted is None else torch.where(counted, smoothed, 0)).sum(dims)
+    losses = _mean_losses(groups, lse, entropies, counted, hard, soft, loss_rule)
 
     sample_losses = _sample_means(entropies[:-1], None if counted is None else counted[:-1])
     loss = losses.sum()
@@ -153,71 +114,94 @@ def _forward(
     if kappa is None:
         ranking_loss = losses.new_zeros(())
     else:
-        sample_weights, kappa = _sample_means(fused.weights, rows.counted), kappa.to(loss.dtype)
+        sample_weights, kappa = _sample_means(fusion.weights, rows.counted), kappa.to(loss.dtype)
         if counted is not None:
             left_out = torch.isnan(sample_losses)
             sample_weights = torch.where(left_out, 0, sample_weights)
             kappa = torch.where(left_out, torch.nan, kappa)
         ranking_loss, ranking_grad = ranking(sample_weights, kappa, loss_rule.form, loss_rule.pairs)
-        loss = torch.add(loss, ranking_loss, alpha=loss_rule.ranking_weight)
-    weights, energy = fused.weights.squeeze(-1), fused.energy.squeeze(-1)
-    fused_loss, unimodal_losses = losses[-1].clone(), losses[:-1].clone()
-    out = Losses(loss, fused_loss, unimodal_losses, ranking_loss, fused.logits, weights, energy, sample_losses)
-    return out, _Kept(fused, fused_probs, label, hard, soft, ranking_grad)
+        loss = torch.add(loss, ranking_loss, alpha=loss_rule.ranking_weight)  # Eq. 18
+    out = Losses(
+        loss=loss,
+        fused_loss=losses[-1].clone(),
+        unimodal_losses=losses[:-1].clone(),
+        ranking=ranking_loss,
+        fused=fusion.logits,
+        weights=fusion.weights.squeeze(-1),
+        energy=fusion.energy.squeeze(-1),
+        sample_losses=sample_losses,
+    )
+    return out, _Kept(fusion, fused_probs, label, hard, soft, ranking_grad)
+
+
+def _mean_losses(
+    groups: Sequence[Tensor],
+    lse: Tensor,
+    entropies: Tensor,
+    counted: Tensor | None,
+    hard: Tensor,
+    soft: Tensor | None,
+    rule: LossRule,
+) -> Tensor:
+    """The M + 1 cross-entropies, ``[M + 1]``."""
+    dims = tuple(range(1, lse.dim()))
+    if counted is None and rule.class_weight is None and soft is None:
+        return entropies.mean(dims)
+    losses = torch.where(hard > 0, hard * entropies, 0).sum(dims)
+    if soft is not None:
+        mass, sums = _class_sums(groups, rule.class_weight)
+        smoothed = soft * (mass * lse - sums)
+        losses = losses + (smoothed if counted is None else torch.where(counted, smoothed, 0)).sum(dims)
+    return losses
 
 
 def _backward(
-    grads: Sequence[Any],  # Tensor or None; the loss's may be 1.0
-    kept: _Kept,
-    weight_rule: WeightRule,
-    loss_rule: LossRule,
-    detach_weights: bool,
-    maker_gradients: bool,
-) -> tuple[list[Tensor], MakerGrads | None]:
-    """May use up ``kept``'s softmaxes."""
-    grad_loss, grad_fused_loss, grad_unimodal_losses, grad_ranking, grad_fused, grad_weights, grad_energy = grads
-    fused, sizes = kept.fused, kept.fused.finite
-    scale = _loss_scale(grad_loss, grad_fused_loss, grad_unimodal_losses, kept.hard)
+    grads: LossGrads | None, kept: _Kept, weight_rule: WeightRule, loss_rule: LossRule, rule_gradients: bool
+) -> tuple[list[Tensor], RuleGrads | None]:
+    """``grads`` None is 1 for the loss and nothing else. May use up ``kept``'s softmaxes."""
+    fusion, sizes = kept.fusion, kept.fusion.finite
+    scale = None if grads is None else _loss_scale(grads, kept.hard)
     share = hard = kept.hard if scale is None else kept.hard * scale
     soft = None
     if kept.soft is not None:
         soft = kept.soft if scale is None else kept.soft * scale
-        share = hard + soft * _class_mass(loss_rule.class_weight, fused.logits)
+        share = hard + soft * _class_mass(loss_rule.class_weight, fusion.logits)
 
     d_fused = kept.fused_probs.mul_(share[-1])
     _subtract_labels(d_fused.unsqueeze(0), kept.label, hard[-1:], None if soft is None else soft[-1:], loss_rule)
-    d_fused = forget_ruled_out(add(d_fused, grad_fused), fused)
+    d_fused = forget_ruled_out(add(d_fused, None if grads is None else grads.fused), fusion)
 
-    d_weights = None if grad_weights is None else grad_weights.unsqueeze(-1)
+    d_weights = None if grads is None or grads.weights is None else grads.weights.unsqueeze(-1)
+    d_energy = None if grads is None or grads.energy is None else grads.energy.unsqueeze(-1)
     if kept.ranking_grad is not None:
-        ranking_scale = 0.0 if grad_loss is None else grad_loss * loss_rule.ranking_weight
-        ranking_scale = ranking_scale if grad_ranking is None else grad_ranking + ranking_scale
-        d_weights = add(_spread(kept.ranking_grad * ranking_scale, fused.rows.counted, fused.weights), d_weights)
-    pulled, d_weights = fuse_backward_rows(d_fused, d_weights, fused, weight_rule, detach_weights)
-    d_rows = weigh_backward(d_weights, None if grad_energy is None else grad_energy.unsqueeze(-1), fused, weight_rule)
-    d_makers = maker_grads(d_rows, fused, weight_rule) if maker_gradients else None
+        d_ranking = kept.ranking_grad * _ranking_scale(grads, loss_rule.ranking_weight)
+        d_weights = add(_spread(d_ranking, fusion.rows.counted, fusion.weights), d_weights)
+    d_rows = weigh_backward(d_fused, d_weights, d_energy, fusion, weight_rule)
+    d_rule = rule_grads(d_rows, d_fused, fusion, weight_rule) if rule_gradients else None
 
     share = share[:-1]
-    if weight_rule.temperature is None:
-        share = share - d_rows.softmax
-    columns = [split_like(x, sizes) for x in (share, fused.weights, d_rows.softmax, hard[:-1])]
+    if weight_rule.temperature is None:  # softmax(x / T) is the softmax whose coefficient this is
+        share = share - d_rows.energy
+    columns = [split_like(x, sizes) for x in (share, fusion.weights, d_rows.energy, hard[:-1])]
     softs = [None] * len(sizes) if soft is None else split_like(soft[:-1], sizes)
-    of_shape = softs if d_rows.shape is None else split_like(d_rows.shape, sizes)
-    direct = None if pulled is None else pull_logits(pulled, fused.rows.probs[0])  # before these are used up
-    slopes = zip(shapes(fused, weight_rule), of_shape, strict=True)  # each made before its softmax is used up
     d_groups = []
-    for (shape, u), probs, tempered, c, w, d, h, s in zip(
-        slopes, fused.rows.probs, fused.tempered, *columns, softs, strict=True
-    ):
+    for probs, tempered, c, w, d, h, s in zip(fusion.rows.probs, fusion.tempered, *columns, softs, strict=True):
         grad = probs.mul_(c)
-        grad = grad.addcmul_(w, d_fused) if direct is None else grad.add_(direct)
-        if shape is not None:
-            grad.addcmul_(u, shape)
+        if weight_rule.fused is None:
+            grad.addcmul_(w, d_fused)
         if weight_rule.temperature is not None:
             grad.addcmul_(tempered, d, value=-1)
         _subtract_labels(grad, kept.label, h, s, loss_rule)
         d_groups.append(grad)
-    return separate(d_groups, fused, weight_rule), d_makers
+    return separate(d_groups), d_rule
+
+
+def _ranking_scale(grads: LossGrads | None, ranking_weight: float) -> Tensor | float:
+    """The incoming gradient of the ranking loss, directly and through the loss."""
+    if grads is None:
+        return ranking_weight
+    through_loss = 0.0 if grads.loss is None else grads.loss * ranking_weight
+    return through_loss if grads.ranking is None else grads.ranking + through_loss
 
 
 def valid_targets(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
@@ -272,18 +256,14 @@ def _subtract_labels(grad: Tensor, label: Tensor, hard: Tensor, soft: Tensor | N
         grad -= soft if rule.class_weight is None else soft * rule.class_weight.to(grad.dtype)
 
 
-def _loss_scale(
-    grad_loss: Tensor | float | None, grad_fused_loss: Tensor | None, grad_unimodal_losses: Tensor | None, like: Tensor
-) -> Tensor | None:
-    """The incoming gradient of each of the M + 1 cross-entropies, shaped to multiply ``like``; None for 1."""
-    if grad_fused_loss is None and grad_unimodal_losses is None and isinstance(grad_loss, float):
-        return None
+def _loss_scale(grads: LossGrads, like: Tensor) -> Tensor:
+    """The incoming gradient of each of the M + 1 cross-entropies, shaped to multiply ``like``."""
     scale = like.new_full(like.shape[:1], 0.0)
-    if grad_unimodal_losses is not None:
-        scale[:-1] = grad_unimodal_losses
-    if grad_fused_loss is not None:
-        scale[-1] = grad_fused_loss
-    return per_modality(scale if grad_loss is None else scale + grad_loss, like)
+    if grads.unimodal_losses is not None:
+        scale[:-1] = grads.unimodal_losses
+    if grads.fused_loss is not None:
+        scale[-1] = grads.fused_loss
+    return per_modality(scale if grads.loss is None else scale + grads.loss, like)
 
 
 def _sample_means(values: Tensor, counted: Tensor | None) -> Tensor:

@@ -11,26 +11,18 @@ takes part in no pair. The loss is the mean over pairs, summed over modalities.
 import torch
 from torch import Tensor
 
-FORMS = ("paper", "margin", "released")
-PAIRS = ("adjacent", "all")
-
 _BLOCK = 32
 _COUNT_SHIFT = 32
 
 
 def ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tensor, Tensor]:
     """Return the ranking loss, a scalar, and its gradient with respect to ``weights``, ``[M, B]``."""
-    total, grad, num_pairs = hinges(weights, kappa, form, pairs)
-    return total / num_pairs, grad / num_pairs
-
-
-def hinges(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tensor, Tensor, int]:
-    """The hinges' sum over pairs and modalities, its gradient ``[M, B]``, and the number of pairs."""
     order = weights if form == "paper" else kappa
     score = weights - kappa if form == "released" else weights + kappa
-    if pairs == "adjacent":
-        return *_adjacent(order, score), score.shape[1]
-    return *_all_pairs(order, score), max(1, score.shape[1] * (score.shape[1] - 1) // 2)
+    batch = score.shape[1]
+    total, grad = _adjacent(order, score) if pairs == "adjacent" else _all_pairs(order, score)
+    num_pairs = batch if pairs == "adjacent" else max(1, batch * (batch - 1) // 2)
+    return total / num_pairs, grad / num_pairs
 
 
 def _adjacent(order: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
