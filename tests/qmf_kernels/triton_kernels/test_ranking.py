@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from qmf_kernels.ranking import FORMS, PAIRS, ranking
-from qmf_kernels.triton_kernels import operators as fused
+from qmf_kernels import triton_kernels
+from qmf_kernels.eager.ranking import ranking
+from qmf_kernels.rules import FORMS, PAIRS
 from qmf_kernels.triton_kernels import tiling
 
 from ...qmf_fusion import reference
@@ -38,11 +39,11 @@ def test_loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
         weights, kappa = weights.t().contiguous().t(), kappa.t().contiguous().t()
     block = tiling.Block(4, 8, 4) if several else tiling.sample_block(batch, pairs)
     before = weights.clone(), kappa.clone()
-    with mock.patch.object(fused, "sample_block", return_value=block):
+    with mock.patch.object(tiling, "sample_block", return_value=block):
         with poisoned(math.nan):
-            loss, grad = fused.ranking(weights, kappa, form, pairs)
+            loss, grad = triton_kernels.ranking(weights, kappa, form, pairs)
         with poisoned(12345), backwards():
-            again = fused.ranking(weights, kappa, form, pairs)
+            again = triton_kernels.ranking(weights, kappa, form, pairs)
     truth, slope = ranking(weights.double(), kappa.double(), form, pairs)
     eager, eager_slope = ranking(weights, kappa, form, pairs)
     assert_errors_close("loss", loss, eager, truth)
@@ -61,7 +62,7 @@ def test_loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
 def test_a_weight_that_is_not_finite_is_in_no_pair(pairs, value):
     weights, kappa = torch.rand(1, 6), torch.rand(1, 6)
     weights[0, 2] = value
-    loss, grad = fused.ranking(weights, kappa, "paper", pairs)
+    loss, grad = triton_kernels.ranking(weights, kappa, "paper", pairs)
     kappa[0, 2], weights[0, 2] = math.nan, 0.0
     expected, slope = ranking(weights, kappa, "paper", pairs)
     torch.testing.assert_close((loss, grad), (expected, slope))
