@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .eager import history
 from .operators import below_autograd, ops, rule_takes_triton, triton_kernels
-from .rules import FuseOptions, Losses, LossGrads, LossRule, ObjectiveOptions, Past, WeightRule, flatten, unflatten
+from .rules import FuseOptions, Losses, LossRule, ObjectiveOptions, Past, WeightRule, flatten, unflatten
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that has a say in what an operator does
 
@@ -25,12 +25,12 @@ def fuse(
 
     ``present`` is bool ``[M, *]`` or None. Arguments are not checked here.
     """
-    return _Fuse.apply(*flatten(FuseOptions(present, rule, backend)), *logits)  # type: ignore[no-any-return]
+    return _Fuse.apply(*flatten(FuseOptions(present, rule, backend)), *logits)
 
 
 def rank(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> Tensor:
     """The ranking loss (Eq. 15 to 17) of ``[M, B]`` and ``[M, B]``, a scalar, differentiable in the weights."""
-    return _Rank.apply(weights, kappa, form, pairs)  # type: ignore[no-any-return]
+    return _Rank.apply(weights, kappa, form, pairs)
 
 
 def objective(
@@ -45,7 +45,7 @@ def objective(
     backend: str | None = None,
     return_logits: bool = True,
 ) -> Losses:
-    """Eq. 18 of M tensors ``[B, *, K]``, targets ``[B, *]``, kappa ``[M, B]`` or None and present ``[M, B, *]`` or None.
+    """Eq. 18 of M tensors ``[B, *, K]``, targets ``[B, *]``, kappa ``[M, B]`` and present ``[M, B, *]`` or None each.
 
     With ``past``, kappa comes from the history and the batch goes into it, in the kernels' own launches where they run.
     Arguments are not checked here.

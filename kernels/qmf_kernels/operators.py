@@ -23,7 +23,6 @@ from .rules import (
     FuseOptions,
     Losses,
     LossGrads,
-    LossRule,
     ObjectiveOptions,
     RuleGrads,
     WeightRule,
@@ -122,14 +121,17 @@ def _fake_like(x: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
 
 
 def _fake_rule_grads(rows: Tensor, rule: WeightRule) -> list[Tensor]:
-    one, none = rows.new_empty((len(rows),)), rows.new_empty((0,))
-    return [
-        none if rule.uncertainty is None else torch.empty_like(rows),
-        one,
-        torch.empty_like(one),
-        none if rule.temperature is None else torch.empty_like(one),
-        none if rule.fused is None else rows.new_empty(rule.fused.shape),
-    ]
+    def new(wanted: bool, shape: Sequence[int]) -> Tensor:
+        return rows.new_empty(shape if wanted else (0,))
+
+    grads = RuleGrads(
+        uncertainty=new(rule.uncertainty is not None, rows.shape),
+        alpha=new(True, rows.shape[:1]),
+        beta=new(True, rows.shape[:1]),
+        temperature=new(rule.temperature is not None, rows.shape[:1]),
+        fused=None if rule.fused is None else new(True, rule.fused.shape),
+    )
+    return _as_list(grads, rows)
 
 
 def _as_list(grads: RuleGrads, like: Tensor) -> list[Tensor]:
@@ -217,9 +219,9 @@ _define(
 )
 
 
-# The objective (Eq. 18). It returns ``Losses`` and three lists, each empty unless it applies: the gradients of the loss
-# with respect to the logits, in the accumulating dtype; to the rule's tensors (``RuleGrads``); and what Triton's forward
-# leaves for its backward.
+# The objective (Eq. 18). It returns ``Losses`` and three lists, each empty unless it applies: the gradients of the
+# loss with respect to the logits, in the accumulating dtype; to the rule's tensors (``RuleGrads``); and what Triton's
+# forward leaves for its backward.
 
 
 def _objective(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ class WeightRule(NamedTuple):
     beta: Tensor
     """``[M]`` (Eq. 9)."""
     temperature: Tensor | None
-    """``[M]`` (Eq. 13). None: 1."""
+    """``[M]`` (Eq. 13). None: 1; ones in the host's memory cost no more."""
     fused: Tensor | None = None
     """``[*, K]``: ready fused logits in place of Eq. 11; nothing flows from them into the weights."""
     nonnegative: bool = False

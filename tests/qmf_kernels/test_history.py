@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qmf_kernels import find_range, kappa, ops, record
-from qmf_kernels import trajectory as module
+from qmf_kernels.eager import history as module
 
 
 @pytest.fixture(params=["scanned", "kept"])

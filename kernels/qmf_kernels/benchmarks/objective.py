@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..registry import INTERPRETED
+from ..operators import INTERPRETED
 from .contenders import BATCHES, COMPILED, COPY, OURS, Case, Problem, Step, contenders, make_problem
 from .measure import (
     Launches,

@@ -53,7 +53,7 @@ class Fusion(NamedTuple):
 
     rows: Rows
     finite: list[Tensor]  # groups of [G, *, K], the rows' logits with 0 for -inf
-    tempered: list[Tensor]  # groups of [G, *, K], softmax(x / T), the slope of -E; the rows' own probs where T is 1
+    tempered: list[Tensor]  # groups of [G, *, K], softmax(x / T), the slope of -E; `rows.probs` itself where T is 1
     energy: Tensor  # [M, *, 1]; +inf in rows that do not count
     uncertainty: Tensor  # [M, *, 1], Eq. 9's u; 0 in rows that do not count
     weights: Tensor  # [M, *, 1], clamped and normalised as asked
@@ -162,8 +162,8 @@ def _fuse(rows: Rows, rule: WeightRule) -> Fusion:
 
 
 def _energies(rows: Rows, rule: WeightRule) -> tuple[Tensor, list[Tensor]]:
-    """Eq. 13 ``[M, *, 1]``, and softmax(x / T) in groups."""
-    if rule.temperature is None:
+    """Eq. 13 ``[M, *, 1]``, and softmax(x / T) in groups: the rows' own where T is known to be 1."""
+    if rule.temperature is None or (rule.temperature.is_cpu and bool((rule.temperature == 1).all())):
         return energy(rows.lse), rows.probs
     t = per_modality(rule.temperature, rows.lse)
     scaled = (x / t_m for x, t_m in zip(rows.logits, split_like(t, rows.logits), strict=True))
@@ -273,7 +273,7 @@ def fuse_backward(
     """From the gradients of fused logits, weights and energies to those of the logits and of the rule's tensors."""
     grad_fused, grad_weights, grad_energy = grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)
     out = fuse_rows(logits, present, rule)
-    grad_fused = forget_ruled_out(grad_fused, out)
+    grad_fused = forget_ruled_out(grad_fused if rule.fused is None else grad_fused.clone(), out)
     d_rows = weigh_backward(grad_fused, grad_weights, grad_energy, out, rule)
     through = 0 * out.weights if rule.fused is not None else out.weights
     d_groups = [w * grad_fused for w in split_like(through, out.finite)]

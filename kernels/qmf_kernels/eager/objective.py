@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import LossGrads, Losses, LossRule, RuleGrads, WeightRule
+from ..rules import Losses, LossGrads, LossRule, RuleGrads, WeightRule
 from .fusion import (
     Fusion,
     add,
@@ -180,7 +180,8 @@ def _backward(
     d_rule = rule_grads(d_rows, d_fused, fusion, weight_rule) if rule_gradients else None
 
     share = share[:-1]
-    if weight_rule.temperature is None:  # softmax(x / T) is the softmax whose coefficient this is
+    tempered_apart = fusion.tempered is not fusion.rows.probs
+    if not tempered_apart:
         share = share - d_rows.energy
     columns = [split_like(x, sizes) for x in (share, fusion.weights, d_rows.energy, hard[:-1])]
     softs = [None] * len(sizes) if soft is None else split_like(soft[:-1], sizes)
@@ -189,7 +190,7 @@ def _backward(
         grad = probs.mul_(c)
         if weight_rule.fused is None:
             grad.addcmul_(w, d_fused)
-        if weight_rule.temperature is not None:
+        if tempered_apart:
             grad.addcmul_(tempered, d, value=-1)
         _subtract_labels(grad, kept.label, h, s, loss_rule)
         d_groups.append(grad)
