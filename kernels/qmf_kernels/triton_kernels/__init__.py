@@ -10,10 +10,10 @@ how much of the logits one program takes.
 from .backward import fuse_backward, objective_backward
 from .forward import fuse
 from .history import record
+from .memory import new_kept as fake_kept
 from .ranking import ranking
 from .single import scale_gradients
 from .step import is_small, objective
-from .step import new_kept as fake_kept
 
 __all__ = [
     "fake_kept",

@@ -15,31 +15,12 @@ from torch import Tensor
 from ..eager.fusion import accumulate_dtype
 from ..rules import LossGrads, LossRule, RuleGrads, WeightRule
 from . import tiling
-from .config import Config, make_config, number, split_number
+from .config import Config, make_config, number
 from .cross_entropy import Labels, class_weights, label_logits, loss_coefficients, make_labels, read_labels
 from .launch import launch
-from .rows import (
-    lay_out,
-    narrow,
-    put_back,
-    read_tiles,
-    row_offset,
-    temperature,
-    tile_columns,
-    tile_offsets,
-    zeros,
-)
-from .weights import clamp_backward, fuse_tile, make_coefficients, weigh_rows
-
-
-class Kept(NamedTuple):
-    """What forward and bookkeeping left: pointers, and a number in two parts."""
-
-    stats: Any = None  # [slots, R]; None: of fusion alone, which keeps no more than the energies
-    inverse: Any = None  # [M + 1]
-    ranking_grad: Any = None  # [M, B]; None: there was no ranking
-    ranking_weight: Any = None
-    energy: Any = None  # [M, R]
+from .memory import Memory, contiguous, recall
+from .rows import lay_out, narrow, put_back, read_tiles, row_offset, temperature, tile_columns, tile_offsets
+from .weights import clamp_backward, fuse_tile, stat, weigh_rows
 
 
 class Written(NamedTuple):
@@ -62,39 +43,35 @@ class Terms(NamedTuple):
 
 
 @triton.jit(debug=True, do_not_specialize=["num_rows"])
-def backward_kernel(
-    inputs, coefficients, labels, grads, kept, out, num_rows, num_classes, positions, CONFIG: tl.constexpr
-):
+def backward_kernel(inputs, rule, labels, grads, memory, out, num_rows, num_classes, positions, CONFIG: tl.constexpr):
     program = tl.program_id(0)
-    row = program.to(tl.int64) * CONFIG.ROWS + tl.arange(0, CONFIG.ROWS)
-    backward_rows(
-        row, program, inputs, coefficients, labels, grads, kept, out, num_rows, num_classes, positions, CONFIG
-    )
+    row = program.to(tl.int64) * CONFIG.tile.rows + tl.arange(0, CONFIG.tile.rows)
+    backward_rows(row, program, inputs, rule, labels, grads, memory, out, num_rows, num_classes, positions, CONFIG)
 
 
 @triton.jit
 def backward_rows(
-    row, program, inputs, coefficients, labels, grads, kept, out, num_rows, num_classes, positions, CONFIG: tl.constexpr
+    row, program, inputs, rule, labels, grads, memory, out, num_rows, num_classes, positions, CONFIG: tl.constexpr
 ):
-    """Rows ``[ROWS]``; ``grads`` are ``LossGrads``, the fused logits' with strides after the M heads'."""
+    """``grads`` are ``LossGrads``, the fused logits' with strides after the M heads'."""
     M: tl.constexpr = CONFIG.M
-    rows, _ = weigh_rows(row, inputs, coefficients, kept, num_rows, num_classes, CONFIG)
+    rows, _ = weigh_rows(row, inputs, rule, memory, num_rows, num_classes, True, CONFIG)
     zero = tl.where(rows.inside, 0.0, 0.0).to(CONFIG.ACC)
-    through = zeros(zero, CONFIG)  # what the fused row's gradient is to each weight
+    through = (zero,) * M  # what the fused row's gradient is to each weight
     if grads.fused is not None and not CONFIG.detach:
         through = _fused_products(through, rows, inputs, grads, CONFIG)
     y, fused_top, fused_log, losses = row * 0 - 1, zero, zero, ()
-    if labels is not None:
+    if CONFIG.losses:
         y, fused_top, fused_log, losses, through = _differentiate_losses(
-            through, rows, inputs, labels, grads, kept, CONFIG
+            through, rows, inputs, labels, grads, memory, CONFIG
         )
-    weight_grads = _weight_grads(through, rows, grads, kept, positions, CONFIG)
+    weight_grads = _weight_grads(through, rows, grads, memory, positions, CONFIG)
     weight_grads = clamp_backward(weight_grads, rows, CONFIG)
     energies = ()
     for m in tl.static_range(M):
         grad = zero
-        du = weight_grads[m] * tl.load(coefficients.alpha + m).to(CONFIG.ACC)
-        if coefficients.uncertainty is None:
+        du = weight_grads[m] * tl.load(rule.alpha + m).to(CONFIG.ACC)
+        if rule.uncertainty is None:
             grad = du
         elif out.uncertainty is not None:
             tl.store(out.uncertainty + m * rows.num_rows + row, du, rows.inside)
@@ -104,15 +81,15 @@ def backward_rows(
         energies = energies + (grad,)
     terms = Terms(y=y, fused_top=fused_top, fused_log=fused_log, losses=losses, energies=energies)
 
-    logs = zeros(zero, CONFIG)
-    for tile in range(CONFIG.TILES):
-        logs = _write_tile(logs, tile, rows, terms, inputs, coefficients, labels, grads, out, CONFIG)
+    logs = (zero,) * M
+    for tile in range(CONFIG.tile.tiles):
+        logs = _write_tile(logs, tile, rows, terms, inputs, rule, labels, grads, out, CONFIG)
     if out.sums is not None:
         for m in tl.static_range(M):
             place = out.sums + m * tl.num_programs(0) + program
             tl.store(place, tl.sum(weight_grads[m] * rows.uncertainties[m], 0))
             tl.store(place + M * tl.num_programs(0), tl.sum(weight_grads[m], 0))
-            if coefficients.temperature is not None:
+            if rule.temperature is not None:
                 # With E = -T lse(x / T) and p = softmax(x / T), dE/dT = <p, log p>.
                 tl.store(place + 2 * M * tl.num_programs(0), tl.sum(energies[m] * logs[m], 0))
 
@@ -130,7 +107,7 @@ def _read_fused(column, in_tile, rows, inputs, grads, CONFIG: tl.constexpr):
 def _fused_products(products, rows, inputs, grads, CONFIG: tl.constexpr):
     """Add <grad f, x> over the classes that are not ruled out: one more pass over the row, for such a gradient."""
     M: tl.constexpr = CONFIG.M
-    for tile in range(CONFIG.TILES):
+    for tile in range(CONFIG.tile.tiles):
         column, in_tile = tile_columns(tile, rows.inside, rows.num_classes, CONFIG)
         tiles = read_tiles(rows.offsets, column, in_tile, inputs, CONFIG)
         f, finite = fuse_tile(tiles, rows, in_tile, CONFIG)
@@ -157,21 +134,21 @@ def _loss_grad(grads, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def _stat(slot, other, rows, kept):
-    return tl.load(kept.stats + slot * rows.num_rows + rows.row, rows.inside, other=other)
+def _stat(slot, m, other, rows, memory, CONFIG: tl.constexpr):
+    return tl.load(stat(memory, slot, m, rows.row, rows.num_rows, CONFIG), rows.inside, other=other)
 
 
 @triton.jit
-def _differentiate_losses(products, rows, inputs, labels, grads, kept, CONFIG: tl.constexpr):
+def _differentiate_losses(products, rows, inputs, labels, grads, memory, CONFIG: tl.constexpr):
     """The first four of ``Terms``; and ``products`` with <d f, x> of the fused row's loss added."""
     M: tl.constexpr = CONFIG.M
     y, valid = read_labels(labels, rows)
     label, ruled = label_logits(y, valid, rows, inputs, CONFIG)
-    fused_top = _stat(CONFIG.slots.fused_top, 0.0, rows, kept)
-    fused_log = _stat(CONFIG.slots.fused_log, float("nan"), rows, kept)
+    fused_top = _stat(CONFIG.slots.top, M, 0.0, rows, memory, CONFIG)
+    fused_log = _stat(CONFIG.slots.log, M, float("nan"), rows, memory, CONFIG)
     mass = tl.zeros_like(fused_top)
     if labels.smoothing is not None:
-        mass = _stat(CONFIG.slots.mass, 0.0, rows, kept)
+        mass = _stat(CONFIG.slots.mass, M, 0.0, rows, memory, CONFIG)
     losses = ()
     for m in tl.static_range(M + 1):
         scale = _loss_grad(grads, CONFIG)
@@ -182,23 +159,23 @@ def _differentiate_losses(products, rows, inputs, labels, grads, kept, CONFIG: t
         else:
             wanted = (fused_log == fused_log) & valid
             scale += _scalar(grads.fused_loss, 0.0, CONFIG)
-        scale = scale * tl.load(kept.inverse + m)
+        scale = scale * tl.load(memory.inverse + m)
         losses = losses + (loss_coefficients(y, wanted, scale, mass, labels, rows.num_classes, CONFIG),)
     hard, soft, _ = losses[M]
     out = ()
     for m in tl.static_range(M):
-        mean = _stat(CONFIG.slots.product + m, 0.0, rows, kept)
+        mean = _stat(CONFIG.slots.product, m, 0.0, rows, memory, CONFIG)
         # No gradient passes through a class that is ruled out. Differences first: where the label has all of the
         # probability they are 0, which the difference of two products, one of them rounded, would not be.
         product = products[m] + hard * (mean - tl.where(ruled, 0.0, label[m]))
         if labels.smoothing is not None:
-            product += soft * (mass * mean - _stat(CONFIG.slots.ruled + m, 0.0, rows, kept))
+            product += soft * (mass * mean - _stat(CONFIG.slots.ruled, m, 0.0, rows, memory, CONFIG))
         out = out + (product,)
     return tl.where(valid, y, -1), fused_top, fused_log, losses, out
 
 
 @triton.jit
-def _weight_grads(through, rows, grads, kept, positions, CONFIG: tl.constexpr):
+def _weight_grads(through, rows, grads, memory, positions, CONFIG: tl.constexpr):
     """The gradients of the weights: ``through`` the fused row, of what comes in, and of the ranking."""
     M: tl.constexpr = CONFIG.M
     out = ()
@@ -206,11 +183,11 @@ def _weight_grads(through, rows, grads, kept, positions, CONFIG: tl.constexpr):
         grad = tl.zeros_like(through[m])
         if grads.weights is not None:
             grad += tl.load(grads.weights + m * rows.num_rows + rows.row, rows.inside, other=0.0)
-        if kept.ranking_grad is not None:
-            scale = _loss_grad(grads, CONFIG) * number(kept.ranking_weight, CONFIG.ACC)
+        if memory.ranking_grad is not None:
+            scale = _loss_grad(grads, CONFIG) * number(memory.ranking_weight, CONFIG.ACC)
             scale += _scalar(grads.ranking, 0.0, CONFIG)
             place = m * (rows.num_rows // positions) + rows.row // positions
-            grad += scale * tl.load(kept.ranking_grad + place, rows.inside, other=0.0)
+            grad += scale * tl.load(memory.ranking_grad + place, rows.inside, other=0.0)
         if not CONFIG.detach:
             grad += through[m]
         out = out + (grad,)
@@ -218,14 +195,14 @@ def _weight_grads(through, rows, grads, kept, positions, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def _write_tile(logs, tile, rows, terms, inputs, coefficients, labels, grads, out, CONFIG: tl.constexpr):
+def _write_tile(logs, tile, rows, terms, inputs, rule, labels, grads, out, CONFIG: tl.constexpr):
     """A tile's gradients; where T has one, returns ``logs`` with <p, log p> added, p = softmax(x / T)."""
     M: tl.constexpr = CONFIG.M
     column, in_tile = tile_columns(tile, rows.inside, rows.num_classes, CONFIG)
     tiles = read_tiles(rows.offsets, column, in_tile, inputs, CONFIG)
     f, _ = fuse_tile(tiles, rows, in_tile, CONFIG)
     fused_grad = tl.zeros_like(f)
-    if labels is not None:
+    if CONFIG.losses:
         probs = tl.exp((f - terms.fused_top[:, None]) - terms.fused_log[:, None])
         probs = tl.where(probs == probs, probs, 0.0)
         fused_grad = _cross_entropy_grad(probs, M, column, terms, rows, labels, CONFIG)
@@ -237,11 +214,11 @@ def _write_tile(logs, tile, rows, terms, inputs, coefficients, labels, grads, ou
         counts = rows.counted[m][:, None]
         probs = tl.where(counts, tl.exp((tiles[m] - rows.tops[m][:, None]) - rows.logs[m][:, None]), 0.0)
         grad = rows.weights[m][:, None] * fused_grad
-        if labels is not None:
+        if CONFIG.losses:
             grad += _cross_entropy_grad(probs, m, column, terms, rows, labels, CONFIG)
         log = logs[m]
-        if coefficients.temperature is not None:
-            scaled = tiles[m] / temperature(m, coefficients, CONFIG)
+        if rule.temperature is not None:
+            scaled = tiles[m] / temperature(m, rule, CONFIG)
             log_probs = (scaled - rows.tempered_tops[m][:, None]) - rows.tempered_logs[m][:, None]
             probs = tl.where(counts, tl.exp(log_probs), 0.0)
             if out.sums is not None:
@@ -275,7 +252,7 @@ def fuse_backward(
     fused, weights, of_energies = grads
     incoming = LossGrads(fused=fused, weights=weights, energy=of_energies)
     config = make_config(len(logits), accumulate_dtype(logits), rule)
-    return launch_backward(incoming, Kept(energy=energies.contiguous()), logits, None, rule, config, rule_gradients)
+    return launch_backward(incoming, Memory(energy=energies.contiguous()), logits, None, rule, rule_gradients, config)
 
 
 def objective_backward(
@@ -290,78 +267,44 @@ def objective_backward(
     """From the gradients of the losses to those of the logits and, where asked for, of the rule's tensors: one launch,
     and one more to sum up the latter. ``kept`` is what ``objective`` returned.
     """
-    return launch_backward(
-        grads,
-        keep(kept, loss_rule),
-        logits,
-        make_labels(target, loss_rule),
-        weight_rule,
-        make_config(len(logits), accumulate_dtype(logits), weight_rule, loss_rule),
-        rule_gradients,
-    )
-
-
-def keep(kept: Sequence[Tensor], loss_rule: LossRule) -> Kept:
-    """From what ``objective`` returned; the ranking's gradient is empty where there was no ranking."""
-    stats, inverse, ranking_grad = kept
-    return Kept(
-        stats=stats,
-        inverse=inverse,
-        ranking_grad=ranking_grad if ranking_grad.numel() else None,
-        ranking_weight=split_number(float(loss_rule.ranking_weight)),
-    )
+    memory, labels = recall(kept, loss_rule), make_labels(target, loss_rule)
+    config = make_config(len(logits), accumulate_dtype(logits), weight_rule, loss_rule)
+    return launch_backward(grads, memory, logits, labels, weight_rule, rule_gradients, config)
 
 
 def launch_backward(
     grads: LossGrads,
-    kept: Kept,
+    memory: Memory,
     logits: Sequence[Tensor],
     labels: Labels | None,
     rule: WeightRule,
-    config: Config,
     rule_gradients: bool,
+    config: Config,
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], RuleGrads | None]:
     """``grad_dtype``: of the logits' gradients; default: the logits' own."""
     num, first = len(logits), logits[0]
     d_logits = [torch.empty_like(x, dtype=grad_dtype) for x in logits]
     inputs, others = lay_out(logits, None, d_logits if grads.fused is None else [grads.fused, *d_logits])
-    written, strides = others[-num:], inputs.strides[-num:]
-    tiles = tiling.tile(num, inputs.num_classes, inputs.num_rows, config.ACC == tl.float64)
-    programs = -(-inputs.num_rows // tiles.rows)
-    out = Written(logits=written, strides=strides)
+    fused, written = others[:-num], others[-num:]
+    num_rows, num_classes = inputs.num_rows, inputs.num_classes
+    tile = tiling.tile(num, num_classes, num_rows, config.ACC == tl.float64)
+    programs = -(-num_rows // tile.rows)
+    out = Written(logits=written, strides=inputs.strides[-num:])
     if rule_gradients:
-        dtype = accumulate_dtype(logits)
-        sums = first.new_empty((2 if rule.temperature is None else 3, num, programs), dtype=dtype)
-        out = out._replace(sums=sums)
-        if rule.uncertainty is not None:
-            out = out._replace(uncertainty=first.new_empty((num, *first.shape[:-1]), dtype=dtype))
-    contiguous = {
-        name: None if (x := getattr(grads, name)) is None else x.contiguous()
-        for name in ("unimodal_losses", "weights", "energy")
-    }
-    launch(
-        backward_kernel,
-        programs,
-        tiles.warps,
-        first.device,
-        inputs._replace(strides=inputs.strides[:-num]),
-        make_coefficients(rule),
-        labels,
-        grads._replace(fused=None if grads.fused is None else others[0], **contiguous),
-        kept,
-        out,
-        inputs.num_rows,
-        inputs.num_classes,
-        inputs.num_rows // first.shape[0],
-        config=config.tiled(tiles, len(inputs.sizes)),
-    )
+        rows, dtype = (num, *first.shape[:-1]), accumulate_dtype(logits)
+        out = out._replace(
+            uncertainty=None if rule.uncertainty is None else first.new_empty(rows, dtype=dtype),
+            sums=first.new_empty((2 if rule.temperature is None else 3, num, programs), dtype=dtype),
+        )
+    inputs = inputs._replace(strides=inputs.strides[:-num])
+    grads = contiguous(grads._replace(fused=None))._replace(fused=fused[0] if fused else None)
+    arguments = (inputs, contiguous(rule), labels, grads, memory, out)
+    sizes = (num_rows, num_classes, num_rows // first.shape[0])
+    config = config._replace(DIMS=len(inputs.sizes), tile=tile)
+    launch(backward_kernel, programs, tile.warps, first.device, *arguments, *sizes, config=config)
     put_back(written, d_logits)
-    return d_logits, _sum_up(out, rule) if rule_gradients else None
-
-
-def _sum_up(out: Written, rule: WeightRule) -> RuleGrads:
+    if not rule_gradients:
+        return d_logits, None
     alpha, beta, *rest = (x.clone() for x in out.sums.sum(2))
-    return RuleGrads(
-        uncertainty=out.uncertainty, alpha=alpha, beta=beta, temperature=rest[0] if rest else None, fused=None
-    )
+    return d_logits, RuleGrads(out.uncertainty, alpha, beta, rest[0] if rest else None, fused=None)

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for, as one constexpr record, and where the statistics of rows stand in memory."""
+"""What a kernel is compiled for, as one constexpr record, and which statistics of rows it keeps."""
 
 import functools
 import struct
@@ -11,103 +11,64 @@ import triton.language as tl
 from ..rules import LossRule, WeightRule
 from .tiling import Block, Tiling
 
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Slots(NamedTuple):
-    """Where each statistic of the rows starts in ``stats`` ``[slots, R]``, in units of R."""
+    """Which of the rows' statistics ``[S, M + 1, R]`` is which; the fused row's come after the modalities'."""
 
-    top: int  # M, largest logit
-    log: int  # M, log-sum-exp less that; NaN in a row that does not count
-    product: int  # M, <softmax(f), x[m]>
-    fused_top: int
-    fused_log: int  # NaN where the fused row has no loss
-    fused_loss: int
-    tempered_top: int  # M, as top and log, of x / T
+    top: int  # the largest logit
+    log: int  # log-sum-exp less that; NaN where a row does not count, or the fused row has no loss
+    product: int  # <softmax(f), x[m]>; nothing of the fused row
+    tempered_top: int  # as top and log, of x / T; nothing of the fused row
     tempered_log: int
-    ruled: int  # M, sum of the classes' weights times the logits, over the classes that are not ruled out
-    numerator: int  # M + 1, a row's share in its mean's numerator
-    denominator: int  # M + 1
-    mass: int  # sum of the classes' weights
+    ruled: int  # with smoothing: the sum over the classes that are not ruled out of the class's weight times x[m]
+    mass: int  # the fused row's: the sum of the classes' weights
     size: int
 
 
 class Config(NamedTuple):
-    """The one constexpr of every kernel. Those in capitals are sizes (M and ACC aside, powers of two).
+    """The one constexpr of every kernel.
 
     Inside a kernel, assign a field to a ``tl.constexpr`` before it bounds a ``tl.static_range`` or shapes a tensor:
-    Triton 3.6 takes it for a plain number there.
+    Triton 3.6 takes it for a plain number there. For its sake, too, records hold no records, and no kernel asks whether
+    a whole record is None.
     """
 
     M: int
     ACC: Any  # the dtype of sums
     DIMS: int = 1  # row dimensions
-    ROWS: int = 1  # rows of a program
-    CLASSES: int = 1  # of a tile
-    TILES: int = 1  # of a row
-    SAMPLES: int = 1  # of a program that ranks
-    PARTNERS: int = 1  # of a sample, compared at a time
-    SUMS: int = 128  # programs' sums that are read at a time
+    tile: Tiling = Tiling(rows=1, classes=1, tiles=1, warps=4)
+    block: Block = Block(samples=1, partners=1, warps=4)
     slots: Slots | None = None
+    losses: bool = False  # there are labels; else fusion alone
     nonnegative: bool = False
     normalize: bool = False
     detach: bool = False
     unit: bool = False  # the gradient that comes to the loss is 1
     form: str = "paper"
     pairs: str = "adjacent"
+    reads: bool = False  # there is a history
     minmax: bool = False
     records: bool = False
-
-    def tiled(self, tiling: Tiling, dims: int) -> "Config":
-        return self._replace(DIMS=dims, ROWS=tiling.rows, CLASSES=tiling.classes, TILES=tiling.tiles)
-
-    def blocked(self, block: Block) -> "Config":
-        return self._replace(SAMPLES=block.samples, PARTNERS=block.partners)
 
 
 def make_config(num: int, dtype: torch.dtype, rule: WeightRule, loss_rule: LossRule | None = None) -> Config:
     """For the rules of M modalities; without a ``loss_rule``, of fusion alone."""
-    config = Config(
-        M=num,
-        ACC=accumulator(dtype),
-        nonnegative=rule.nonnegative or rule.normalize,
-        normalize=rule.normalize,
-        detach=rule.detach,
-    )
+    clamps = rule.nonnegative or rule.normalize
+    config = Config(M=num, ACC=TYPES[dtype], nonnegative=clamps, normalize=rule.normalize, detach=rule.detach)
     if loss_rule is None:
         return config
-    return config._replace(slots=plan_slots(num, rule, loss_rule), form=loss_rule.form, pairs=loss_rule.pairs)
+    slots = plan_slots(rule, loss_rule)
+    return config._replace(losses=True, slots=slots, form=loss_rule.form, pairs=loss_rule.pairs)
 
 
-def accumulator(dtype: torch.dtype) -> Any:
-    return _TYPES[dtype]
-
-
-def has_shares(loss_rule: LossRule) -> bool:
-    """Whether rows have shares of their own in the mean losses; else each has as much."""
-    return loss_rule.class_weight is not None or bool(loss_rule.label_smoothing)
-
-
-def plan_slots(num: int, rule: WeightRule, loss_rule: LossRule) -> Slots:
-    """For M modalities; nothing for what the rules do not need."""
-    return _plan_slots(num, rule.temperature is not None, bool(loss_rule.label_smoothing), has_shares(loss_rule))
-
-
-@functools.lru_cache(maxsize=256)
-def _plan_slots(num: int, tempered: bool, smoothing: bool, shares: bool) -> Slots:
-    sizes = {
-        **dict.fromkeys(("top", "log", "product"), num),
-        **dict.fromkeys(("fused_top", "fused_log", "fused_loss"), 1),
-        **dict.fromkeys(("tempered_top", "tempered_log"), num * tempered),
-        "ruled": num * smoothing,
-        **dict.fromkeys(("numerator", "denominator"), (num + 1) * shares),
-        "mass": int(smoothing),
-    }
-    starts, end = {}, 0
-    for name, size in sizes.items():
-        starts[name] = end
-        end += size
-    return Slots(**starts, size=end)
+def plan_slots(rule: WeightRule, loss_rule: LossRule) -> Slots:
+    """No room for what the rules do not need."""
+    first = 3
+    then = first + 2 * (rule.temperature is not None)
+    size = then + 2 * bool(loss_rule.label_smoothing)
+    return Slots(0, 1, 2, tempered_top=first, tempered_log=first + 1, ruled=then, mass=then + 1, size=size)
 
 
 @functools.lru_cache(maxsize=256)

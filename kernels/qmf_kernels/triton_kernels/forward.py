@@ -20,20 +20,9 @@ from .config import Config, make_config
 from .cross_entropy import Labels, class_weights, cross_entropies, label_logits, read_labels, share_in_mean
 from .history import Trajectory, read_history
 from .launch import launch
-from .rows import Inputs, lay_out, put_back, read_tiles, row_offset, tile_columns, tile_offsets, zeros
-from .weights import Coefficients, fuse_tile, make_coefficients, weigh_rows
-
-
-class Outputs(NamedTuple):
-    """Pointers to where the results go; ``[M, R]`` unless said otherwise, None where they are not wanted."""
-
-    weights: Any
-    energy: Any
-    fused: Any = None  # [R, K], with strides after the M heads'
-    losses: Any = None
-    stats: Any = None  # [slots, R]
-    past: Any = None  # [2, M, B], see ``history``
-    counter: Any = None  # one int32, to become 0 for the bookkeeping, which counts its programs
+from .memory import Memory, contiguous
+from .rows import Inputs, lay_out, put_back, read_tiles, row_offset, tile_columns, tile_offsets
+from .weights import fuse_tile, stat, weigh_rows
 
 
 class Sums(NamedTuple):
@@ -51,62 +40,58 @@ class Sums(NamedTuple):
 
 
 @triton.jit(debug=True, do_not_specialize=["num_rows"])
-def forward_kernel(
-    inputs, coefficients, labels, trajectory, out, num_rows, num_classes, positions, CONFIG: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64) * CONFIG.ROWS + tl.arange(0, CONFIG.ROWS)
-    forward_rows(row, inputs, coefficients, labels, trajectory, out, num_rows, num_classes, positions, CONFIG)
-    if out.counter is not None:
-        tl.store(out.counter, 0, tl.program_id(0) == 0)
+def forward_kernel(inputs, rule, labels, trajectory, memory, num_rows, num_classes, positions, CONFIG: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * CONFIG.tile.rows + tl.arange(0, CONFIG.tile.rows)
+    forward_rows(row, inputs, rule, labels, trajectory, memory, num_rows, num_classes, positions, CONFIG)
+    if memory.counter is not None:
+        tl.store(memory.counter, 0, tl.program_id(0) == 0)
 
 
 @triton.jit
-def forward_rows(
-    row, inputs, coefficients, labels, trajectory, out, num_rows, num_classes, positions, CONFIG: tl.constexpr
-):
-    """Rows ``[ROWS]``. Without ``labels`` fusion alone."""
+def forward_rows(row, inputs, rule, labels, trajectory, memory, num_rows, num_classes, positions, CONFIG: tl.constexpr):
     M: tl.constexpr = CONFIG.M
-    rows, tiles = weigh_rows(row, inputs, coefficients, None, num_rows, num_classes, CONFIG)
+    rows, tiles = weigh_rows(row, inputs, rule, memory, num_rows, num_classes, False, CONFIG)
     for m in tl.static_range(M):
         place = m * rows.num_rows + row
-        tl.store(out.energy + place, tl.where(rows.counted[m], rows.energies[m], float("inf")), rows.inside)
-        tl.store(out.weights + place, rows.weights[m], rows.inside)
-        if labels is not None:
-            _keep(out, CONFIG.slots.top + m, rows, rows.tops[m])
-            _keep(out, CONFIG.slots.log + m, rows, tl.where(rows.counted[m], rows.logs[m], float("nan")))
-            if coefficients.temperature is not None:
-                _keep(out, CONFIG.slots.tempered_top + m, rows, rows.tempered_tops[m])
-                _keep(out, CONFIG.slots.tempered_log + m, rows, rows.tempered_logs[m])
-    sums = _fuse_rows(rows, tiles, inputs, labels, out, CONFIG)
-    if labels is not None:
-        _write_losses(rows, sums, inputs, labels, out, CONFIG)
-    if out.past is not None:
+        tl.store(memory.energy + place, tl.where(rows.counted[m], rows.energies[m], float("inf")), rows.inside)
+        tl.store(memory.weights + place, rows.weights[m], rows.inside)
+        if CONFIG.losses:
+            _keep(memory, CONFIG.slots.top, m, rows, rows.tops[m], CONFIG)
+            log = tl.where(rows.counted[m], rows.logs[m], float("nan"))
+            _keep(memory, CONFIG.slots.log, m, rows, log, CONFIG)
+            if rule.temperature is not None:
+                _keep(memory, CONFIG.slots.tempered_top, m, rows, rows.tempered_tops[m], CONFIG)
+                _keep(memory, CONFIG.slots.tempered_log, m, rows, rows.tempered_logs[m], CONFIG)
+    sums = _fuse_rows(rows, tiles, inputs, labels, memory, CONFIG)
+    if CONFIG.losses:
+        _write_losses(rows, sums, inputs, labels, memory, CONFIG)
+    if CONFIG.reads:
         # Before anybody records: a sample may stand in the batch twice.
         sample = row // positions
         first = rows.inside & (row % positions == 0)
-        read_history(trajectory, out.past, sample, first, rows.num_rows // positions, CONFIG)
+        read_history(trajectory, memory.past, sample, first, rows.num_rows // positions, CONFIG)
 
 
 @triton.jit
-def _fuse_rows(rows, tiles, inputs, labels, out, CONFIG: tl.constexpr):
+def _fuse_rows(rows, tiles, inputs, labels, memory, CONFIG: tl.constexpr):
     """The second pass: writes the fused row where asked, and returns its sums."""
     M: tl.constexpr = CONFIG.M
     zero = tl.where(rows.inside, 0.0, 0.0).to(CONFIG.ACC)
-    none = zeros(zero, CONFIG)
+    none = (zero,) * M
     sums = Sums(top=zero - float("inf"), total=zero, products=none, fused=zero, ruled=none, logits=none, mass=zero)
-    if out.fused is not None:
+    if memory.fused is not None:
         fused_offset = row_offset(rows.row, inputs.sizes, inputs.strides[M], CONFIG)
-    for tile in range(CONFIG.TILES):
+    for tile in range(CONFIG.tile.tiles):
         column, in_tile = tile_columns(tile, rows.inside, rows.num_classes, CONFIG)
-        if CONFIG.TILES == 1:
+        if CONFIG.tile.tiles == 1:
             read = tiles
         else:
             read = read_tiles(rows.offsets, column, in_tile, inputs, CONFIG)
         f, finite = fuse_tile(read, rows, in_tile, CONFIG)
-        if labels is not None:
+        if CONFIG.losses:
             sums = _add_tile(sums, read, f, finite, column, in_tile, rows, labels, CONFIG)
-        if out.fused is not None:
-            tl.store(out.fused + tile_offsets(fused_offset, inputs.strides[M], column, CONFIG), f, in_tile)
+        if memory.fused is not None:
+            tl.store(memory.fused + tile_offsets(fused_offset, inputs.strides[M], column, CONFIG), f, in_tile)
     return sums
 
 
@@ -135,61 +120,55 @@ def _add_tile(sums, tiles, f, finite, column, in_tile, rows, labels, CONFIG: tl.
 
 
 @triton.jit
-def _write_losses(rows, sums, inputs, labels, out, CONFIG: tl.constexpr):
+def _write_losses(rows, sums, inputs, labels, memory, CONFIG: tl.constexpr):
     """Cross-entropies, and what of the fused row the backward needs."""
     M: tl.constexpr = CONFIG.M
     y, valid = read_labels(labels, rows)
     label, ruled = label_logits(y, valid, rows, inputs, CONFIG)
     nlls, fused_top, fused_log = cross_entropies(label, ruled, valid, rows, sums.top, sums.total, CONFIG)
-    _keep(out, CONFIG.slots.fused_top, rows, fused_top)
-    _keep(out, CONFIG.slots.fused_log, rows, fused_log)
-    _keep(out, CONFIG.slots.fused_loss, rows, nlls[M])
+    _keep(memory, CONFIG.slots.top, M, rows, fused_top, CONFIG)
+    _keep(memory, CONFIG.slots.log, M, rows, fused_log, CONFIG)
+    for m in tl.static_range(M + 1):
+        tl.store(memory.losses + m * rows.num_rows + rows.row, nlls[m], rows.inside)
     if labels.smoothing is not None:
-        _keep(out, CONFIG.slots.mass, rows, sums.mass)
+        _keep(memory, CONFIG.slots.mass, M, rows, sums.mass, CONFIG)
     total = tl.where(sums.total > 0, sums.total, 1.0)
     for m in tl.static_range(M):
-        tl.store(out.losses + m * rows.num_rows + rows.row, nlls[m], rows.inside)
         product = tl.where(fused_log == fused_log, sums.products[m] / total, 0.0)
-        _keep(out, CONFIG.slots.product + m, rows, product)
+        _keep(memory, CONFIG.slots.product, m, rows, product, CONFIG)
         if labels.smoothing is not None:
-            _keep(out, CONFIG.slots.ruled + m, rows, sums.ruled[m])
-    if labels.class_weight is not None or labels.smoothing is not None:
+            _keep(memory, CONFIG.slots.ruled, m, rows, sums.ruled[m], CONFIG)
+    if memory.numerator is not None:
         for m in tl.static_range(M + 1):
             if m < M:
                 lse, class_sum = rows.tops[m] + rows.logs[m], sums.logits[m]
             else:
                 lse, class_sum = fused_top + fused_log, sums.fused
-            numerator, denominator = share_in_mean(
-                nlls[m], lse, class_sum, sums.mass, y, labels, rows.num_classes, CONFIG
-            )
-            _keep(out, CONFIG.slots.numerator + m, rows, numerator)
-            _keep(out, CONFIG.slots.denominator + m, rows, denominator)
+            share = share_in_mean(nlls[m], lse, class_sum, sums.mass, y, labels, rows.num_classes, CONFIG)
+            tl.store(memory.numerator + m * rows.num_rows + rows.row, share[0], rows.inside)
+            tl.store(memory.denominator + m * rows.num_rows + rows.row, share[1], rows.inside)
 
 
 @triton.jit
-def _keep(out, slot, rows, value):
-    tl.store(out.stats + slot * rows.num_rows + rows.row, value, rows.inside)
+def _keep(memory, slot, m, rows, value, CONFIG: tl.constexpr):
+    tl.store(stat(memory, slot, m, rows.row, rows.num_rows, CONFIG), value, rows.inside)
 
 
 def launch_forward(
     inputs: Inputs,
-    coefficients: Coefficients,
+    rule: WeightRule,
     labels: Labels | None,
     trajectory: Trajectory | None,
-    out: Outputs,
+    memory: Memory,
     batch: int,
     config: Config,
 ) -> None:
-    tiles = tiling.tile(config.M, inputs.num_classes, inputs.num_rows, config.ACC == tl.float64)
-    launch(
-        forward_kernel,
-        -(-inputs.num_rows // tiles.rows),
-        tiles.warps,
-        out.energy.device,
-        *(inputs, coefficients, labels, trajectory, out),
-        *(inputs.num_rows, inputs.num_classes, inputs.num_rows // batch),
-        config=config.tiled(tiles, len(inputs.sizes)),
-    )
+    num_rows, num_classes = inputs.num_rows, inputs.num_classes
+    tile = tiling.tile(config.M, num_classes, num_rows, config.ACC == tl.float64)
+    programs, device = -(-num_rows // tile.rows), memory.energy.device
+    arguments = (inputs, rule, labels, trajectory, memory, num_rows, num_classes, num_rows // batch)
+    config = config._replace(DIMS=len(inputs.sizes), tile=tile)
+    launch(forward_kernel, programs, tile.warps, device, *arguments, config=config)
 
 
 def fuse(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,8 +177,7 @@ def fuse(logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule) -> 
     fused = torch.empty_like(first, dtype=dtype)
     weights, energies = (first.new_empty((num, *first.shape[:-1]), dtype=dtype) for _ in range(2))
     inputs, written = lay_out(logits, present, [fused])
-    out = Outputs(weights=weights, energy=energies, fused=written[0])
-    config = make_config(num, dtype, rule)
-    launch_forward(inputs, make_coefficients(rule), None, None, out, inputs.num_rows, config)
+    memory = Memory(weights=weights, energy=energies, fused=written[0])
+    launch_forward(inputs, contiguous(rule), None, None, memory, inputs.num_rows, make_config(num, dtype, rule))
     put_back(written, [fused])
     return fused, weights, energies

@@ -12,88 +12,73 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rules import Past
-from .config import Config, accumulator
+from .config import TYPES, Config
 from .launch import launch
 from .rows import widen
+from .tiling import Block
 
 
 class Trajectory(NamedTuple):
-    """Pointers and numbers as in ``rules.Past``; ``history`` is None where kappa ``[M, B]`` alone is given."""
+    """Pointers and numbers as in ``rules.Past``."""
 
-    kappa: Any = None
-    history: Any = None
-    low: Any = None
-    span: Any = None
-    visits: Any = None
-    index: Any = None
-    num_samples: Any = None
-    start_epoch: Any = None
+    history: Any
+    low: Any
+    span: Any
+    visits: Any
+    index: Any
+    num_samples: Any
+    start_epoch: Any
 
 
-def make_trajectory(kappa: Tensor | None, past: Past | None) -> Trajectory | None:
-    """Where kappa comes from: itself, or the history."""
-    if past is None:
-        return None if kappa is None else Trajectory(kappa=kappa.contiguous())
-    return Trajectory(
-        history=past.history,
-        low=past.low,
-        span=past.span,
-        visits=past.visits,
-        index=past.samples.contiguous(),
-        num_samples=past.history.shape[2],
-        start_epoch=past.start_epoch,
-    )
+def make_trajectory(past: Past) -> Trajectory:
+    num_samples, index = past.history.shape[2], past.samples.contiguous()
+    return Trajectory(past.history, past.low, past.span, past.visits, index, num_samples, past.start_epoch)
 
 
 @triton.jit
 def read_history(trajectory, past, sample, wanted, batch, CONFIG: tl.constexpr):
     """Write ``past`` of the samples ``[ROWS]`` that are ``wanted``."""
     M: tl.constexpr = CONFIG.M
-    if trajectory.history is None:
-        for m in tl.static_range(M):
-            place = m * batch + sample
-            tl.store(past + place, tl.load(trajectory.kappa + place, wanted, other=0.0).to(tl.float64), wanted)
-    else:
-        index = tl.load(trajectory.index + sample, wanted, other=0)
-        within = (index >= 0) & (index < trajectory.num_samples)
-        tl.device_assert((wanted == 0) | within, "index must be within the trajectory's num_samples")
-        there = wanted & within
-        for m in tl.static_range(M):
-            total, count = _sums(trajectory, m, index, there, CONFIG)
-            mean = tl.where(count > 0, total / tl.where(count > 0, count, 1.0), float("nan"))
-            if CONFIG.minmax:
-                mean = (mean - tl.load(trajectory.low + m)) / tl.load(trajectory.span + m)
-            tl.store(past + m * batch + sample, mean, wanted)
-            if CONFIG.records:
-                if trajectory.visits is not None:
-                    visits = tl.load(trajectory.visits + index, there, other=0)
-                    count = tl.where(visits >= trajectory.start_epoch - 1, count, float("nan"))
-                tl.store(past + (CONFIG.M + m) * batch + sample, count, wanted)
+    index = tl.load(trajectory.index + sample, wanted, other=0)
+    within = (index >= 0) & (index < trajectory.num_samples)
+    tl.device_assert((wanted == 0) | within, "index must be within the trajectory's num_samples")
+    there = wanted & within
+    for m in tl.static_range(M):
+        total, count = _sums(trajectory, m, index, there, CONFIG)
+        mean = tl.where(count > 0, total / tl.where(count > 0, count, 1.0), float("nan"))
+        if CONFIG.minmax:
+            mean = (mean - tl.load(trajectory.low + m)) / tl.load(trajectory.span + m)
+        tl.store(past + m * batch + sample, mean, wanted)
+        if CONFIG.records:
+            if trajectory.visits is not None:
+                visits = tl.load(trajectory.visits + index, there, other=0)
+                count = tl.where(visits >= trajectory.start_epoch - 1, count, float("nan"))
+            tl.store(past + (CONFIG.M + m) * batch + sample, count, wanted)
 
 
 @triton.jit(debug=True, do_not_specialize=["batch"])
 def record_kernel(trajectory, losses, past, batch, CONFIG: tl.constexpr):
     """One program: everything is read before anything is recorded."""
     batch = widen(batch)
-    lane = tl.arange(0, CONFIG.SAMPLES).to(tl.int64)
+    lane = tl.arange(0, CONFIG.block.samples).to(tl.int64)
     start = tl.zeros((), tl.int64)
     while start < batch:
         read_history(trajectory, past, start + lane, start + lane < batch, batch, CONFIG)
-        start += CONFIG.SAMPLES
+        start += CONFIG.block.samples
     tl.debug_barrier()
     for m in range(CONFIG.M):
         moved = tl.zeros((), tl.int32)
         start = tl.zeros((), tl.int64)
         while start < batch:
             moved = tl.maximum(moved, record_samples(trajectory, past, losses, m, start + lane, batch, CONFIG))
-            start += CONFIG.SAMPLES
+            start += CONFIG.block.samples
         if moved > 0:
             tl.debug_barrier()
             find_range(trajectory, m, CONFIG)
     start = tl.zeros((), tl.int64)
     while start < batch:
         count_visits(trajectory, start + lane, batch)
-        start += CONFIG.SAMPLES
+        start += CONFIG.block.samples
 
 
 @triton.jit
@@ -172,7 +157,8 @@ def record(
     """``eager.history.record``: one launch of one program."""
     num, batch = losses.shape
     past = history.new_empty((2, num, batch))
-    flags = {"minmax": True, "ranks": False, "records": True}
-    trajectory = make_trajectory(None, Past(history, low, span, visits, index, start_epoch, **flags))
-    config = Config(M=num, ACC=accumulator(torch.float64), SAMPLES=1024, minmax=True, records=True)
-    launch(record_kernel, 1, 8, history.device, trajectory, losses.contiguous(), past, batch, config=config)
+    trajectory = Trajectory(history, low, span, visits, index.contiguous(), history.shape[2], start_epoch)
+    block = Block(samples=1024, partners=1, warps=8)
+    config = Config(M=num, ACC=TYPES[torch.float64], block=block, minmax=True, records=True)
+    arguments = (trajectory, losses.contiguous(), past, batch)
+    launch(record_kernel, 1, block.warps, history.device, *arguments, config=config)

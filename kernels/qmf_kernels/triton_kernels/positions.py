@@ -3,37 +3,33 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .bookkeeping import Samples
 from .config import Config
 from .launch import launch
+from .memory import Memory
 from .rows import widen
 
 
 @triton.jit(do_not_specialize=["batch"])
-def positions_kernel(rows, energies, samples, positions, batch, CONFIG: tl.constexpr):
+def positions_kernel(rows, samples, positions, batch, CONFIG: tl.constexpr):
     """One program per sample and modality, the fused row being the last: sums and means over P positions.
 
-    ``rows`` are ``Samples`` that hold B P rows in place of B samples, ``energies`` their energies ``[M, B P]``.
+    ``rows`` and ``samples`` are ``Memory``, of B P rows and of as many samples' means as B.
     """
     BLOCK: tl.constexpr = 1024
     programs = CONFIG.M + 1
     sample, m = (tl.program_id(0) // programs).to(tl.int64), (tl.program_id(0) % programs).to(tl.int64)
     first = m * (widen(batch) * positions) + sample * positions
-    of_modality = (m + tl.zeros((BLOCK,), tl.int64)) < CONFIG.M
     zero = tl.zeros((BLOCK,), tl.float64)
     weight_sum, weight_count, loss_sum, loss_count, numerator, denominator = zero, zero, zero, zero, zero, zero
     start = tl.zeros((), tl.int64)
     while start < positions:
         lane = start + tl.arange(0, BLOCK)
         inside = lane < positions
-        counted = tl.load(energies + first + lane, inside & of_modality, other=float("inf")) < float("inf")
+        counted = tl.load(rows.energy + first + lane, inside & (m < CONFIG.M), other=float("inf")) < float("inf")
         weight_sum += tl.load(rows.weights + first + lane, counted, other=0.0).to(tl.float64)
         weight_count += tl.where(counted, 1.0, 0.0).to(tl.float64)
-        plain = tl.load(rows.losses + first + lane, inside & of_modality, other=float("nan"))
-        place = rows.fused_loss + sample * positions + lane
-        loss = tl.where(of_modality, plain, tl.load(place, inside & (of_modality == 0), other=float("nan")))
+        loss = tl.load(rows.losses + first + lane, inside, other=float("nan"))
         loss_sum += tl.where(loss == loss, loss, 0.0).to(tl.float64)
         loss_count += tl.where(loss == loss, 1.0, 0.0).to(tl.float64)
         if rows.numerator is not None:
@@ -45,8 +41,8 @@ def positions_kernel(rows, energies, samples, positions, batch, CONFIG: tl.const
     place = m * batch + sample
     tl.store(samples.numerator + place, tl.sum(numerator, 0))
     tl.store(samples.denominator + place, tl.sum(denominator, 0))
+    _store_mean(samples.losses + place, tl.sum(loss_sum, 0), tl.sum(loss_count, 0), CONFIG)
     if m < CONFIG.M:
-        _store_mean(samples.losses + place, tl.sum(loss_sum, 0), tl.sum(loss_count, 0), CONFIG)
         count = tl.sum(weight_count, 0)
         _store_mean(samples.weights + place, tl.sum(weight_sum, 0), count, CONFIG)
         tl.store(samples.positions + place, count.to(CONFIG.ACC))
@@ -58,17 +54,16 @@ def _store_mean(pointer, total, count, CONFIG: tl.constexpr):
     tl.store(pointer, tl.where(count > 0, total / count, float("nan")).to(CONFIG.ACC))
 
 
-def sample_means(rows: Samples, energies: Tensor, batch: int, config: Config) -> Samples:
-    """From ``Samples`` that hold B P rows to those of B samples: one launch."""
-    new, dtype = energies.new_empty, energies.dtype
+def sample_means(rows: Memory, batch: int, config: Config) -> Memory:
+    """From the memory of B P rows to that of B samples: one launch."""
+    new, num = rows.energy.new_empty, config.M
     samples = rows._replace(
-        weights=new((config.M, batch), dtype=dtype),
-        losses=new((config.M, batch), dtype=dtype),
-        numerator=new((config.M + 1, batch), dtype=torch.float64),
-        denominator=new((config.M + 1, batch), dtype=torch.float64),
-        positions=new((config.M, batch), dtype=dtype),
+        weights=new((num, batch)),
+        losses=new((num + 1, batch)),
+        numerator=new((num + 1, batch), dtype=torch.float64),
+        denominator=new((num + 1, batch), dtype=torch.float64),
+        positions=new((num, batch)),
     )
-    positions = energies[0].numel() // batch
-    arguments = (rows, energies, samples, positions, batch)
-    launch(positions_kernel, batch * (config.M + 1), 8, energies.device, *arguments, config=config)
+    arguments = (rows, samples, rows.losses.shape[1] // batch, batch)
+    launch(positions_kernel, batch * (num + 1), 8, rows.energy.device, *arguments, config=config)
     return samples

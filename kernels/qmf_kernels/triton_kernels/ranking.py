@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiling
-from .config import Config, accumulator
+from .config import TYPES, Config
 from .launch import launch
 from .rows import widen
 
@@ -19,7 +19,7 @@ from .rows import widen
 def ranking_kernel(weights, kappas, grad_out, partial, batch, CONFIG: tl.constexpr):
     """The ranking alone: SAMPLES samples per program, whose share of the loss goes into ``partial`` ``[programs]``."""
     batch = widen(batch)
-    sample = widen(tl.program_id(0)) * CONFIG.SAMPLES + tl.arange(0, CONFIG.SAMPLES)
+    sample = widen(tl.program_id(0)) * CONFIG.block.samples + tl.arange(0, CONFIG.block.samples)
     pairs = count_pairs(batch, CONFIG)
     hinges = tl.zeros((), tl.float64)
     for m in range(CONFIG.M):
@@ -72,13 +72,13 @@ def _rank_all(weights, kappas, losses, m, sample, batch, CONFIG: tl.constexpr):
     grad = tl.zeros_like(score)
     start = tl.zeros((), tl.int64)
     while start < batch:
-        other = start + tl.arange(0, CONFIG.PARTNERS)
+        other = start + tl.arange(0, CONFIG.block.partners)
         other_order, other_score = _order_and_score(weights, kappas, losses, m, other, other < batch, batch, CONFIG)
         loss, slope = _hinge(order[:, None], score[:, None], other_order[None, :], other_score[None, :])
         loss = tl.sum(tl.where(inside[:, None], loss, 0.0), 1)
         total += tl.sum(loss.to(tl.float64), 0)
         grad += tl.sum(slope, 1)
-        start += CONFIG.PARTNERS
+        start += CONFIG.block.partners
     return total * 0.5, grad
 
 
@@ -120,6 +120,6 @@ def ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tens
         block.warps,
         weights.device,
         *(weights, kappa.contiguous(), grad, partial, batch),
-        config=Config(M=num, ACC=accumulator(weights.dtype), form=form, pairs=pairs).blocked(block),
+        config=Config(M=num, ACC=TYPES[weights.dtype], block=block, form=form, pairs=pairs),
     )
     return partial.sum().to(weights.dtype), grad

@@ -1,7 +1,7 @@
 """Rows of logits ``[*, K]``: where they lie, and their log-sum-exps (Eq. 13's sum), a tile at a time.
 
 A row is what has K logits: a sample, or a position of a sample in dense prediction. Nothing is copied: heads whose
-class dimension stands before the positions keep it there. A program holds ``ROWS`` rows of M modalities, and a tuple
+class dimension stands before the positions keep it there. A program holds ROWS rows of M modalities, and a tuple
 of M tensors ``[ROWS]`` for whatever is one number per row.
 """
 
@@ -50,14 +50,9 @@ def lay_out(
         folded = _fold(tensors, present)
         assert folded is not None
     sizes, strides = folded
-    inputs = Inputs(
-        logits=tuple(tensors[:num]),
-        sizes=sizes,
-        strides=tuple((*s, x.stride(-1)) for s, x in zip(strides, tensors, strict=False)),
-        present=present,
-        present_strides=None if present is None else (present.stride(0), strides[-1]),
-    )
-    return inputs, tuple(tensors[num:])
+    mask = None if present is None else (present.stride(0), strides[-1])
+    strides = [(*s, x.stride(-1)) for s, x in zip(strides, tensors, strict=False)]
+    return Inputs(tuple(tensors[:num]), sizes, tuple(strides), present, mask), tuple(tensors[num:])
 
 
 def _fold(tensors: Sequence[Tensor], present: Tensor | None) -> tuple[tuple[int, ...], list[tuple[int, ...]]] | None:
@@ -126,7 +121,7 @@ def row_offset(row, sizes, strides, CONFIG: tl.constexpr):
 @triton.jit
 def tile_columns(tile, inside, num_classes, CONFIG: tl.constexpr):
     """The classes of a tile, ``[CLASSES]``, and which of its logits there are, ``[ROWS, CLASSES]``."""
-    column = tile * CONFIG.CLASSES + tl.arange(0, CONFIG.CLASSES)
+    column = tile * CONFIG.tile.classes + tl.arange(0, CONFIG.tile.classes)
     return column, inside[:, None] & (column < num_classes)[None, :]
 
 
@@ -154,41 +149,31 @@ def read_tiles(offsets, column, in_tile, inputs, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def zeros(like, CONFIG: tl.constexpr):
-    """M times ``like``, which is 0."""
-    M: tl.constexpr = CONFIG.M
-    out = ()
-    for _ in tl.static_range(M):
-        out = out + (like,)
-    return out
+def temperature(m, rule, CONFIG: tl.constexpr):
+    return tl.load(rule.temperature + m).to(CONFIG.ACC)
 
 
 @triton.jit
-def temperature(m, coefficients, CONFIG: tl.constexpr):
-    return tl.load(coefficients.temperature + m).to(CONFIG.ACC)
-
-
-@triton.jit
-def sum_exponentials(m, offset, inside, inputs, coefficients, num_classes, CONFIG: tl.constexpr):
+def sum_exponentials(m, offset, inside, inputs, rule, num_classes, CONFIG: tl.constexpr):
     """A modality's largest value and sum of exponentials, of x and, where T is not 1, of x / T; the last tile read."""
     zero = tl.where(inside, 0.0, 0.0).to(CONFIG.ACC)
     found = (zero - float("inf"), zero, zero - float("inf"), zero)
     column, in_tile = tile_columns(0, inside, num_classes, CONFIG)
     x = read_tile(m, offset, column, in_tile, inputs, CONFIG)
-    found = _add_tile(found, x, m, coefficients, CONFIG)
-    for tile in range(1, CONFIG.TILES):
+    found = _add_tile(found, x, m, rule, CONFIG)
+    for tile in range(1, CONFIG.tile.tiles):
         column, in_tile = tile_columns(tile, inside, num_classes, CONFIG)
         following = read_tile(m, offset, column, in_tile, inputs, CONFIG)
-        found = _add_tile(found, following, m, coefficients, CONFIG)
+        found = _add_tile(found, following, m, rule, CONFIG)
     return found, x
 
 
 @triton.jit
-def _add_tile(found, x, m, coefficients, CONFIG: tl.constexpr):
+def _add_tile(found, x, m, rule, CONFIG: tl.constexpr):
     top, total = accumulate(found[0], found[1], x)
     tempered_top, tempered_total = found[2], found[3]
-    if coefficients.temperature is not None:
-        scaled = x / temperature(m, coefficients, CONFIG)
+    if rule.temperature is not None:
+        scaled = x / temperature(m, rule, CONFIG)
         tempered_top, tempered_total = accumulate(tempered_top, tempered_total, scaled)
     return top, total, tempered_top, tempered_total
 
@@ -202,10 +187,10 @@ def accumulate(top, total, x):
 
 
 @triton.jit
-def split_log_sum_exps(found, counted, coefficients):
+def split_log_sum_exps(found, counted, rule):
     """From the results of ``sum_exponentials`` to log-sum-exps in two parts, of x and of x / T."""
     top, total, tempered_top, tempered_total = found
-    if coefficients.temperature is None:
+    if rule.temperature is None:
         tempered_top, tempered_total = top, total
     log, tempered_log = tl.log(tl.where(counted, total, 1.0)), tl.log(tl.where(counted, tempered_total, 1.0))
     return tl.where(counted, top, 0.0), log, tl.where(counted, tempered_top, 0.0), tempered_log

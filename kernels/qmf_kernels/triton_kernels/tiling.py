@@ -65,6 +65,7 @@ class Block(NamedTuple):
     samples: int
     partners: int
     warps: int
+    alone: bool = False  # there is but one program
 
 
 def sample_block(batch: int, pairs: str, alone: bool = False) -> Block:
@@ -73,7 +74,7 @@ def sample_block(batch: int, pairs: str, alone: bool = False) -> Block:
     """
     if alone:
         samples = power_of_two(batch)
-        return Block(samples, min(samples, max(1, 2048 // samples)), 8)
+        return Block(samples, min(samples, max(1, 2048 // samples)), 8, alone)
     if pairs == "adjacent":
         samples = min(256, max(32, power_of_two(batch)))
         return Block(samples, 1, max(4, samples // 64))

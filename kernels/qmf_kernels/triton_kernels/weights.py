@@ -5,17 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..rules import WeightRule
 from .rows import row_offset, split_log_sum_exps, sum_exponentials, temperature, widen
-
-
-class Coefficients(NamedTuple):
-    """Pointers to a ready uncertainty ``[M, R]``, and to ``[M]`` each."""
-
-    uncertainty: Any  # None: the energy
-    alpha: Any
-    beta: Any
-    temperature: Any  # None: 1
 
 
 class Rows(NamedTuple):
@@ -38,38 +28,29 @@ class Rows(NamedTuple):
     weights: Any
 
 
-def make_coefficients(rule: WeightRule) -> Coefficients:
-    return Coefficients(
-        uncertainty=None if rule.uncertainty is None else rule.uncertainty.contiguous(),
-        alpha=rule.alpha.contiguous(),
-        beta=rule.beta.contiguous(),
-        temperature=None if rule.temperature is None else rule.temperature.contiguous(),
-    )
-
-
 @triton.jit
-def energy(lse, m, coefficients, CONFIG: tl.constexpr):
+def energy(lse, m, rule, CONFIG: tl.constexpr):
     """Eq. 13: ``E = -T * logsumexp(x / T)``, from that log-sum-exp."""
-    if coefficients.temperature is None:
+    if rule.temperature is None:
         return -lse
     else:
-        return -lse * temperature(m, coefficients, CONFIG)
+        return -lse * temperature(m, rule, CONFIG)
 
 
 @triton.jit
-def affine_weight(u, m, coefficients, CONFIG: tl.constexpr):
+def affine_weight(u, m, rule, CONFIG: tl.constexpr):
     """Eq. 9: ``w = alpha * u + beta``, before it is clamped."""
-    alpha, beta = tl.load(coefficients.alpha + m), tl.load(coefficients.beta + m)
+    alpha, beta = tl.load(rule.alpha + m), tl.load(rule.beta + m)
     return alpha.to(CONFIG.ACC) * u + beta.to(CONFIG.ACC)
 
 
 @triton.jit
-def read_uncertainty(e, m, row, inside, num_rows, coefficients, CONFIG: tl.constexpr):
+def read_uncertainty(e, m, row, inside, num_rows, rule, CONFIG: tl.constexpr):
     """Eq. 9's u: the energy ``e``, or the one that is ready."""
-    if coefficients.uncertainty is None:
+    if rule.uncertainty is None:
         return e
     else:
-        return tl.load(coefficients.uncertainty + m * num_rows + row, inside, other=0.0).to(CONFIG.ACC)
+        return tl.load(rule.uncertainty + m * num_rows + row, inside, other=0.0).to(CONFIG.ACC)
 
 
 @triton.jit
@@ -108,9 +89,9 @@ def clamp_weights(raws, counted, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def weigh_rows(row, inputs, coefficients, kept, num_rows, num_classes, CONFIG: tl.constexpr):
-    """Eq. 13 and 9 of rows, and their tiles where each is but one: in the forward (``kept`` is None) the first pass
-    over the logits; in the backward from the stats.
+def weigh_rows(row, inputs, rule, memory, num_rows, num_classes, AGAIN: tl.constexpr, CONFIG: tl.constexpr):
+    """Eq. 13 and 9 of rows, and their tiles where each is but one: in the forward a first pass over the logits;
+    ``AGAIN``, in the backward, from the stats.
 
     Fusion alone has no stats, and passes over the logits again: its energies, rounded to one number each, would not do
     where logits are large.
@@ -122,28 +103,27 @@ def weigh_rows(row, inputs, coefficients, kept, num_rows, num_classes, CONFIG: t
     tops, logs, tempered_tops, tempered_logs = (), (), (), ()
     for m in tl.static_range(M):
         offset = row_offset(row, inputs.sizes, inputs.strides[m], CONFIG)
-        if kept is None:
-            found, x = sum_exponentials(m, offset, inside, inputs, coefficients, num_classes, CONFIG)
-            counts = inside & (found[1] > 0) & (found[1] < float("inf"))
-            if inputs.present is not None:
-                place = row_offset(row, inputs.sizes, inputs.present_strides[1], CONFIG)
-                place += m * widen(inputs.present_strides[0])
-                counts = counts & (tl.load(inputs.present + place, inside, other=0) != 0)
-            if CONFIG.TILES == 1:
-                tiles = tiles + (x,)
-            lse = split_log_sum_exps(found, counts, coefficients)
-        elif kept.stats is None:
-            counts = tl.load(kept.energy + m * num_rows + row, inside, other=float("inf")) < float("inf")
-            found, _ = sum_exponentials(m, offset, inside, inputs, coefficients, num_classes, CONFIG)
-            lse = split_log_sum_exps(found, counts, coefficients)
-        else:
-            lse = _read_log_sum_exps(m, row, inside, kept, coefficients, num_rows, CONFIG)
+        if AGAIN and CONFIG.losses:
+            lse = _read_log_sum_exps(m, row, inside, rule, memory, num_rows, CONFIG)
             counts = lse[1] == lse[1]
-        e = energy(lse[2] + lse[3], m, coefficients, CONFIG)
-        u = read_uncertainty(e, m, row, inside, num_rows, coefficients, CONFIG)
+        else:
+            found, x = sum_exponentials(m, offset, inside, inputs, rule, num_classes, CONFIG)
+            if AGAIN:
+                counts = tl.load(memory.energy + m * num_rows + row, inside, other=float("inf")) < float("inf")
+            else:
+                counts = inside & (found[1] > 0) & (found[1] < float("inf"))
+                if inputs.present is not None:
+                    place = row_offset(row, inputs.sizes, inputs.present_strides[1], CONFIG)
+                    place += m * widen(inputs.present_strides[0])
+                    counts = counts & (tl.load(inputs.present + place, inside, other=0) != 0)
+            lse = split_log_sum_exps(found, counts, rule)
+            if CONFIG.tile.tiles == 1:
+                tiles = tiles + (x,)
+        e = energy(lse[2] + lse[3], m, rule, CONFIG)
+        u = read_uncertainty(e, m, row, inside, num_rows, rule, CONFIG)
         offsets, counted, energies = offsets + (offset,), counted + (counts,), energies + (e,)
         uncertainties = uncertainties + (tl.where(counts, u, 0.0),)
-        raws = raws + (affine_weight(u, m, coefficients, CONFIG),)
+        raws = raws + (affine_weight(u, m, rule, CONFIG),)
         tops, logs = tops + (lse[0],), logs + (lse[1],)
         tempered_tops, tempered_logs = tempered_tops + (lse[2],), tempered_logs + (lse[3],)
     weights, total = clamp_weights(raws, counted, CONFIG)
@@ -168,15 +148,20 @@ def weigh_rows(row, inputs, coefficients, kept, num_rows, num_classes, CONFIG: t
 
 
 @triton.jit
-def _read_log_sum_exps(m, row, inside, kept, coefficients, num_rows, CONFIG: tl.constexpr):
-    place = kept.stats + m * num_rows + row
-    top = tl.load(place + CONFIG.slots.top * num_rows, inside, other=0.0)
-    log = tl.load(place + CONFIG.slots.log * num_rows, inside, other=float("nan"))
+def _read_log_sum_exps(m, row, inside, rule, memory, num_rows, CONFIG: tl.constexpr):
+    top = tl.load(stat(memory, CONFIG.slots.top, m, row, num_rows, CONFIG), inside, other=0.0)
+    log = tl.load(stat(memory, CONFIG.slots.log, m, row, num_rows, CONFIG), inside, other=float("nan"))
     tempered_top, tempered_log = top, log
-    if coefficients.temperature is not None:
-        tempered_top = tl.load(place + CONFIG.slots.tempered_top * num_rows, inside, other=0.0)
-        tempered_log = tl.load(place + CONFIG.slots.tempered_log * num_rows, inside, other=0.0)
+    if rule.temperature is not None:
+        tempered_top = tl.load(stat(memory, CONFIG.slots.tempered_top, m, row, num_rows, CONFIG), inside, other=0.0)
+        tempered_log = tl.load(stat(memory, CONFIG.slots.tempered_log, m, row, num_rows, CONFIG), inside, other=0.0)
     return top, log, tempered_top, tempered_log
+
+
+@triton.jit
+def stat(memory, slot, m, row, num_rows, CONFIG: tl.constexpr):
+    """Where a statistic of modality m, or of the fused row (M), stands."""
+    return memory.stats + (slot * (CONFIG.M + 1) + m) * num_rows + row
 
 
 @triton.jit

@@ -199,7 +199,6 @@ MANY = {
 }
 BRIEF = {
     "nyud2": SMALL["nyud2"],
-    "target in half": LARGE["target in half"],
     "dense": LARGE["dense"],
     "everything": OPTIONS["everything"],
     "alone": OPTIONS["alone"],

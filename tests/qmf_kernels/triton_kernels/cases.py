@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import hypothesis.strategies as st
+import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 from qmf_kernels.eager.fusion import accumulate_dtype
@@ -26,6 +27,15 @@ def bounded(examples: int) -> settings:
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
+
+
+def few_and_many(few: int, many: int, *strategies: Any) -> Any:
+    """From a property to two tests of it: of few examples, and a slow one of many."""
+
+    def tests(test: Any) -> tuple[Any, Any]:
+        return bounded(few)(given(*strategies)(test)), pytest.mark.slow(bounded(many)(given(*strategies)(test)))
+
+    return tests
 
 
 LAYOUTS = ("contiguous", "class first", "sliced", "expanded", "reversed", "shifted")

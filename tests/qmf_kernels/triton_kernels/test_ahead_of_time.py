@@ -39,7 +39,6 @@ LAUNCHES = {
 }
 LAUNCHES["brief"] = {
     "nyud2": ONE,
-    "target in half": THREE,
     "dense": LAUNCHES["large"]["dense"],
     "everything": THREE,
     "alone": LAUNCHES["options"]["alone"],

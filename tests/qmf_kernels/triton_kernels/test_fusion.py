@@ -5,14 +5,13 @@ from unittest import mock
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import given
 
 from qmf_kernels import triton_kernels
 from qmf_kernels.eager import fusion
 from qmf_kernels.rules import RuleGrads
 from qmf_kernels.triton_kernels import tiling
 
-from .cases import assert_errors_close, backwards, bounded, cases, lay, poisoned, same
+from .cases import assert_errors_close, backwards, cases, few_and_many, lay, poisoned, same
 
 TILINGS = {"as is": {"_ROW": tiling._ROW}, "walked": {"_ROW": 0, "_WALK": 32}, "short": {"_ROWS": 16}}
 
@@ -68,17 +67,7 @@ def differentiate(case, grads):
     return found[:num], dict(zip(given, found[num:], strict=True))
 
 
-@bounded(14)
-@given(
-    st.one_of(
-        cases((1, 2, 7, 13), (1, 2, 3, 19, 33, 70)),
-        cases((1, 3), (1, 3, 40), ((5,), (2, 3), (3, 1, 2), (2, 2, 3))),
-    ),
-    st.sampled_from(sorted(TILINGS)),
-    st.booleans(),
-    st.integers(0, 1000),
-)
-def test_forward_and_backward(case, how, strange, seed):
+def forward_and_backward(case, how, strange, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = case.logits[0].shape[:-1]
     shapes = (case.logits[0].shape, (len(case.logits), *rows), (len(case.logits), *rows))
@@ -107,3 +96,16 @@ def test_forward_and_backward(case, how, strange, seed):
             assert_errors_close(f"d_{name}", ours, rule_eager[name], getattr(truth[2], name), size)
             assert same(ours, twice)
     assert all(same(x, y) for x, y in zip(case.tensors(), before, strict=True))
+
+
+test_forward_and_backward, test_forward_and_backward_widely = few_and_many(
+    4,
+    16,
+    st.one_of(
+        cases((1, 2, 7, 13), (1, 2, 3, 19, 33, 70)),
+        cases((1, 3), (1, 3, 40), ((5,), (2, 3), (3, 1, 2), (2, 2, 3))),
+    ),
+    st.sampled_from(sorted(TILINGS)),
+    st.booleans(),
+    st.integers(0, 1000),
+)(forward_and_backward)

@@ -7,7 +7,6 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 
 from qmf_kernels import triton_kernels
 from qmf_kernels.eager import objective
@@ -16,7 +15,7 @@ from qmf_kernels.rules import LossGrads, LossRule, WeightRule
 from qmf_kernels.triton_kernels import tiling
 
 from ...qmf_fusion import reference
-from .cases import Case, assert_errors_close, backwards, bounded, cases, lay, poisoned, same
+from .cases import Case, assert_errors_close, backwards, cases, few_and_many, lay, poisoned, same
 
 # What the tiles are cut from: as they are; rows walked in steps of 32 classes; few rows and few samples per program.
 TILINGS = {
@@ -94,15 +93,7 @@ LARGE = cases((1, 3, 13), (1, 5, 33, 70))
 DENSE = cases((1, 2, 3), (1, 3, 40), ((1,), (5,), (2, 3), (3, 1, 2), (2, 2, 3)))
 
 
-@bounded(25)
-@given(
-    st.one_of(LARGE, DENSE),
-    st.sampled_from(sorted(TILINGS)),
-    st.lists(st.booleans(), min_size=len(ALL), max_size=len(ALL)),
-    st.booleans(),
-    st.integers(0, 1000),
-)
-def test_three_launches(case, how, given, strange, seed):
+def three_launches(case, how, given, strange, seed):
     grads = incoming(case, given, strange, torch.Generator().manual_seed(seed))
     before = [x.clone() for x in case.tensors()]
     with tiled(how):
@@ -117,14 +108,18 @@ def test_three_launches(case, how, given, strange, seed):
     assert all(same(x, y) for x, y in zip(case.tensors(), before, strict=True))
 
 
-@bounded(12)
-@given(
-    SMALL,
-    st.sampled_from(["as is", "short"]),
+test_three_launches, test_three_launches_widely = few_and_many(
+    5,
+    30,
+    st.one_of(LARGE, DENSE),
+    st.sampled_from(sorted(TILINGS)),
     st.lists(st.booleans(), min_size=len(ALL), max_size=len(ALL)),
-    st.sampled_from([1.0, 2.5, 0.0]),
-)
-def test_one_launch(case, how, given, scale):
+    st.booleans(),
+    st.integers(0, 1000),
+)(three_launches)
+
+
+def one_launch(case, how, given, scale):
     """What it keeps serves the gradients of other outputs too."""
     grads = incoming(case, given, False, torch.Generator().manual_seed(0))
     dtype, before = accumulate_dtype(case.logits), [x.clone() for x in case.tensors()]
@@ -146,6 +141,16 @@ def test_one_launch(case, how, given, scale):
     for m, (d, x) in enumerate(zip(scaled, case.logits, strict=True)):
         assert d.dtype == x.dtype
         assert_errors_close(f"scaled[{m}]", d, eager[f"d_logits[{m}]"], truth[f"d_logits[{m}]"], 1 + size(case))
+
+
+test_one_launch, test_one_launch_widely = few_and_many(
+    4,
+    16,
+    SMALL,
+    st.sampled_from(["as is", "short"]),
+    st.lists(st.booleans(), min_size=len(ALL), max_size=len(ALL)),
+    st.sampled_from([1.0, 2.5, 0.0]),
+)(one_launch)
 
 
 @pytest.mark.parametrize("single", [False, True])

@@ -6,7 +6,6 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 
 from qmf_kernels import triton_kernels
 from qmf_kernels.eager.ranking import ranking
@@ -14,21 +13,10 @@ from qmf_kernels.rules import FORMS, PAIRS
 from qmf_kernels.triton_kernels import tiling
 
 from ...qmf_fusion import reference
-from .cases import assert_errors_close, backwards, bounded, poisoned, same
+from .cases import assert_errors_close, backwards, few_and_many, poisoned, same
 
 
-@bounded(40)
-@given(
-    st.sampled_from((1, 2, 3, 7, 16, 37, 70)),
-    st.sampled_from((1, 2, 5)),
-    st.sampled_from(FORMS),
-    st.sampled_from(PAIRS),
-    st.sampled_from((torch.float32, torch.float64)),
-    st.sampled_from(("plain", "ties", "unknown", "transposed")),
-    st.booleans(),
-    st.integers(0, 1000),
-)
-def test_loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
+def loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
     generator = torch.Generator().manual_seed(seed)
     weights, kappa = (torch.rand(num, batch, generator=generator).to(dtype) for _ in range(2))
     if kind == "ties":
@@ -55,6 +43,20 @@ def test_loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
     if batch <= 7:
         brute = reference.ranking(weights.double(), kappa.double(), form, pairs)
         torch.testing.assert_close(loss.double(), torch.as_tensor(brute), rtol=1e-6, atol=1e-7)
+
+
+test_loss_and_gradient, test_loss_and_gradient_widely = few_and_many(
+    15,
+    40,
+    st.sampled_from((1, 2, 3, 7, 16, 37, 70)),
+    st.sampled_from((1, 2, 5)),
+    st.sampled_from(FORMS),
+    st.sampled_from(PAIRS),
+    st.sampled_from((torch.float32, torch.float64)),
+    st.sampled_from(("plain", "ties", "unknown", "transposed")),
+    st.booleans(),
+    st.integers(0, 1000),
+)(loss_and_gradient)
 
 
 @pytest.mark.parametrize("pairs", PAIRS)
