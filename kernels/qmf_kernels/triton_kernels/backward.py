@@ -134,8 +134,8 @@ def _loss_grad(grads, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def _stat(slot, m, other, rows, memory, CONFIG: tl.constexpr):
-    return tl.load(stat(memory, slot, m, rows.row, rows.num_rows, CONFIG), rows.inside, other=other)
+def _stat(slot, m, other, rows, memory):
+    return tl.load(stat(memory, slot, m, rows.row, rows.num_rows), rows.inside, other=other)
 
 
 @triton.jit
@@ -144,11 +144,11 @@ def _differentiate_losses(products, rows, inputs, labels, grads, memory, CONFIG:
     M: tl.constexpr = CONFIG.M
     y, valid = read_labels(labels, rows)
     label, ruled = label_logits(y, valid, rows, inputs, CONFIG)
-    fused_top = _stat(CONFIG.slots.top, M, 0.0, rows, memory, CONFIG)
-    fused_log = _stat(CONFIG.slots.log, M, float("nan"), rows, memory, CONFIG)
+    fused_top = _stat(CONFIG.slots.top, M, 0.0, rows, memory)
+    fused_log = _stat(CONFIG.slots.log, M, float("nan"), rows, memory)
     mass = tl.zeros_like(fused_top)
     if labels.smoothing is not None:
-        mass = _stat(CONFIG.slots.mass, M, 0.0, rows, memory, CONFIG)
+        mass = _stat(CONFIG.slots.mass, 0, 0.0, rows, memory)
     losses = ()
     for m in tl.static_range(M + 1):
         scale = _loss_grad(grads, CONFIG)
@@ -164,12 +164,12 @@ def _differentiate_losses(products, rows, inputs, labels, grads, memory, CONFIG:
     hard, soft, _ = losses[M]
     out = ()
     for m in tl.static_range(M):
-        mean = _stat(CONFIG.slots.product, m, 0.0, rows, memory, CONFIG)
+        mean = _stat(CONFIG.slots.product, m, 0.0, rows, memory)
         # No gradient passes through a class that is ruled out. Differences first: where the label has all of the
         # probability they are 0, which the difference of two products, one of them rounded, would not be.
         product = products[m] + hard * (mean - tl.where(ruled, 0.0, label[m]))
         if labels.smoothing is not None:
-            product += soft * (mass * mean - _stat(CONFIG.slots.ruled, m, 0.0, rows, memory, CONFIG))
+            product += soft * (mass * mean - _stat(CONFIG.slots.ruled, m, 0.0, rows, memory))
         out = out + (product,)
     return tl.where(valid, y, -1), fused_top, fused_log, losses, out
 

@@ -1,6 +1,7 @@
 """What a kernel is compiled for, as one constexpr record, and which statistics of rows it keeps."""
 
 import functools
+import itertools
 import struct
 from typing import Any, NamedTuple
 
@@ -15,15 +16,15 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Slots(NamedTuple):
-    """Which of the rows' statistics ``[S, M + 1, R]`` is which; the fused row's come after the modalities'."""
+    """Where each statistic of the rows starts in ``stats`` ``[slots, R]``, in units of R. Every slot gets written."""
 
-    top: int  # the largest logit
-    log: int  # log-sum-exp less that; NaN where a row does not count, or the fused row has no loss
-    product: int  # <softmax(f), x[m]>; nothing of the fused row
-    tempered_top: int  # as top and log, of x / T; nothing of the fused row
+    top: int  # M + 1, the fused row's last: the largest logit
+    log: int  # M + 1: log-sum-exp less that; NaN where a row does not count, or the fused row has no loss
+    product: int  # M: <softmax(f), x[m]>
+    tempered_top: int  # M: as top and log, of x / T
     tempered_log: int
-    ruled: int  # with smoothing: the sum over the classes that are not ruled out of the class's weight times x[m]
-    mass: int  # the fused row's: the sum of the classes' weights
+    ruled: int  # M, with smoothing: the sum over the classes that are not ruled out of the class's weight times x[m]
+    mass: int  # 1: the sum of the classes' weights
     size: int
 
 
@@ -59,16 +60,15 @@ def make_config(num: int, dtype: torch.dtype, rule: WeightRule, loss_rule: LossR
     config = Config(M=num, ACC=TYPES[dtype], nonnegative=clamps, normalize=rule.normalize, detach=rule.detach)
     if loss_rule is None:
         return config
-    slots = plan_slots(rule, loss_rule)
+    slots = plan_slots(num, rule, loss_rule)
     return config._replace(losses=True, slots=slots, form=loss_rule.form, pairs=loss_rule.pairs)
 
 
-def plan_slots(rule: WeightRule, loss_rule: LossRule) -> Slots:
-    """No room for what the rules do not need."""
-    first = 3
-    then = first + 2 * (rule.temperature is not None)
-    size = then + 2 * bool(loss_rule.label_smoothing)
-    return Slots(0, 1, 2, tempered_top=first, tempered_log=first + 1, ruled=then, mass=then + 1, size=size)
+def plan_slots(num: int, rule: WeightRule, loss_rule: LossRule) -> Slots:
+    """For M modalities; no slots for what the rules do not need."""
+    of_tempered, of_smoothing = num * (rule.temperature is not None), int(bool(loss_rule.label_smoothing))
+    sizes = (0, num + 1, num + 1, num, of_tempered, of_tempered, num * of_smoothing, of_smoothing)
+    return Slots(*itertools.accumulate(sizes))
 
 
 @functools.lru_cache(maxsize=256)

@@ -56,12 +56,12 @@ def forward_rows(row, inputs, rule, labels, trajectory, memory, num_rows, num_cl
         tl.store(memory.energy + place, tl.where(rows.counted[m], rows.energies[m], float("inf")), rows.inside)
         tl.store(memory.weights + place, rows.weights[m], rows.inside)
         if CONFIG.losses:
-            _keep(memory, CONFIG.slots.top, m, rows, rows.tops[m], CONFIG)
+            _keep(memory, CONFIG.slots.top, m, rows, rows.tops[m])
             log = tl.where(rows.counted[m], rows.logs[m], float("nan"))
-            _keep(memory, CONFIG.slots.log, m, rows, log, CONFIG)
+            _keep(memory, CONFIG.slots.log, m, rows, log)
             if rule.temperature is not None:
-                _keep(memory, CONFIG.slots.tempered_top, m, rows, rows.tempered_tops[m], CONFIG)
-                _keep(memory, CONFIG.slots.tempered_log, m, rows, rows.tempered_logs[m], CONFIG)
+                _keep(memory, CONFIG.slots.tempered_top, m, rows, rows.tempered_tops[m])
+                _keep(memory, CONFIG.slots.tempered_log, m, rows, rows.tempered_logs[m])
     sums = _fuse_rows(rows, tiles, inputs, labels, memory, CONFIG)
     if CONFIG.losses:
         _write_losses(rows, sums, inputs, labels, memory, CONFIG)
@@ -126,18 +126,18 @@ def _write_losses(rows, sums, inputs, labels, memory, CONFIG: tl.constexpr):
     y, valid = read_labels(labels, rows)
     label, ruled = label_logits(y, valid, rows, inputs, CONFIG)
     nlls, fused_top, fused_log = cross_entropies(label, ruled, valid, rows, sums.top, sums.total, CONFIG)
-    _keep(memory, CONFIG.slots.top, M, rows, fused_top, CONFIG)
-    _keep(memory, CONFIG.slots.log, M, rows, fused_log, CONFIG)
+    _keep(memory, CONFIG.slots.top, M, rows, fused_top)
+    _keep(memory, CONFIG.slots.log, M, rows, fused_log)
     for m in tl.static_range(M + 1):
         tl.store(memory.losses + m * rows.num_rows + rows.row, nlls[m], rows.inside)
     if labels.smoothing is not None:
-        _keep(memory, CONFIG.slots.mass, M, rows, sums.mass, CONFIG)
+        _keep(memory, CONFIG.slots.mass, 0, rows, sums.mass)
     total = tl.where(sums.total > 0, sums.total, 1.0)
     for m in tl.static_range(M):
         product = tl.where(fused_log == fused_log, sums.products[m] / total, 0.0)
-        _keep(memory, CONFIG.slots.product, m, rows, product, CONFIG)
+        _keep(memory, CONFIG.slots.product, m, rows, product)
         if labels.smoothing is not None:
-            _keep(memory, CONFIG.slots.ruled, m, rows, sums.ruled[m], CONFIG)
+            _keep(memory, CONFIG.slots.ruled, m, rows, sums.ruled[m])
     if memory.numerator is not None:
         for m in tl.static_range(M + 1):
             if m < M:
@@ -150,8 +150,8 @@ def _write_losses(rows, sums, inputs, labels, memory, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def _keep(memory, slot, m, rows, value, CONFIG: tl.constexpr):
-    tl.store(stat(memory, slot, m, rows.row, rows.num_rows, CONFIG), value, rows.inside)
+def _keep(memory, slot, m, rows, value):
+    tl.store(stat(memory, slot, m, rows.row, rows.num_rows), value, rows.inside)
 
 
 def launch_forward(

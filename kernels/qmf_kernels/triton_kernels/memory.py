@@ -23,7 +23,7 @@ class Memory(NamedTuple):
     losses: Any = None  # [M + 1, R], NaN where there is none
     numerator: Any = None  # [M + 1, R], the rows' shares in their mean losses; None: the losses themselves
     denominator: Any = None
-    stats: Any = None  # [S, M + 1, R], see ``config.Slots``
+    stats: Any = None  # [slots, R], see ``config.Slots``
     positions: Any = None  # [M, B], how many of a sample count; None: it has but one
     past: Any = None  # [2, M, B], see ``history``; or kappa [M, B], where there is no history
     loss: Any = None
@@ -70,7 +70,7 @@ def new_kept(rows: Tensor, ranks: bool, rule: WeightRule, loss_rule: LossRule) -
     ranking. ``rows`` is ``[M, B, *]`` in the accumulating dtype.
     """
     num, batch = rows.shape[:2]
-    stats = rows.new_empty((plan_slots(rule, loss_rule).size, num + 1, rows[0].numel()))
+    stats = rows.new_empty((plan_slots(num, rule, loss_rule).size, rows[0].numel()))
     return [stats, rows.new_empty((num + 1,)), rows.new_empty((num, batch) if ranks else (0,))]
 
 

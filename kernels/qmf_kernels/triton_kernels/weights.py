@@ -149,19 +149,19 @@ def weigh_rows(row, inputs, rule, memory, num_rows, num_classes, AGAIN: tl.const
 
 @triton.jit
 def _read_log_sum_exps(m, row, inside, rule, memory, num_rows, CONFIG: tl.constexpr):
-    top = tl.load(stat(memory, CONFIG.slots.top, m, row, num_rows, CONFIG), inside, other=0.0)
-    log = tl.load(stat(memory, CONFIG.slots.log, m, row, num_rows, CONFIG), inside, other=float("nan"))
+    top = tl.load(stat(memory, CONFIG.slots.top, m, row, num_rows), inside, other=0.0)
+    log = tl.load(stat(memory, CONFIG.slots.log, m, row, num_rows), inside, other=float("nan"))
     tempered_top, tempered_log = top, log
     if rule.temperature is not None:
-        tempered_top = tl.load(stat(memory, CONFIG.slots.tempered_top, m, row, num_rows, CONFIG), inside, other=0.0)
-        tempered_log = tl.load(stat(memory, CONFIG.slots.tempered_log, m, row, num_rows, CONFIG), inside, other=0.0)
+        tempered_top = tl.load(stat(memory, CONFIG.slots.tempered_top, m, row, num_rows), inside, other=0.0)
+        tempered_log = tl.load(stat(memory, CONFIG.slots.tempered_log, m, row, num_rows), inside, other=0.0)
     return top, log, tempered_top, tempered_log
 
 
 @triton.jit
-def stat(memory, slot, m, row, num_rows, CONFIG: tl.constexpr):
+def stat(memory, slot, m, row, num_rows):
     """Where a statistic of modality m, or of the fused row (M), stands."""
-    return memory.stats + (slot * (CONFIG.M + 1) + m) * num_rows + row
+    return memory.stats + (slot + m) * num_rows + row
 
 
 @triton.jit

@@ -204,6 +204,17 @@ def test_gradients_of_a_batch_that_is_not_small():
     assert all(same(x, y) for x, y in zip([*d_logits, *d_rule], [*expected[0], *expected[1]], strict=True))
 
 
+@pytest.mark.parametrize("options", [False, True])
+def test_everything_that_is_kept_is_written(options):
+    """Or two runs would differ, which torch.library.opcheck takes for a fault."""
+    heads, target = [torch.randn(5, 2, 4) for _ in range(2)], torch.randint(4, (5, 2))
+    rule = WeightRule(None, torch.tensor([-0.1, -0.5]), torch.ones(2), torch.ones(2) if options else None)
+    loss_rule = LossRule(torch.rand(4) if options else None, label_smoothing=0.1 if options else 0.0)
+    with poisoned(12345):
+        *_, kept = triton_kernels.objective(heads, target, torch.rand(2, 5), None, rule, loss_rule, False, False, True)
+    assert not any((x == 12345).any() for x in kept)
+
+
 def test_more_row_dimensions_than_a_kernel_walks_are_copied():
     """Four that do not fold into fewer."""
     heads = [torch.randn(2, 3, 2, 2, 4).permute(3, 2, 1, 0, 4), torch.randn(2, 2, 3, 2, 4)]
