@@ -11,8 +11,8 @@ from torch import Tensor
 from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_fusion.uncertainty import UNCERTAINTIES
 from qmf_kernels import ops
-from qmf_kernels.fused import tiling
 from qmf_kernels.fusion import WeightRule
+from qmf_kernels.triton_kernels import tiling
 
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, TRITON_INTERPRET=1"

@@ -1,359 +1,310 @@
 """The backward: one read of the logits, one write of their gradients; all else is recomputed from the stats.
 
-Mixtures and LogitNorm need sums over the row of what is to be written; rows that are walked are read twice for them.
+The gradient of a modality's logits is its weight times the fused row's, plus its own cross-entropy's, less the energy's
+times softmax(x / T).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .combination import combine_label, combine_tile, free_weights, row_shares
-from .gradients import OfRows, loss_coefficients, reduce_tile, tile_gradients, vote_sums, weight_gradients
-from .measures import moment, slope, value
-from .passes import keep_factors, label_logits, read_labels, read_tiles, scan, second_pass, summarize, zeros
-from .rows import clamp_weights, coefficient, narrow, number, raw_weight, row_offset, widen
-
-
-class Kept(NamedTuple):
-    """Pointers to what forward and bookkeeping left: ``[slots, R]``, ``[M + 1]``, ``[M, B]``; for fusion alone the
-    energies ``[M, R]``.
-    """
-
-    stats: Any
-    inverse: Any
-    ranking_grad: Any
-    energy: Any
+from ..eager.fusion import accumulate_dtype
+from ..rules import LossGrads, LossRule, RuleGrads, WeightRule
+from . import tiling
+from .config import Config, make_config, number
+from .cross_entropy import Labels, class_weights, label_logits, loss_coefficients, make_labels, read_labels
+from .launch import launch
+from .memory import Memory, contiguous, recall
+from .rows import lay_out, narrow, put_back, read_tiles, row_offset, temperature, tile_columns, tile_offsets
+from .weights import clamp_backward, fuse_tile, stat, weigh_rows
 
 
-class MakerOut(NamedTuple):
-    """Pointers to where gradients of what makes the weights go, or None: of ready weights ``[M, R]``, and per program
-    the sums that are those of alpha, beta and T, ``[3 M, programs]``.
-    """
+class Written(NamedTuple):
+    """Pointers to where the gradients go."""
 
-    weights: Any
-    sums: Any
-
-
-@triton.jit
-def _scalar(pointer, absent: tl.constexpr, ACC: tl.constexpr):
-    if pointer is not None:
-        return tl.load(pointer).to(ACC)
-    else:
-        return tl.full((), absent, ACC)
+    logits: Any  # M of [R, K]
+    strides: Any
+    uncertainty: Any = None  # [M, R]
+    sums: Any = None  # [2 M or 3 M, programs]: of alpha, beta and T, each program's share
 
 
-@triton.jit
-def _log_sum_exps(
-    kept, logits, offsets, strides, makers, row, in_row, num_rows, num_classes,
-    M: tl.constexpr, DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr,
-    RULES: tl.constexpr, SLOTS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Which rows count, and their log-sum-exps in two parts; of x / T too where that is not x; the measures of the
-    uncertainty, and LogitNorm's factors. Fusion alone reads the rows for them: its energies, rounded to one number
-    each, would not do where logits are large.
-    """
-    counts, tops, logs, tempered_tops, tempered_logs, measured, factors = (), (), (), (), (), (), ()
-    for m in tl.static_range(M):
-        factor = (tl.zeros((row.shape[0],), ACC), tl.zeros((row.shape[0],), ACC))
-        if kept.stats is None:
-            energy = tl.load(kept.energy + m * num_rows + row, in_row, other=float("inf"))
-            counted = energy < float("inf")
-            found, _, factor = scan(
-                logits[m], offsets[m], strides[m], m, makers, in_row, num_classes, DIMS, KB, TILES, RULES, ACC
-            )
-            top, log, tempered_top, tempered_log, number = summarize(found, counted, num_classes, RULES, ACC)
-            factor = keep_factors(factor, counted, RULES)
-        else:
-            place = kept.stats + m * num_rows + row
-            top = tl.load(place + SLOTS.top * num_rows, in_row, other=0.0)
-            log = tl.load(place + SLOTS.logs * num_rows, in_row, other=float("nan"))
-            counted = log == log
-            tempered_top, tempered_log, number = top, log, log
-            if RULES.tempered:
-                tempered_top = tl.load(place + SLOTS.tempered_top * num_rows, in_row, other=0.0)
-                tempered_log = tl.load(place + SLOTS.tempered_logs * num_rows, in_row, other=0.0)
-            if RULES.measured:
-                number = tl.load(place + SLOTS.measure * num_rows, in_row, other=1.0)
-            if RULES.normed:
-                place = kept.stats + (SLOTS.factors + 2 * m) * num_rows + row
-                factor = (tl.load(place, in_row, other=1.0), tl.load(place + num_rows, in_row, other=1.0))
-        counts, tops, logs = counts + (counted,), tops + (top,), logs + (log,)
-        tempered_tops, tempered_logs = tempered_tops + (tempered_top,), tempered_logs + (tempered_log,)
-        measured, factors = measured + (number,), factors + (factor,)
-    return counts, (tops, logs, tempered_tops, tempered_logs), measured, factors
+class Terms(NamedTuple):
+    """What the gradients of logits are made of: ``[ROWS]`` each, or a tuple of such."""
+
+    y: Any  # the class; -1 where there is none
+    fused_top: Any  # the fused row's log-sum-exp in two parts, the second NaN where it has no loss
+    fused_log: Any
+    losses: Any  # M + 1 results of ``loss_coefficients``, the fused row's the last
+    energies: Any  # M
 
 
 @triton.jit(debug=True, do_not_specialize=["num_rows"])
-def backward_kernel(
-    logits, sizes, strides, makers, labels, grads, kept, ranking_weight, d_logits, d_strides, maker_out,
-    num_rows, num_classes, positions,
-    M: tl.constexpr, DIMS: tl.constexpr, RB: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr,
-    RULES: tl.constexpr, SLOTS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """RB rows per program."""
+def backward_kernel(inputs, rule, labels, grads, memory, out, num_rows, num_classes, positions, CONFIG: tl.constexpr):
     program = tl.program_id(0)
-    backward_rows(
-        program.to(tl.int64) * RB + tl.arange(0, RB), program, tl.num_programs(0),
-        logits, sizes, strides, makers, labels, grads, kept, ranking_weight, d_logits, d_strides, maker_out,
-        num_rows, num_classes, positions, M, DIMS, KB, TILES, RULES, SLOTS, ACC,
-    )  # fmt: skip
+    row = program.to(tl.int64) * CONFIG.tile.rows + tl.arange(0, CONFIG.tile.rows)
+    backward_rows(row, program, inputs, rule, labels, grads, memory, out, num_rows, num_classes, positions, CONFIG)
 
 
 @triton.jit
 def backward_rows(
-    row, program, programs, logits, sizes, strides, makers, labels, grads, kept, ranking_weight,
-    d_logits, d_strides, maker_out, num_rows, num_classes, positions,
-    M: tl.constexpr, DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr,
-    RULES: tl.constexpr, SLOTS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Rows ``[RB]``. ``grads.fused``, if there, has its strides after the M heads'."""
-    num_rows = widen(num_rows)
-    in_row = row < num_rows
-    zero = tl.where(in_row, 0.0, 0.0).to(ACC)
-    offsets, raws, uncertainties = (), (), ()
-    for m in tl.static_range(M):
-        offsets = offsets + (row_offset(row, sizes, strides[m], DIMS),)
-    counts, lses, measured, factors = _log_sum_exps(
-        kept, logits, offsets, strides, makers, row, in_row, num_rows, num_classes,
-        M, DIMS, KB, TILES, RULES, SLOTS, ACC,
-    )  # fmt: skip
-    for m in tl.static_range(M):
-        u = value(measured[m], lses[3][m], RULES)
-        raw, _, u = raw_weight(m, lses[2][m] + lses[3][m], u, makers, row, in_row, num_rows, RULES, ACC)
-        raws, uncertainties = raws + (raw,), uncertainties + (tl.where(counts[m], u, 0.0),)
-    weights, weight_total = clamp_weights(raws, counts, M, RULES)
-    shares = row_shares(weights, counts, M, RULES)
-    grad_offset, grad_stride = row, 0
-    if grads.fused is not None:
-        grad_offset, grad_stride = row_offset(row, sizes, strides[M], DIMS), strides[M][DIMS]
-
-    # What flows into the weights from outside, and from the ranking.
-    incoming = ()
-    UNIT: tl.constexpr = 1.0 if RULES.unit else 0.0
+    row, program, inputs, rule, labels, grads, memory, out, num_rows, num_classes, positions, CONFIG: tl.constexpr
+):
+    """``grads`` are ``LossGrads``, the fused logits' with strides after the M heads'."""
+    M: tl.constexpr = CONFIG.M
+    rows, _ = weigh_rows(row, inputs, rule, memory, num_rows, num_classes, True, CONFIG)
+    zero = tl.where(rows.inside, 0.0, 0.0).to(CONFIG.ACC)
+    through = (zero,) * M  # what the fused row's gradient is to each weight
+    if grads.fused is not None and not CONFIG.detach:
+        through = _fused_products(through, rows, inputs, grads, CONFIG)
+    y, fused_top, fused_log, losses = row * 0 - 1, zero, zero, ()
+    if CONFIG.losses:
+        y, fused_top, fused_log, losses, through = _differentiate_losses(
+            through, rows, inputs, labels, grads, memory, CONFIG
+        )
+    weight_grads = _weight_grads(through, rows, grads, memory, positions, CONFIG)
+    weight_grads = clamp_backward(weight_grads, rows, CONFIG)
+    energies = ()
     for m in tl.static_range(M):
         grad = zero
-        if grads.weights is not None:
-            grad += tl.load(grads.weights + m * num_rows + row, in_row, other=0.0)
-        if kept.ranking_grad is not None:
-            scale = _scalar(grads.loss, UNIT, ACC) * number(ranking_weight, ACC) + _scalar(grads.ranking, 0.0, ACC)
-            place = m * (num_rows // positions) + row // positions
-            grad += scale * tl.load(kept.ranking_grad + place, in_row, other=0.0)
-        incoming = incoming + (grad,)
-    sums, grad_sum = zeros(zero, M), zero
-    if grads.fused is not None:
-        sums, grad_sum = _fused_sums(
-            sums, grad_sum, logits, offsets, strides, factors, lses, shares, counts, makers, grads.fused, grad_offset,
-            grad_stride, in_row, num_classes, M, DIMS, KB, TILES, RULES, ACC,
-        )  # fmt: skip
-
-    means, coefficients = zeros(zero, M), ()
-    fused_lse, y = (zero, zero), row * 0 - 1
-    if RULES.losses:
-        y, valid = read_labels(labels, row, in_row, num_classes)
-        fused_top = tl.load(kept.stats + SLOTS.fused_top * num_rows + row, in_row, other=0.0)
-        fused_log = tl.load(kept.stats + SLOTS.fused_logs * num_rows + row, in_row, other=float("nan"))
-        fused_lse = (fused_top, fused_log)
-        mass = zero
-        means, ruleds = (), zeros(zero, M)
-        if RULES.smoothing:
-            mass = tl.load(kept.stats + SLOTS.mass * num_rows + row, in_row, other=0.0)
-            ruleds = ()
-        for m in tl.static_range(M):
-            place = kept.stats + m * num_rows + row
-            means = means + (tl.load(place + SLOTS.product * num_rows, in_row, other=0.0),)
-            if RULES.smoothing:
-                ruleds = ruleds + (tl.load(place + SLOTS.ruled * num_rows, in_row, other=0.0),)
-        for m in tl.static_range(M + 1):
-            scale = _scalar(grads.loss, UNIT, ACC)
-            if m < M:
-                wanted = counts[m] & valid
-                if grads.unimodal_losses is not None:
-                    scale += tl.load(grads.unimodal_losses + m)
-            else:
-                wanted = (fused_log == fused_log) & valid
-                scale += _scalar(grads.fused_loss, 0.0, ACC)
-            inverse = tl.load(kept.inverse + m)
-            coefficients = coefficients + (
-                loss_coefficients(y, wanted, scale, inverse, mass, labels, num_classes, RULES, ACC),
-            )
-        if not RULES.mixed:
-            label, ruled = label_logits(logits, offsets, strides, factors, y, counts, valid, M, DIMS, RULES, ACC)
-            _, votes = combine_label(label, lses, shares, counts, valid, makers, num_classes, M, RULES, ACC)
-            sums = vote_sums(sums, means, ruleds, votes, ruled, coefficients[M], mass, M, RULES)
-        y = tl.where(valid, y, -1)
-    elif RULES.mixed:
-        top, total, means = _fused_row(
-            logits, offsets, strides, factors, lses, shares, counts, makers, in_row, num_classes,
-            M, DIMS, KB, TILES, RULES, ACC,
-        )  # fmt: skip
-        fused_lse = (top, tl.log(total))
-    weight_grads = weight_gradients(incoming, sums, raws, weights, shares, counts, weight_total, M, RULES)
-    weight_pulls = incoming
-    if RULES.mixed:
-        weight_pulls = free_weights(incoming, counts, makers, M, ACC)
-
-    energy_grads, measure_grads = (), ()
-    for m in tl.static_range(M):
-        grad, measure_grad = zero, zero
-        if RULES.uncertainty == "energy":
-            grad = weight_grads[m] * coefficient(makers.alpha, m, ACC)
-        if RULES.measured:
-            measure_grad = weight_grads[m] * coefficient(makers.alpha, m, ACC)
+        du = weight_grads[m] * tl.load(rule.alpha + m).to(CONFIG.ACC)
+        if rule.uncertainty is None:
+            grad = du
+        elif out.uncertainty is not None:
+            tl.store(out.uncertainty + m * rows.num_rows + row, du, rows.inside)
         if grads.energy is not None:
-            outside = tl.load(grads.energy + m * num_rows + row, in_row, other=0.0)
-            grad += tl.where(counts[m], outside, 0.0)
-        energy_grads, measure_grads = energy_grads + (grad,), measure_grads + (measure_grad,)
-        if maker_out.weights is not None:
-            tl.store(maker_out.weights + m * num_rows + row, weight_grads[m], in_row)
+            outside = tl.load(grads.energy + m * rows.num_rows + row, rows.inside, other=0.0)
+            grad += tl.where(rows.counted[m], outside, 0.0)
+        energies = energies + (grad,)
+    terms = Terms(y=y, fused_top=fused_top, fused_log=fused_log, losses=losses, energies=energies)
 
-    of_rows = OfRows(
-        y, fused_lse, coefficients, lses, measured, shares, counts, factors, energy_grads, measure_grads, sums,
-        means, weight_pulls, grad_sum,
-    )  # fmt: skip
-    reduced = (zeros(zero, M), zeros(zero, M), zeros(zero, M))
-    changes = (zeros(zero, M), zeros(zero, M))
-    if TILES == 1:
-        column = tl.arange(0, KB)
-        in_tile = in_row[:, None] & (column < num_classes)[None, :]
-        tiles = read_tiles(logits, offsets, strides, factors, column, in_tile, M, DIMS, RULES, ACC)
-        if RULES.mixed or RULES.normed:
-            reduced = _reduce_tile(
-                reduced, tiles, column, of_rows, labels, makers, grads.fused, grad_offset, grad_stride,
-                in_tile, num_classes, M, RULES, ACC,
-            )  # fmt: skip
-        changes = _write_tile(
-            changes, tiles, column, of_rows, reduced, row, sizes, labels, makers, grads.fused, grad_offset,
-            grad_stride, d_logits, d_strides, in_tile, num_classes, maker_out, M, DIMS, RULES, ACC,
-        )  # fmt: skip
-    else:
-        if RULES.mixed or RULES.normed:
-            for tile in range(TILES):
-                column = tile * KB + tl.arange(0, KB)
-                in_tile = in_row[:, None] & (column < num_classes)[None, :]
-                tiles = read_tiles(logits, offsets, strides, factors, column, in_tile, M, DIMS, RULES, ACC)
-                reduced = _reduce_tile(
-                    reduced, tiles, column, of_rows, labels, makers, grads.fused, grad_offset, grad_stride,
-                    in_tile, num_classes, M, RULES, ACC,
-                )  # fmt: skip
-        for tile in range(TILES):
-            column = tile * KB + tl.arange(0, KB)
-            in_tile = in_row[:, None] & (column < num_classes)[None, :]
-            tiles = read_tiles(logits, offsets, strides, factors, column, in_tile, M, DIMS, RULES, ACC)
-            changes = _write_tile(
-                changes, tiles, column, of_rows, reduced, row, sizes, labels, makers, grads.fused, grad_offset,
-                grad_stride, d_logits, d_strides, in_tile, num_classes, maker_out, M, DIMS, RULES, ACC,
-            )  # fmt: skip
-
-    if maker_out.sums is not None:
+    logs = (zero,) * M
+    for tile in range(CONFIG.tile.tiles):
+        logs = _write_tile(logs, tile, rows, terms, inputs, rule, labels, grads, out, CONFIG)
+    if out.sums is not None:
         for m in tl.static_range(M):
-            grad = weight_grads[m]
-            tl.store(maker_out.sums + m * programs + program, tl.sum(grad * uncertainties[m], 0))
-            tl.store(maker_out.sums + (M + m) * programs + program, tl.sum(grad, 0))
-            if RULES.tempered:
+            place = out.sums + m * tl.num_programs(0) + program
+            tl.store(place, tl.sum(weight_grads[m] * rows.uncertainties[m], 0))
+            tl.store(place + M * tl.num_programs(0), tl.sum(weight_grads[m], 0))
+            if rule.temperature is not None:
                 # With E = -T lse(x / T) and p = softmax(x / T), dE/dT = <p, log p>.
-                change = energy_grads[m] * changes[0][m]
-                if RULES.measured:
-                    # With u a function of x / T, du/dT = -<du/dx, x> / T.
-                    change -= measure_grads[m] * changes[1][m] / coefficient(makers.temperature, m, ACC)
-                tl.store(maker_out.sums + (2 * M + m) * programs + program, tl.sum(change, 0))
+                tl.store(place + 2 * M * tl.num_programs(0), tl.sum(energies[m] * logs[m], 0))
 
 
 @triton.jit
-def _read_fused(grad_fused, offset, stride, column, in_tile, ACC: tl.constexpr):
+def _read_fused(column, in_tile, rows, inputs, grads, CONFIG: tl.constexpr):
     """A tile of the fused logits' incoming gradient."""
-    place = offset[:, None] + column.to(tl.int64)[None, :] * stride
-    return tl.load(grad_fused + place, in_tile, other=0.0).to(ACC)
+    M: tl.constexpr = CONFIG.M
+    offset = row_offset(rows.row, inputs.sizes, inputs.strides[M], CONFIG)
+    place = tile_offsets(offset, inputs.strides[M], column, CONFIG)
+    return tl.load(grads.fused + place, in_tile, other=0.0).to(CONFIG.ACC)
 
 
 @triton.jit
-def _reduce_tile(
-    reduced, tiles, column, of_rows, labels, makers, grad_fused, grad_offset, grad_stride, in_tile, num_classes,
-    M: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    outside = None
-    if grad_fused is not None:
-        outside = _read_fused(grad_fused, grad_offset, grad_stride, column, in_tile, ACC)
-    return reduce_tile(reduced, tiles, column, of_rows, labels, makers, outside, in_tile, num_classes, M, RULES, ACC)
+def _fused_products(products, rows, inputs, grads, CONFIG: tl.constexpr):
+    """Add <grad f, x> over the classes that are not ruled out: one more pass over the row, for such a gradient."""
+    M: tl.constexpr = CONFIG.M
+    for tile in range(CONFIG.tile.tiles):
+        column, in_tile = tile_columns(tile, rows.inside, rows.num_classes, CONFIG)
+        tiles = read_tiles(rows.offsets, column, in_tile, inputs, CONFIG)
+        f, finite = fuse_tile(tiles, rows, in_tile, CONFIG)
+        grad = _read_fused(column, in_tile & (f > -float("inf")), rows, inputs, grads, CONFIG)
+        updated = ()
+        for m in tl.static_range(M):
+            updated = updated + (products[m] + tl.sum(grad * finite[m], 1),)
+        products = updated
+    return products
 
 
 @triton.jit
-def _write_tile(
-    changes, tiles, column, of_rows, reduced, row, sizes, labels, makers, grad_fused, grad_offset, grad_stride,
-    d_logits, d_strides, in_tile, num_classes, maker_out,
-    M: tl.constexpr, DIMS: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """A tile's gradients; returns ``changes`` with its parts of <p, log p>, p = softmax(x / T), and of the product of
-    the uncertainty's slope with x added where T has a gradient.
-    """
-    outside = None
-    if grad_fused is not None:
-        outside = _read_fused(grad_fused, grad_offset, grad_stride, column, in_tile, ACC)
-    out = tile_gradients(tiles, column, of_rows, reduced, labels, makers, outside, in_tile, num_classes, M, RULES, ACC)
-    lses, measured, counts = of_rows.lses, of_rows.measured, of_rows.counts
-    means, moments = (), ()
+def _scalar(pointer, absent: tl.constexpr, CONFIG: tl.constexpr):
+    if pointer is not None:
+        return tl.load(pointer).to(CONFIG.ACC)
+    else:
+        return tl.full((), absent, CONFIG.ACC)
+
+
+@triton.jit
+def _loss_grad(grads, CONFIG: tl.constexpr):
+    UNIT: tl.constexpr = 1.0 if CONFIG.unit else 0.0
+    return _scalar(grads.loss, UNIT, CONFIG)
+
+
+@triton.jit
+def _stat(slot, m, other, rows, memory):
+    return tl.load(stat(memory, slot, m, rows.row, rows.num_rows), rows.inside, other=other)
+
+
+@triton.jit
+def _differentiate_losses(products, rows, inputs, labels, grads, memory, CONFIG: tl.constexpr):
+    """The first four of ``Terms``; and ``products`` with <d f, x> of the fused row's loss added."""
+    M: tl.constexpr = CONFIG.M
+    y, valid = read_labels(labels, rows)
+    label, ruled = label_logits(y, valid, rows, inputs, CONFIG)
+    fused_top = _stat(CONFIG.slots.top, M, 0.0, rows, memory)
+    fused_log = _stat(CONFIG.slots.log, M, float("nan"), rows, memory)
+    mass = tl.zeros_like(fused_top)
+    if labels.smoothing is not None:
+        mass = _stat(CONFIG.slots.mass, 0, 0.0, rows, memory)
+    losses = ()
+    for m in tl.static_range(M + 1):
+        scale = _loss_grad(grads, CONFIG)
+        if m < M:
+            wanted = rows.counted[m] & valid
+            if grads.unimodal_losses is not None:
+                scale += tl.load(grads.unimodal_losses + m)
+        else:
+            wanted = (fused_log == fused_log) & valid
+            scale += _scalar(grads.fused_loss, 0.0, CONFIG)
+        scale = scale * tl.load(memory.inverse + m)
+        losses = losses + (loss_coefficients(y, wanted, scale, mass, labels, rows.num_classes, CONFIG),)
+    hard, soft, _ = losses[M]
+    out = ()
     for m in tl.static_range(M):
-        place = row_offset(row, sizes, d_strides[m], DIMS)[:, None]
-        place += column.to(tl.int64)[None, :] * d_strides[m][DIMS]
-        tl.store(d_logits[m] + place, narrow(out[m], d_logits[m]), in_tile)
-        mean, product = changes[0][m], changes[1][m]
-        if RULES.tempered and maker_out.sums is not None:
-            scaled = tiles[m] / coefficient(makers.temperature, m, ACC)
-            log_probs = (scaled - lses[2][m][:, None]) - lses[3][m][:, None]
-            probs = tl.exp(log_probs)
-            mean += tl.sum(tl.where(counts[m][:, None] & (probs > 0), probs * log_probs, 0.0), 1)
-            if RULES.measured:
-                slopes = slope(m, tiles[m], lses, measured[m], counts[m], makers, num_classes, RULES, ACC)
-                product += moment(slopes, tiles[m], lses[0][m], RULES)
-        means, moments = means + (mean,), moments + (product,)
-    return means, moments
+        mean = _stat(CONFIG.slots.product, m, 0.0, rows, memory)
+        # No gradient passes through a class that is ruled out. Differences first: where the label has all of the
+        # probability they are 0, which the difference of two products, one of them rounded, would not be.
+        product = products[m] + hard * (mean - tl.where(ruled, 0.0, label[m]))
+        if labels.smoothing is not None:
+            product += soft * (mass * mean - _stat(CONFIG.slots.ruled, m, 0.0, rows, memory))
+        out = out + (product,)
+    return tl.where(valid, y, -1), fused_top, fused_log, losses, out
 
 
 @triton.jit
-def _fused_sums(
-    sums, grad_sum, logits, offsets, strides, factors, lses, shares, counts, makers, grad_fused, grad_offset,
-    grad_stride, in_row, num_classes,
-    M: tl.constexpr, DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Add <grad f, votes> over the classes that are not ruled out, or for a mixture the sum of grad f: one more pass
-    over the row, for such a gradient.
-    """
-    if RULES.mixed:
-        for tile in range(TILES):
-            column = tile * KB + tl.arange(0, KB)
-            in_tile = in_row[:, None] & (column < num_classes)[None, :]
-            grad_sum += tl.sum(_read_fused(grad_fused, grad_offset, grad_stride, column, in_tile, ACC), 1)
-    elif (not RULES.detach) or RULES.strict:
-        for tile in range(TILES):
-            column = tile * KB + tl.arange(0, KB)
-            in_tile = in_row[:, None] & (column < num_classes)[None, :]
-            tiles = read_tiles(logits, offsets, strides, factors, column, in_tile, M, DIMS, RULES, ACC)
-            f, votes = combine_tile(tiles, lses, shares, counts, in_tile, makers, num_classes, M, RULES, ACC)
-            grad = _read_fused(grad_fused, grad_offset, grad_stride, column, in_tile & (f > -float("inf")), ACC)
-            updated = ()
-            for m in tl.static_range(M):
-                updated = updated + (sums[m] + tl.sum(grad * votes[m], 1),)
-            sums = updated
-    return sums, grad_sum
-
-
-@triton.jit
-def _fused_row(
-    logits, offsets, strides, factors, lses, shares, counts, makers, in_row, num_classes,
-    M: tl.constexpr, DIMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, RULES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """A mixture's largest value and sum of exponentials, and its means of the votes: one more pass, where no forward
-    has left them.
-    """
-    column = tl.arange(0, KB)
-    in_tile = in_row[:, None] & (column < num_classes)[None, :]
-    tiles = read_tiles(logits, offsets, strides, factors, column, in_tile, M, DIMS, RULES, ACC)
-    top, total, products, _ = second_pass(
-        logits, offsets, strides, factors, tiles, lses, shares, counts, makers, None, None, offsets[0], 0,
-        in_row, num_classes, M, DIMS, KB, TILES, RULES, ACC,
-    )  # fmt: skip
-    total = tl.where(total > 0, total, 1.0)
-    means = ()
+def _weight_grads(through, rows, grads, memory, positions, CONFIG: tl.constexpr):
+    """The gradients of the weights: ``through`` the fused row, of what comes in, and of the ranking."""
+    M: tl.constexpr = CONFIG.M
+    out = ()
     for m in tl.static_range(M):
-        means = means + (products[m] / total,)
-    return top, total, means
+        grad = tl.zeros_like(through[m])
+        if grads.weights is not None:
+            grad += tl.load(grads.weights + m * rows.num_rows + rows.row, rows.inside, other=0.0)
+        if memory.ranking_grad is not None:
+            scale = _loss_grad(grads, CONFIG) * number(memory.ranking_weight, CONFIG.ACC)
+            scale += _scalar(grads.ranking, 0.0, CONFIG)
+            place = m * (rows.num_rows // positions) + rows.row // positions
+            grad += scale * tl.load(memory.ranking_grad + place, rows.inside, other=0.0)
+        if not CONFIG.detach:
+            grad += through[m]
+        out = out + (grad,)
+    return out
+
+
+@triton.jit
+def _write_tile(logs, tile, rows, terms, inputs, rule, labels, grads, out, CONFIG: tl.constexpr):
+    """A tile's gradients; where T has one, returns ``logs`` with <p, log p> added, p = softmax(x / T)."""
+    M: tl.constexpr = CONFIG.M
+    column, in_tile = tile_columns(tile, rows.inside, rows.num_classes, CONFIG)
+    tiles = read_tiles(rows.offsets, column, in_tile, inputs, CONFIG)
+    f, _ = fuse_tile(tiles, rows, in_tile, CONFIG)
+    fused_grad = tl.zeros_like(f)
+    if CONFIG.losses:
+        probs = tl.exp((f - terms.fused_top[:, None]) - terms.fused_log[:, None])
+        probs = tl.where(probs == probs, probs, 0.0)
+        fused_grad = _cross_entropy_grad(probs, M, column, terms, rows, labels, CONFIG)
+    if grads.fused is not None:
+        fused_grad += _read_fused(column, in_tile, rows, inputs, grads, CONFIG)
+    fused_grad = tl.where(f == -float("inf"), 0.0, fused_grad)
+    updated, out_grads = (), ()
+    for m in tl.static_range(M):
+        counts = rows.counted[m][:, None]
+        probs = tl.where(counts, tl.exp((tiles[m] - rows.tops[m][:, None]) - rows.logs[m][:, None]), 0.0)
+        grad = rows.weights[m][:, None] * fused_grad
+        if CONFIG.losses:
+            grad += _cross_entropy_grad(probs, m, column, terms, rows, labels, CONFIG)
+        log = logs[m]
+        if rule.temperature is not None:
+            scaled = tiles[m] / temperature(m, rule, CONFIG)
+            log_probs = (scaled - rows.tempered_tops[m][:, None]) - rows.tempered_logs[m][:, None]
+            probs = tl.where(counts, tl.exp(log_probs), 0.0)
+            if out.sums is not None:
+                log += tl.sum(tl.where(probs > 0, probs * log_probs, 0.0), 1)
+        out_grads = out_grads + (grad - terms.energies[m][:, None] * probs,)
+        updated = updated + (log,)
+    # All gradients come before the first store, which would keep the compiler from reusing registers between them.
+    for m in tl.static_range(M):
+        offset = row_offset(rows.row, inputs.sizes, out.strides[m], CONFIG)
+        place = out.logits[m] + tile_offsets(offset, out.strides[m], column, CONFIG)
+        tl.store(place, narrow(out_grads[m], out.logits[m]), in_tile)
+    return updated
+
+
+@triton.jit
+def _cross_entropy_grad(probs, m, column, terms, rows, labels, CONFIG: tl.constexpr):
+    """A tile of the gradient of the rows' cross-entropy, from their softmax."""
+    hard, soft, share = terms.losses[m]
+    grad = share[:, None] * probs - tl.where(column[None, :] == terms.y[:, None], hard[:, None], 0.0)
+    if labels.smoothing is not None:
+        grad -= soft[:, None] * class_weights(column, labels, rows.num_classes, CONFIG)[None, :]
+    return grad
+
+
+def fuse_backward(
+    grads: Sequence[Tensor], energies: Tensor, logits: Sequence[Tensor], rule: WeightRule, rule_gradients: bool
+) -> tuple[list[Tensor], RuleGrads | None]:
+    """From the gradients of fused logits, weights and energies to those of the logits and, where asked for, of the
+    rule's tensors: one launch, and one more to sum up the latter.
+    """
+    fused, weights, of_energies = grads
+    incoming = LossGrads(fused=fused, weights=weights, energy=of_energies)
+    config = make_config(len(logits), accumulate_dtype(logits), rule)
+    return launch_backward(incoming, Memory(energy=energies.contiguous()), logits, None, rule, rule_gradients, config)
+
+
+def objective_backward(
+    grads: LossGrads,
+    kept: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    target: Tensor,
+    weight_rule: WeightRule,
+    loss_rule: LossRule,
+    rule_gradients: bool,
+) -> tuple[list[Tensor], RuleGrads | None]:
+    """From the gradients of the losses to those of the logits and, where asked for, of the rule's tensors: one launch,
+    and one more to sum up the latter. ``kept`` is what ``objective`` returned.
+    """
+    memory, labels = recall(kept, loss_rule), make_labels(target, loss_rule)
+    config = make_config(len(logits), accumulate_dtype(logits), weight_rule, loss_rule)
+    return launch_backward(grads, memory, logits, labels, weight_rule, rule_gradients, config)
+
+
+def launch_backward(
+    grads: LossGrads,
+    memory: Memory,
+    logits: Sequence[Tensor],
+    labels: Labels | None,
+    rule: WeightRule,
+    rule_gradients: bool,
+    config: Config,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], RuleGrads | None]:
+    """``grad_dtype``: of the logits' gradients; default: the logits' own."""
+    num, first = len(logits), logits[0]
+    d_logits = [torch.empty_like(x, dtype=grad_dtype) for x in logits]
+    inputs, others = lay_out(logits, None, d_logits if grads.fused is None else [grads.fused, *d_logits])
+    fused, written = others[:-num], others[-num:]
+    num_rows, num_classes = inputs.num_rows, inputs.num_classes
+    tile = tiling.tile(num, num_classes, num_rows, config.ACC == tl.float64)
+    programs = -(-num_rows // tile.rows)
+    out = Written(logits=written, strides=inputs.strides[-num:])
+    if rule_gradients:
+        rows, dtype = (num, *first.shape[:-1]), accumulate_dtype(logits)
+        out = out._replace(
+            uncertainty=None if rule.uncertainty is None else first.new_empty(rows, dtype=dtype),
+            sums=first.new_empty((2 if rule.temperature is None else 3, num, programs), dtype=dtype),
+        )
+    inputs = inputs._replace(strides=inputs.strides[:-num])
+    grads = contiguous(grads._replace(fused=None))._replace(fused=fused[0] if fused else None)
+    arguments = (inputs, contiguous(rule), labels, grads, memory, out)
+    sizes = (num_rows, num_classes, num_rows // first.shape[0])
+    config = config._replace(DIMS=len(inputs.sizes), tile=tile)
+    launch(backward_kernel, programs, tile.warps, first.device, *arguments, *sizes, config=config)
+    put_back(written, d_logits)
+    if not rule_gradients:
+        return d_logits, None
+    alpha, beta, *rest = (x.clone() for x in out.sums.sum(2))
+    return d_logits, RuleGrads(out.uncertainty, alpha, beta, rest[0] if rest else None, fused=None)

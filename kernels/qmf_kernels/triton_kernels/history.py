@@ -6,16 +6,21 @@ visits so far are too few for this one to be recorded.
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..rules import Past
+from .config import TYPES, Config
+from .launch import launch
 from .rows import widen
+from .tiling import Block
 
 
 class Trajectory(NamedTuple):
-    """Pointers as in ``qmf_kernels.trajectory``, and numbers; ``history`` is None where kappa alone is given."""
+    """Pointers and numbers as in ``rules.Past``."""
 
-    kappa: Any  # [M, B] or None
     history: Any
     low: Any
     span: Any
@@ -25,101 +30,75 @@ class Trajectory(NamedTuple):
     start_epoch: Any
 
 
+def make_trajectory(past: Past) -> Trajectory:
+    num_samples, index = past.history.shape[2], past.samples.contiguous()
+    return Trajectory(past.history, past.low, past.span, past.visits, index, num_samples, past.start_epoch)
+
+
 @triton.jit
-def read_history(trajectory, past, sample, wanted, batch, M: tl.constexpr, RULES: tl.constexpr):
-    """``past`` of the samples ``[RB]``, before anybody records: a sample may stand in the batch twice."""
-    if trajectory.history is None:
-        for m in tl.static_range(M):
-            place = m * batch + sample
-            tl.store(past + place, tl.load(trajectory.kappa + place, wanted, other=0.0).to(tl.float64), wanted)
-    else:
-        index = tl.load(trajectory.index + sample, wanted, other=0)
-        within = (index >= 0) & (index < trajectory.num_samples)
-        tl.device_assert((wanted == 0) | within, "index must be within the trajectory's num_samples")
-        there = wanted & within
-        for m in tl.static_range(M):
-            total, count = _sums(trajectory, m, index, there, M)
-            mean = tl.where(count > 0, total / tl.where(count > 0, count, 1.0), float("nan"))
-            if RULES.minmax:
-                mean = (mean - tl.load(trajectory.low + m)) / tl.load(trajectory.span + m)
-            tl.store(past + m * batch + sample, mean, wanted)
-            if RULES.records:
-                if trajectory.visits is not None:
-                    visits = tl.load(trajectory.visits + index, there, other=0)
-                    count = tl.where(visits >= trajectory.start_epoch - 1, count, float("nan"))
-                tl.store(past + (M + m) * batch + sample, count, wanted)
+def read_history(trajectory, past, sample, wanted, batch, CONFIG: tl.constexpr):
+    """Write ``past`` of the samples ``[ROWS]`` that are ``wanted``."""
+    M: tl.constexpr = CONFIG.M
+    index = tl.load(trajectory.index + sample, wanted, other=0)
+    within = (index >= 0) & (index < trajectory.num_samples)
+    tl.device_assert((wanted == 0) | within, "index must be within the trajectory's num_samples")
+    there = wanted & within
+    for m in tl.static_range(M):
+        total, count = _sums(trajectory, m, index, there, CONFIG)
+        mean = tl.where(count > 0, total / tl.where(count > 0, count, 1.0), float("nan"))
+        if CONFIG.minmax:
+            mean = (mean - tl.load(trajectory.low + m)) / tl.load(trajectory.span + m)
+        tl.store(past + m * batch + sample, mean, wanted)
+        if CONFIG.records:
+            if trajectory.visits is not None:
+                visits = tl.load(trajectory.visits + index, there, other=0)
+                count = tl.where(visits >= trajectory.start_epoch - 1, count, float("nan"))
+            tl.store(past + (CONFIG.M + m) * batch + sample, count, wanted)
 
 
 @triton.jit(debug=True, do_not_specialize=["batch"])
-def record_kernel(trajectory, losses, past, batch, M: tl.constexpr, SB: tl.constexpr, RULES: tl.constexpr):
+def record_kernel(trajectory, losses, past, batch, CONFIG: tl.constexpr):
     """One program: everything is read before anything is recorded."""
-    lane = tl.arange(0, SB).to(tl.int64)
+    batch = widen(batch)
+    lane = tl.arange(0, CONFIG.block.samples).to(tl.int64)
     start = tl.zeros((), tl.int64)
     while start < batch:
-        read_history(trajectory, past, start + lane, start + lane < batch, batch, M, RULES)
-        start += SB
+        read_history(trajectory, past, start + lane, start + lane < batch, batch, CONFIG)
+        start += CONFIG.block.samples
     tl.debug_barrier()
-    for m in range(M):
+    for m in range(CONFIG.M):
         moved = tl.zeros((), tl.int32)
         start = tl.zeros((), tl.int64)
         while start < batch:
-            moved = tl.maximum(moved, record_samples(trajectory, past, losses, m, start + lane, batch, M, RULES))
-            start += SB
+            moved = tl.maximum(moved, record_samples(trajectory, past, losses, m, start + lane, batch, CONFIG))
+            start += CONFIG.block.samples
         if moved > 0:
             tl.debug_barrier()
-            find_range(trajectory, m, M)
+            find_range(trajectory, m, CONFIG)
     start = tl.zeros((), tl.int64)
     while start < batch:
         count_visits(trajectory, start + lane, batch)
-        start += SB
+        start += CONFIG.block.samples
 
 
 @triton.jit
-def record_samples(trajectory, past, losses, m, sample, batch, M: tl.constexpr, RULES: tl.constexpr):
-    """Record a modality's losses of the samples ``[SB]``, and say whether its means' range may have moved (int32, 0 or
-    1).
+def record_samples(trajectory, past, losses, m, sample, batch, CONFIG: tl.constexpr):
+    """Record a modality's losses of the samples ``[SAMPLES]``, and say whether its means' range may have moved (int32,
+    0 or 1).
     """
-    inside = sample < batch
-    index = tl.load(trajectory.index + sample, inside, other=0)
-    there = inside & (index >= 0) & (index < trajectory.num_samples)
-    place = m * batch + sample
-    loss = tl.load(losses + place, inside, other=0.0)
-    kappa = tl.load(past + place, inside, other=0.0)
-    count = tl.load(past + M * batch + place, inside, other=0.0)
-    return _record(trajectory, m, kappa, count, loss, index, there, M, RULES)
-
-
-@triton.jit
-def count_visits(trajectory, sample, batch):
-    """Where visits are counted, one more of the samples ``[SB]``."""
-    if trajectory.visits is not None:
-        inside = sample < batch
-        index = tl.load(trajectory.index + sample, inside, other=0)
-        there = inside & (index >= 0) & (index < trajectory.num_samples)
-        tl.atomic_add(trajectory.visits + index, tl.full(index.shape, 1, tl.int64), there)
-
-
-@triton.jit
-def _sums(trajectory, m, index, there, M: tl.constexpr):
-    num_samples = widen(trajectory.num_samples)
-    place = trajectory.history + m * num_samples + index
-    total = tl.load(place, there, other=0.0)
-    count = tl.load(place + M * num_samples, there, other=0.0)
-    return total, count
-
-
-@triton.jit
-def _record(trajectory, m, kappa, count_before, losses, index, there, M: tl.constexpr, RULES: tl.constexpr):
+    index, there = _read_index(trajectory, sample, batch)
+    kappa = tl.load(past + m * batch + sample, there, other=0.0)
+    count_before = tl.load(past + (CONFIG.M + m) * batch + sample, there, other=0.0)
+    loss = tl.load(losses + m * batch + sample, there, other=0.0).to(tl.float64)
     low, span = tl.load(trajectory.low + m), tl.load(trajectory.span + m)
-    losses = losses.to(tl.float64)
-    finite = (losses == losses) & (tl.abs(losses) < float("inf"))
+    finite = (loss == loss) & (tl.abs(loss) < float("inf"))
     adds = there & finite & (count_before == count_before)
     num_samples = widen(trajectory.num_samples)
     place = trajectory.history + m * num_samples + index
-    total = tl.atomic_add(place, losses, adds)
-    count = tl.atomic_add(place + M * num_samples, tl.where(adds, 1.0, 0.0).to(tl.float64), adds)
-    before = kappa if RULES.minmax else (kappa - low) / span
-    after = ((total + losses) / (count + 1) - low) / span
+    total = tl.atomic_add(place, loss, adds)
+    count = tl.atomic_add(place + CONFIG.M * num_samples, tl.where(adds, 1.0, 0.0).to(tl.float64), adds)
+    before = kappa if CONFIG.minmax else (kappa - low) / span
+    after = ((total + loss) / (count + 1) - low) / span
     # It has not while the samples lie strictly inside, before and after. A count that is not the one read means that
     # another of the batch has added to the same sample, whose sums then can't be told here.
     moved = (before <= 0) | (before >= 1) | (after <= 0) | (after >= 1) | (count != count_before)
@@ -127,7 +106,30 @@ def _record(trajectory, m, kappa, count_before, losses, index, there, M: tl.cons
 
 
 @triton.jit
-def find_range(trajectory, m, M: tl.constexpr):
+def count_visits(trajectory, sample, batch):
+    """Where visits are counted, one more of the samples ``[SAMPLES]``."""
+    if trajectory.visits is not None:
+        index, there = _read_index(trajectory, sample, batch)
+        tl.atomic_add(trajectory.visits + index, tl.full(index.shape, 1, tl.int64), there)
+
+
+@triton.jit
+def _read_index(trajectory, sample, batch):
+    """The samples' places in the history, and which have one."""
+    index = tl.load(trajectory.index + sample, sample < batch, other=-1)
+    return index, (index >= 0) & (index < trajectory.num_samples)
+
+
+@triton.jit
+def _sums(trajectory, m, index, there, CONFIG: tl.constexpr):
+    """Of the losses recorded, and their count."""
+    num_samples = widen(trajectory.num_samples)
+    place = trajectory.history + m * num_samples + index
+    return tl.load(place, there, other=0.0), tl.load(place + CONFIG.M * num_samples, there, other=0.0)
+
+
+@triton.jit
+def find_range(trajectory, m, CONFIG: tl.constexpr):
     """Set a modality's ``low`` and ``span`` from the whole history, by one program."""
     BLOCK: tl.constexpr = 2048  # wide, as one program alone has to keep enough loads on their way
     tiny: tl.constexpr = 2.2250738585072014e-308
@@ -137,7 +139,7 @@ def find_range(trajectory, m, M: tl.constexpr):
     start = tl.zeros((), tl.int64)
     while start < trajectory.num_samples:
         index = start + lane
-        total, count = _sums(trajectory, m, index, index < trajectory.num_samples, M)
+        total, count = _sums(trajectory, m, index, index < trajectory.num_samples, CONFIG)
         some = count > 0
         mean = total / tl.where(some, count, 1.0)
         least = tl.minimum(least, tl.where(some, mean, float("inf")))
@@ -147,3 +149,16 @@ def find_range(trajectory, m, M: tl.constexpr):
     span = tl.max(most, 0) - low
     tl.store(trajectory.low + m, low)
     tl.store(trajectory.span + m, tl.where(span > tiny, span, tiny))
+
+
+def record(
+    history: Tensor, low: Tensor, span: Tensor, visits: Tensor | None, start_epoch: int, losses: Tensor, index: Tensor
+) -> None:
+    """``eager.history.record``: one launch of one program."""
+    num, batch = losses.shape
+    past = history.new_empty((2, num, batch))
+    trajectory = Trajectory(history, low, span, visits, index.contiguous(), history.shape[2], start_epoch)
+    block = Block(samples=1024, partners=1, warps=8)
+    config = Config(M=num, ACC=TYPES[torch.float64], block=block, minmax=True, records=True)
+    arguments = (trajectory, losses.contiguous(), past, batch)
+    launch(record_kernel, 1, block.warps, history.device, *arguments, config=config)

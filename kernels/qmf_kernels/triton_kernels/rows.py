@@ -1,126 +1,93 @@
-"""What the kernels do to rows of logits: find them, read a tile, and weigh them (Eq. 13, 9).
+"""Rows of logits ``[*, K]``: where they lie, and their log-sum-exps (Eq. 13's sum), a tile at a time.
 
-A program holds RB rows of M modalities, and a tuple of M tensors ``[RB]`` for whatever is one number per row. Stats,
-one tensor ``[slots, R]``, carry such numbers from the forward to the backward.
+A row is what has K logits: a sample, or a position of a sample in dense prediction. Nothing is copied: heads whose
+class dimension stands before the positions keep it there. A program holds ROWS rows of M modalities, and a tuple
+of M tensors ``[ROWS]`` for whatever is one number per row.
 """
 
-import functools
-import struct
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# Row dimensions that a kernel can walk; what does not fold into so few is copied first.
+MOST_DIMS = 3
 
 
-class Rules(NamedTuple):
-    """What the kernels are compiled for, besides M and the tile."""
+class Inputs(NamedTuple):
+    """M heads' logits and their mask, as they lie."""
 
-    losses: bool  # there are labels; without, fusion alone
-    uncertainty: (
-        str  # "energy", "msp", "entropy", "evidence"; "given" or "made" for weights that are ready, or come last
-    )
-    tempered: bool  # T is given, and not 1
-    nonnegative: bool
-    normalize: bool
-    weighted: bool  # classes have weights
-    smoothing: bool
-    detach: bool = False
-    unit: bool = False  # the gradient of the loss itself
-    form: str = "paper"
-    pairs: str = "adjacent"
-    ranks: bool = False
-    reads: bool = False  # kappa, or a history
-    minmax: bool = False
-    records: bool = False
-    measured: bool = False  # the uncertainty is "msp", "entropy" or "evidence"
-    combine: str = "logits"
-    strict: bool = False  # only rows that are finite throughout count
-    mixed: bool = False  # "mixture" or "product", which make the weights
-    normed: bool = False  # LogitNorm
+    logits: Any  # M pointers
+    sizes: Any  # the rows' shape, D dimensions that all tensors share
+    strides: Any  # D row strides and the class stride of each head, then those of further tensors ``[*, K]``
+    present: Any  # pointer, or None
+    present_strides: Any  # the modalities', and D row strides
 
     @property
-    def crowded(self) -> bool:
-        """Whether rows take more registers than those of logits that are weighed."""
-        return self.strict or self.normed
+    def num_rows(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def num_classes(self) -> int:
+        classes: int = self.logits[0].shape[-1]
+        return classes
 
 
-class Makers(NamedTuple):
-    """What makes the weights: pointers to ``[M]`` each, and to ``[M, R]`` weights that are ready; and numbers."""
-
-    weights: Any
-    alpha: Any
-    beta: Any
-    temperature: Any
-    static: Any  # a mixture's
-    odds: Any  # numbers in two parts: a mixture's
-    norm: Any  # LogitNorm's temperature
-
-
-class Labels(NamedTuple):
-    """The targets ``[R]``, the class weights ``[K]``, and numbers, those that are no integers in two parts."""
-
-    target: Any
-    class_weight: Any
-    ignore_index: Any
-    smoothing: Any
+def lay_out(
+    logits: Sequence[Tensor], present: Tensor | None = None, others: Sequence[Tensor] = ()
+) -> tuple[Inputs, tuple[Tensor, ...]]:
+    """Heads ``[*, K]`` and a mask ``[M, *]`` for a kernel; and ``others`` of the logits' shape, as they are to be
+    passed: as they lie or, where all take more than ``MOST_DIMS`` row dimensions, copied as everything then is.
+    """
+    num, tensors = len(logits), [*logits, *others]
+    folded = _fold(tensors, present)
+    if folded is None:
+        tensors = [x.contiguous() for x in tensors]
+        present = None if present is None else present.contiguous()
+        folded = _fold(tensors, present)
+        assert folded is not None
+    sizes, strides = folded
+    mask = None if present is None else (present.stride(0), strides[-1])
+    strides = [(*s, x.stride(-1)) for s, x in zip(strides, tensors, strict=False)]
+    return Inputs(tuple(tensors[:num]), sizes, tuple(strides), present, mask), tuple(tensors[num:])
 
 
-class Stats(NamedTuple):
-    """The slots of ``stats`` in units of R."""
-
-    top: int  # M, largest logit
-    logs: int  # M, log-sum-exp less that; NaN in a row that does not count
-    product: int  # M, <softmax(f), x[m]>, or the votes that stand for x[m]
-    fused_top: int
-    fused_logs: int  # NaN where the fused row has no loss
-    fused_loss: int
-    tempered_top: int  # M, the same for x / T
-    tempered_logs: int
-    measure: int  # M, see ``measures``
-    ruled: int  # M, sum of the class weights times the votes over the classes that are not ruled out
-    numerator: int  # M + 1, a row's share in its mean's numerator
-    denominator: int  # M + 1
-    mass: int  # sum of the class weights
-    factors: int  # 2 M, LogitNorm's
-    size: int
-
-
-@functools.lru_cache(maxsize=256)
-def plan_stats(num: int, rules: Rules) -> Stats:
-    """Slots for M modalities; none for what the rules do not need."""
-    sizes = {
-        "top": num,
-        "logs": num,
-        "product": num,
-        "fused_top": 1,
-        "fused_logs": 1,
-        "fused_loss": 1,
-        "tempered_top": num * rules.tempered,
-        "tempered_logs": num * rules.tempered,
-        "measure": num * rules.measured,
-        "ruled": num * rules.smoothing,
-        "numerator": (num + 1) * (rules.weighted or rules.smoothing),
-        "denominator": (num + 1) * (rules.weighted or rules.smoothing),
-        "mass": int(rules.smoothing),
-        "factors": 2 * num * rules.normed,
-    }
-    starts, end = [], 0
-    for size in sizes.values():
-        starts.append(end)
-        end += size
-    return Stats._make([*starts, end])
+def _fold(tensors: Sequence[Tensor], present: Tensor | None) -> tuple[tuple[int, ...], list[tuple[int, ...]]] | None:
+    """Sizes and each one's strides, dimensions that follow on each other in all of them made one; None: too many."""
+    shape, strides = tensors[0].shape[:-1], [x.stride()[:-1] for x in tensors]
+    if present is not None:
+        strides.append(present.stride()[1:])
+    if len(shape) == 1:
+        return (shape[0],), strides
+    sizes: list[int] = []
+    kept: list[list[int]] = [[] for _ in strides]
+    for dim, size in enumerate(shape):
+        if size == 1:
+            continue
+        if sizes and all(k[-1] == size * s[dim] for k, s in zip(kept, strides, strict=True)):
+            sizes[-1] *= size
+            for k in kept:
+                k.pop()
+        else:
+            sizes.append(size)
+        for k, s in zip(kept, strides, strict=True):
+            k.append(s[dim])
+    if not sizes:
+        return (1,), [(0,) for _ in strides]
+    return None if len(sizes) > MOST_DIMS else (tuple(sizes), [tuple(k) for k in kept])
 
 
-@functools.lru_cache(maxsize=256)
-def split_number(value: float) -> tuple[float, float]:
-    """A number in two parts: kernels take float32, and one part would leave float64 the digits of that."""
-    high = struct.unpack("f", struct.pack("f", value))[0]
-    return high, value - high
+def put_back(written: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Copy what was written to where it was wanted, where ``lay_out`` had to copy it."""
+    for source, place in zip(written, wanted, strict=True):
+        if source is not place:
+            place.copy_(source)
 
 
-@triton.jit
-def number(parts, ACC: tl.constexpr):
-    return tl.full((), parts[0], ACC) + tl.full((), parts[1], ACC)
+# In kernels
 
 
 @triton.jit
@@ -139,11 +106,11 @@ def narrow(value, pointer):
 
 
 @triton.jit
-def row_offset(row, sizes, strides, DIMS: tl.constexpr):
+def row_offset(row, sizes, strides, CONFIG: tl.constexpr):
     """Elements from a tensor's start to the given rows, int64."""
-    if DIMS == 1:
+    if CONFIG.DIMS == 1:
         return row * strides[0]
-    elif DIMS == 2:
+    elif CONFIG.DIMS == 2:
         return (row // sizes[1]) * strides[0] + (row % sizes[1]) * strides[1]
     else:
         inner = widen(sizes[1]) * sizes[2]
@@ -152,10 +119,63 @@ def row_offset(row, sizes, strides, DIMS: tl.constexpr):
 
 
 @triton.jit
-def read_tile(pointer, offset, strides, column, inside, DIMS: tl.constexpr, ACC: tl.constexpr):
-    """Logits ``[RB, KB]``; -inf outside."""
-    place = offset[:, None] + column.to(tl.int64)[None, :] * strides[DIMS]
-    return tl.load(pointer + place, inside, other=-float("inf")).to(ACC)
+def tile_columns(tile, inside, num_classes, CONFIG: tl.constexpr):
+    """The classes of a tile, ``[CLASSES]``, and which of its logits there are, ``[ROWS, CLASSES]``."""
+    column = tile * CONFIG.tile.classes + tl.arange(0, CONFIG.tile.classes)
+    return column, inside[:, None] & (column < num_classes)[None, :]
+
+
+@triton.jit
+def tile_offsets(offset, strides, column, CONFIG: tl.constexpr):
+    """From the rows' offsets to those of a tile's logits."""
+    DIMS: tl.constexpr = CONFIG.DIMS
+    return offset[:, None] + column.to(tl.int64)[None, :] * strides[DIMS]
+
+
+@triton.jit
+def read_tile(m, offset, column, in_tile, inputs, CONFIG: tl.constexpr):
+    """Logits ``[ROWS, CLASSES]`` of a modality; -inf outside."""
+    place = tile_offsets(offset, inputs.strides[m], column, CONFIG)
+    return tl.load(inputs.logits[m] + place, in_tile, other=-float("inf")).to(CONFIG.ACC)
+
+
+@triton.jit
+def read_tiles(offsets, column, in_tile, inputs, CONFIG: tl.constexpr):
+    M: tl.constexpr = CONFIG.M
+    tiles = ()
+    for m in tl.static_range(M):
+        tiles = tiles + (read_tile(m, offsets[m], column, in_tile, inputs, CONFIG),)
+    return tiles
+
+
+@triton.jit
+def temperature(m, rule, CONFIG: tl.constexpr):
+    return tl.load(rule.temperature + m).to(CONFIG.ACC)
+
+
+@triton.jit
+def sum_exponentials(m, offset, inside, inputs, rule, num_classes, CONFIG: tl.constexpr):
+    """A modality's largest value and sum of exponentials, of x and, where T is not 1, of x / T; the last tile read."""
+    zero = tl.where(inside, 0.0, 0.0).to(CONFIG.ACC)
+    found = (zero - float("inf"), zero, zero - float("inf"), zero)
+    column, in_tile = tile_columns(0, inside, num_classes, CONFIG)
+    x = read_tile(m, offset, column, in_tile, inputs, CONFIG)
+    found = _add_tile(found, x, m, rule, CONFIG)
+    for tile in range(1, CONFIG.tile.tiles):
+        column, in_tile = tile_columns(tile, inside, num_classes, CONFIG)
+        following = read_tile(m, offset, column, in_tile, inputs, CONFIG)
+        found = _add_tile(found, following, m, rule, CONFIG)
+    return found, x
+
+
+@triton.jit
+def _add_tile(found, x, m, rule, CONFIG: tl.constexpr):
+    top, total = accumulate(found[0], found[1], x)
+    tempered_top, tempered_total = found[2], found[3]
+    if rule.temperature is not None:
+        scaled = x / temperature(m, rule, CONFIG)
+        tempered_top, tempered_total = accumulate(tempered_top, tempered_total, scaled)
+    return top, total, tempered_top, tempered_total
 
 
 @triton.jit
@@ -167,83 +187,10 @@ def accumulate(top, total, x):
 
 
 @triton.jit
-def keep_finite(x, counted):
-    """Logits with 0 for -inf and in rows that do not count, and which classes they rule out."""
-    out = (x == -float("inf")) & counted[:, None]
-    return tl.where(out | (counted == 0)[:, None], 0.0, x), out
-
-
-@triton.jit
-def coefficient(pointer, m, ACC: tl.constexpr):
-    return tl.load(pointer + m).to(ACC)
-
-
-@triton.jit
-def raw_weight(m, lse, u, makers, row, present_row, num_rows, RULES: tl.constexpr, ACC: tl.constexpr):
-    """Eq. 9 before clamping, from the log-sum-exp of x / T; the energy (Eq. 13); and the uncertainty, which is ``u``
-    where it is not the energy.
-    """
-    energy = -lse
-    if RULES.tempered:
-        energy = energy * coefficient(makers.temperature, m, ACC)
-    if not RULES.measured:
-        u = energy
-    if RULES.uncertainty == "given":
-        raw = tl.load(makers.weights + m * num_rows + row, present_row, other=0.0).to(ACC)
-    elif RULES.uncertainty == "made":
-        raw = tl.zeros_like(lse)
-    else:
-        raw = coefficient(makers.alpha, m, ACC) * u + coefficient(makers.beta, m, ACC)
-    return raw, energy, u
-
-
-@triton.jit
-def divide(x, y):
-    """Correctly rounded, so that x / x is 1: without asking, a GPU's float32 quotient is not."""
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    else:
-        return x / y
-
-
-@triton.jit
-def clamp_weights(raws, counts, M: tl.constexpr, RULES: tl.constexpr):
-    """Weights, 0 where a row does not count; and the sum that they were divided by, 0 where there is none."""
-    weights = ()
-    total = tl.zeros_like(raws[0])
-    share = tl.zeros_like(raws[0])
-    for m in tl.static_range(M):
-        w = raws[m]
-        if RULES.nonnegative or RULES.normalize:
-            w = tl.where(w < 0, 0.0, w)
-        w = tl.where(counts[m], w, 0.0)
-        weights = weights + (w,)
-        total += w
-        share += tl.where(counts[m], 1.0, 0.0)
-    if RULES.normalize:
-        # Where every weight is 0, the modalities that count share equally.
-        some = total > 0
-        whole = tl.where(some, total, tl.where(share > 0, share, 1.0))
-        normalized = ()
-        for m in tl.static_range(M):
-            part = tl.where(some, weights[m], tl.where(counts[m], 1.0, 0.0))
-            normalized = normalized + (divide(part, whole),)
-        weights = normalized
-    return weights, total
-
-
-@triton.jit
-def clamp_backward(grads, raws, weights, counts, total, M: tl.constexpr, RULES: tl.constexpr):
-    """From the gradients of the weights to those of the weights before clamping and normalising."""
-    out = ()
-    inner = tl.zeros_like(total)
-    for m in tl.static_range(M):
-        inner += tl.where(counts[m], grads[m] * weights[m], 0.0)
-    for m in tl.static_range(M):
-        grad = tl.where(counts[m], grads[m], 0.0)
-        if RULES.normalize:
-            grad = tl.where(total > 0, (grad - inner) / tl.where(total > 0, total, 1.0), 0.0)
-        if RULES.nonnegative or RULES.normalize:
-            grad = tl.where(raws[m] > 0, grad, 0.0)
-        out = out + (tl.where(counts[m], grad, 0.0),)
-    return out
+def split_log_sum_exps(found, counted, rule):
+    """From the results of ``sum_exponentials`` to log-sum-exps in two parts, of x and of x / T."""
+    top, total, tempered_top, tempered_total = found
+    if rule.temperature is None:
+        tempered_top, tempered_total = top, total
+    log, tempered_log = tl.log(tl.where(counted, total, 1.0)), tl.log(tl.where(counted, tempered_total, 1.0))
+    return tl.where(counted, top, 0.0), log, tl.where(counted, tempered_top, 0.0), tempered_log

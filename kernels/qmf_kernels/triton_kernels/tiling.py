@@ -32,11 +32,9 @@ def tile(
     num_rows: int,
     heavy: bool = False,
     alone: bool = False,
-    crowded: bool = False,
 ) -> Tiling:
     """The tile for M heads of K classes and R rows; ``heavy``: float64, or every option at once in one program, take
-    more registers per logit, and so do, ``crowded``, LogitNorm and rules other than a weighted sum of logits, whose
-    rows are dearer to walk; ``alone``: one program walks them all, with eight warps.
+    more registers per logit; ``alone``: one program walks them all, with eight warps.
     """
     classes = power_of_two(num_classes)
     share = 2 if num_modalities > _FEW else 1  # numbers per row take registers too
@@ -46,12 +44,12 @@ def tile(
         classes = min(1024, max(32, power_of_two(walk // num_modalities + 1) // 2))
         warps = _warps(num_modalities * classes, _per_warp(num_modalities, _SHORT, heavy))
         return Tiling(1, classes, -(-num_classes // classes), warps)
-    rows = _ROWS // (2 * share if heavy or crowded else share) // power_of_two(num_modalities * classes)
+    rows = _ROWS // (2 * share if heavy else share) // power_of_two(num_modalities * classes)
     rows = max(1, min(rows, power_of_two(num_rows), _MOST_ROWS))
     if alone:
         return Tiling(rows, classes, 1, 8)
     several = rows > 1 and num_modalities > _FEW
-    each = _per_warp(num_modalities, _SHORT if rows > 1 or crowded else _WIDE, heavy or several)
+    each = _per_warp(num_modalities, _SHORT if rows > 1 else _WIDE, heavy or several)
     return Tiling(rows, classes, 1, max(_warps(num_modalities * rows * classes, each), rows // 64))
 
 
@@ -67,6 +65,7 @@ class Block(NamedTuple):
     samples: int
     partners: int
     warps: int
+    alone: bool = False  # there is but one program
 
 
 def sample_block(batch: int, pairs: str, alone: bool = False) -> Block:
@@ -75,7 +74,7 @@ def sample_block(batch: int, pairs: str, alone: bool = False) -> Block:
     """
     if alone:
         samples = power_of_two(batch)
-        return Block(samples, min(samples, max(1, 2048 // samples)), 8)
+        return Block(samples, min(samples, max(1, 2048 // samples)), 8, alone)
     if pairs == "adjacent":
         samples = min(256, max(32, power_of_two(batch)))
         return Block(samples, 1, max(4, samples // 64))

@@ -20,9 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qmf_kernels import fusion, objective
-from qmf_kernels.fused import operators as fused
-from qmf_kernels.trajectory import Past
+from qmf_kernels import triton_kernels
+from qmf_kernels.rules import LossGrads, LossRule, Past, WeightRule
 
 WARPS = {"cuda": 32, "hip": 64}
 
@@ -73,7 +72,11 @@ def report(name: str, grid: tuple[int, ...], kernel: Any) -> dict[str, Any]:
     out["narrow"] = re.findall(r"arith\.muli .*%(?:num_rows|batch|positions|[a-z_]*(?:strides|sizes)).* : i32", ttir)
     out["barriers"] = len(re.findall(r"\b(?:gpu|ttg)\.barrier", ttir))
     if "cubin" not in kernel.asm:
-        return out | {"binary": len(kernel.asm["hsaco"])}
+        # Scratch memory without a register spilled is an array that some index reaches into.
+        spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count: *(\d+)", kernel.asm["amdgcn"])))
+        scratch = max(map(int, re.findall(r"\.private_segment_fixed_size: *(\d+)", kernel.asm["amdgcn"])))
+        arrays = scratch if not spills else 0
+        return out | {"binary": len(kernel.asm["hsaco"]), "arrays": arrays, "spilled": scratch - arrays}
     out["binary"] = len(kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -82,7 +85,14 @@ def report(name: str, grid: tuple[int, ...], kernel: Any) -> dict[str, Any]:
         done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
     assert found, done.stdout
-    return out | dict(zip(("registers", "stack", "static", "local"), map(int, found.groups()), strict=True))
+    registers, stack, _, local = map(int, found.groups())
+    # An array that some index reaches into is in the PTX already; what ptxas adds to the stack is spilled registers.
+    declared = sum(map(int, re.findall(r"\.local .*\[(\d+)\]", kernel.asm["ptx"])))
+    return out | {"registers": registers, "arrays": local + declared, "spilled": stack - declared}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def step(
@@ -95,48 +105,55 @@ def step(
     pairs: str = "adjacent",
     single: bool = False,
     options: bool = False,
-    smoothing: float = 0.0,
     every: bool = False,
+    ready: bool = False,
     backward: bool = True,
-    **rule_options: Any,
 ) -> None:
     """A training step of M heads ``[*rows, K]``, N samples; ``options``: temperatures, normalised, masked, weighted
-    classes, smoothing and makers' gradients; ``every``: gradients of all outputs come in; the rest: the rule's.
+    classes, smoothing and the coefficients' gradients; ``every``: gradients of all outputs come in; ``ready``: an
+    uncertainty, with gradients.
     """
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    kind = getattr(torch, dtype)
-    heads = [meta(*rows, classes, dtype=kind) for _ in range(num)]
+    heads = [meta(*rows, classes, dtype=getattr(torch, dtype)) for _ in range(num)]
     target = meta(*rows, dtype=torch.int64)
-    rule = fusion.WeightRule(None, meta(num), meta(num), meta(num) if options else None, None, False, options)
-    rule = rule._replace(**rule_options)
+    rule = WeightRule(
+        uncertainty=meta(num, *rows, dtype=torch.float32) if ready else None,
+        alpha=meta(num),
+        beta=meta(num),
+        temperature=meta(num) if options else None,
+        normalize=options,
+    )
     present = meta(num, *rows, dtype=torch.bool) if options else None
-    class_weight = meta(classes) if options else None
-    smoothing = 0.1 if options else smoothing
-    loss_rule = objective.LossRule(class_weight, smoothing, -100, 0.1, "paper", pairs)
+    loss_rule = LossRule(meta(classes) if options else None, label_smoothing=0.1 if options else 0.0, pairs=pairs)
     past = Past(
         meta(2, num, samples), meta(num, 1), meta(num, 1), None, meta(rows[0], dtype=torch.int64), 1, *[True] * 3
     )
-    out, d_logits, _, kept = fused.objective(
-        heads, target, None, present, rule, loss_rule, False, single, False, False, past
+    out, d_logits, _, kept = triton_kernels.objective(
+        heads, target, None, present, rule, loss_rule, single, False, False, past
     )
     if d_logits:
-        fused.scale_gradients(d_logits, out.loss, heads)
+        triton_kernels.scale_gradients(d_logits, out.loss, heads)
     elif backward:
-        wide = meta(*rows, classes, dtype=out.loss.dtype)
-        grads = [*out[:4], wide, *out[5:7]] if every else [out.loss, *[None] * 6]
-        fused.objective_backward(grads, kept, heads, target, rule, loss_rule, False, options or every)
+        grads = LossGrads(loss=out.loss)
+        if every:
+            grads = LossGrads(*out[:7])._replace(fused=meta(*rows, classes, dtype=out.loss.dtype))
+        rule_gradients = options or every or ready
+        triton_kernels.objective_backward(grads, kept, heads, target, rule, loss_rule, rule_gradients)
 
 
-def fuse(num: int, rows: tuple[int, ...], classes: int, dtype: str = "float32", **rule_options: Any) -> None:
+def fuse(num: int, rows: tuple[int, ...], classes: int, dtype: str = "float32") -> None:
     """Fusion alone, forward and backward."""
-    heads = [torch.empty((*rows, classes), dtype=getattr(torch, dtype), device="meta") for _ in range(num)]
-    maker = torch.empty(num, dtype=torch.float64, device="meta")
-    rule = fusion.WeightRule(None, maker, maker, maker, None, True, True)._replace(**rule_options)
-    out = fused.fuse(heads, None, rule)
-    fused.fuse_backward(out, out[2], heads, rule, False, True)
+    heads = [meta(*rows, classes, dtype=getattr(torch, dtype)) for _ in range(num)]
+    rule = WeightRule(None, meta(num), meta(num), meta(num), normalize=True)
+    out = triton_kernels.fuse(heads, None, rule)
+    triton_kernels.fuse_backward(out, out[2], heads, rule, True)
+
+
+def alone(num: int, batch: int, samples: int) -> None:
+    """The ranking and the history, each on its own."""
+    losses, index = meta(num, batch, dtype=torch.float32), meta(batch, dtype=torch.int64)
+    for pairs in ("adjacent", "all"):
+        triton_kernels.ranking(losses, losses, "paper", pairs)
+    triton_kernels.record(meta(2, num, samples), meta(num, 1), meta(num, 1), None, 1, losses, index)
 
 
 # DESIGN.md's data sets (nyud2, sunrgbd, food101, mvsa) and the multi-view ones, one launch each; then large ones.
@@ -160,21 +177,14 @@ LARGE = {
 }
 OPTIONS = {
     "everything": lambda: step(3, (128,), 1000, 1000, pairs="all", options=True, every=True),
+    "ready uncertainty": lambda: step(3, (128,), 1000, 1000, ready=True),
     "float64": lambda: step(3, (128,), 1000, 1000, "float64"),
     "float64 with everything": lambda: step(3, (128,), 1000, 1000, "float64", options=True, every=True),
     "one class": lambda: step(2, (4096,), 1, 1000, options=True, every=True),
     "fusion": lambda: fuse(3, (65_536,), 1000),
     "nyud2 in three": lambda: step(2, (256,), 10, 795),
     "six views": lambda: step(6, (200,), 10, 1600),
-}
-MIXTURE: dict[str, Any] = {"combine": "mixture", "odds": 0.3, "normalize_logits": 0.1}
-POOL: dict[str, Any] = {"combine": "probabilities", "normalize_logits": 0.1}
-RULES = {
-    "probabilities": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16", **POOL),
-    "mixture": lambda: step(3, (65_536,), 1000, 100_000, "bfloat16", **MIXTURE),
-    "mixture of a million classes": lambda: step(2, (4,), 1_000_000, 1000, **MIXTURE),
-    "small mixture": lambda: step(2, (32,), 101, 60101, single=True, smoothing=0.1, **MIXTURE),
-    "fused mixture": lambda: fuse(3, (65_536,), 1000, temperature=None, nonnegative=False, normalize=False, **MIXTURE),
+    "alone": lambda: alone(3, 4096, 100_000),
 }
 MANY = {
     "eight modalities": lambda: step(8, (65_536,), 1000, 100_000),
@@ -189,12 +199,11 @@ MANY = {
 }
 BRIEF = {
     "nyud2": SMALL["nyud2"],
-    "target in half": LARGE["target in half"],
     "dense": LARGE["dense"],
     "everything": OPTIONS["everything"],
-    "mixture": RULES["mixture"],
+    "alone": OPTIONS["alone"],
 }
-SUITES = {"brief": BRIEF, "small": SMALL, "large": LARGE, "options": OPTIONS, "rules": RULES, "many": MANY}
+SUITES = {"brief": BRIEF, "small": SMALL, "large": LARGE, "options": OPTIONS, "many": MANY}
 
 
 def main(target: str, suite: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Random inputs for the fused kernels, launches into poisoned memory, and the comparison of errors."""
+"""Random inputs for the kernels, launches into poisoned memory, and the comparison of errors."""
 
 import contextlib
 import itertools
@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import hypothesis.strategies as st
+import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
-from qmf_kernels.fusion import WeightRule, accumulate_dtype
-from qmf_kernels.objective import LossRule
+from qmf_kernels.eager.fusion import accumulate_dtype
+from qmf_kernels.rules import FORMS, PAIRS, LossRule, WeightRule
 
 
 def bounded(examples: int) -> settings:
@@ -26,6 +27,15 @@ def bounded(examples: int) -> settings:
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
+
+
+def few_and_many(few: int, many: int, *strategies: Any) -> Any:
+    """From a property to two tests of it: of few examples, and a slow one of many."""
+
+    def tests(test: Any) -> tuple[Any, Any]:
+        return bounded(few)(given(*strategies)(test)), pytest.mark.slow(bounded(many)(given(*strategies)(test)))
+
+    return tests
 
 
 LAYOUTS = ("contiguous", "class first", "sliced", "expanded", "reversed", "shifted")
@@ -50,7 +60,6 @@ class Case(NamedTuple):
     present: Tensor | None
     rule: WeightRule
     loss_rule: LossRule
-    detach: bool
 
     def __repr__(self) -> str:
         heads = [(str(x.dtype), tuple(x.shape), x.stride()) for x in self.logits]
@@ -68,17 +77,8 @@ class Case(NamedTuple):
 
     def at(self, dtype: torch.dtype) -> "Case":
         logits = [x.to(dtype).contiguous() for x in self.logits]
-        rule = WeightRule(*(None if x is None else x.to(dtype).contiguous() for x in self.rule[:5]), *self.rule[5:])
-        return self._replace(logits=logits, rule=rule)
-
-    @property
-    def steepness(self) -> float:
-        """How steep LogitNorm is at most: a gradient's terms are so much larger before they cancel; 0 without it."""
-        t = self.rule.normalize_logits
-        if t is None:
-            return 0.0
-        norms = torch.cat([x.double().nan_to_num(0, 0, 0).norm(dim=-1).flatten() for x in self.logits])
-        return 8 / (t * norms[norms > 0].min().item()) if (norms > 0).any() else 8 / t
+        given = {name: x.to(dtype).contiguous() for name, x in self.rule._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(logits=logits, rule=self.rule._replace(**given))
 
     def tensors(self) -> list[Tensor]:
         parts = (self.logits, self.rule, self.loss_rule, (self.target, self.kappa, self.present))
@@ -125,8 +125,6 @@ def cases(
     batches: tuple[int, ...],
     classes: tuple[int, ...],
     positions: tuple[Any, ...] = ((),),
-    combinations: tuple[str, ...] = ("logits",),
-    norms: tuple[float | None, ...] = (None,),
 ) -> Case:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rand = lambda *shape: torch.rand(shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -154,28 +152,30 @@ def cases(
     if not one_in(4):
         kappa = rand(num, rows[0]).float().to(draw(st.sampled_from((torch.float32, torch.float64))))
         kappa[rand(num, rows[0]) < 0.2] = torch.nan
-    given = one_in(4)
-    ready = lay(rand(num, *rows).to(dtype), draw(st.sampled_from(("contiguous", "reversed")))) if given else None
-    alpha, beta = -0.1 - rand(num).float(), rand(num).float()
-    temperature = 0.25 + 2 * rand(num).float() if one_in(3) else None
-    combine, norm = draw(st.sampled_from(combinations)), draw(st.sampled_from(norms))
-    if combine in ("mixture", "product"):
-        static = torch.where(rand(num) < 0.5, torch.nan, 0.1 + 0.9 * rand(num)) if one_in(3) else None
-        rule = WeightRule(None, alpha, beta, None, static, combine=combine, normalize_logits=norm, odds=0.3)
-    else:
-        rule = WeightRule(ready, alpha, beta, temperature, None, one_in(3), one_in(3), "energy", combine, norm)
+    uncertainty = None
+    if one_in(3):
+        uncertainty = lay(2 * rand(num, *rows).to(dtype) - 1, draw(st.sampled_from(("contiguous", "reversed"))))
+    rule = WeightRule(
+        uncertainty=uncertainty,
+        alpha=-0.1 - rand(num).float(),
+        beta=rand(num).float(),
+        temperature=0.25 + 2 * rand(num).float() if one_in(3) else None,
+        nonnegative=one_in(3),
+        normalize=one_in(3),
+        detach=one_in(3),
+    )
     class_weight = None
     if one_in(3):
         class_weight = torch.where(rand(num_classes) < 0.2, 0, rand(num_classes)).float()
     loss_rule = LossRule(
-        class_weight,
-        draw(st.sampled_from((0.0, 0.1))),
-        ignore_index,
-        draw(st.sampled_from((0.1, 0.7, 0.0))),
-        draw(st.sampled_from(("paper", "margin", "released"))),
-        draw(st.sampled_from(("adjacent", "all"))),
+        class_weight=class_weight,
+        label_smoothing=draw(st.sampled_from((0.0, 0.1))),
+        ignore_index=ignore_index,
+        ranking_weight=draw(st.sampled_from((0.1, 0.7, 0.0))),
+        form=draw(st.sampled_from(FORMS)),
+        pairs=draw(st.sampled_from(PAIRS)),
     )
-    return Case(logits, target, kappa, present, rule, loss_rule, one_in(3))
+    return Case(logits, target, kappa, present, rule, loss_rule)
 
 
 @contextlib.contextmanager
@@ -219,13 +219,10 @@ def same(x: Tensor | None, y: Tensor | None) -> bool:
     return x.dtype == y.dtype and torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
-def assert_errors_close(
-    name: str, ours: Tensor, eager: Tensor, truth: Tensor, size: float = 1.0, terms: float = 0.0
-) -> None:
+def assert_errors_close(name: str, ours: Tensor, eager: Tensor, truth: Tensor, size: float = 1.0) -> None:
     """Our largest error is at most four times eager PyTorch's, or what some roundings of the largest value make.
 
     ``size``: the largest number that went in, whose roundings remain where float64 can be compared with itself alone.
-    ``terms``: the largest that was summed up, whose roundings eager PyTorch may miss by chance.
     """
     assert ours.shape == truth.shape, name
     assert torch.equal(ours.isnan(), truth.isnan()), f"{name}: NaN at other places\n{ours}\n{truth}"
@@ -244,10 +241,5 @@ def assert_errors_close(
     error, allowed = (ours - truth).abs().max().item(), (eager - truth).abs().max().item()
     largest = truth.abs().max().item()
     # Two roundings of the largest value: the interpreter truncates to bfloat16 what a GPU rounds.
-    summed = torch.float64 if dtype == torch.float64 else torch.float32
-    floor = (
-        2 * torch.finfo(dtype).eps * largest
-        + 2 * torch.finfo(summed).eps * terms
-        + 1024 * torch.finfo(torch.float64).eps * size
-    )
+    floor = 2 * torch.finfo(dtype).eps * largest + 1024 * torch.finfo(torch.float64).eps * size
     assert error <= 4 * allowed + floor, f"{name}: error {error:.3g}, eager's {allowed:.3g}, largest {largest:.3g}"

@@ -1,9 +1,10 @@
-"""Every kernel compiles for GPUs that are not here, without register spills where the compiler's report says."""
+"""Every kernel compiles for GPUs that are not here, with no array in local memory; spilled registers are reported."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,27 +27,21 @@ LAUNCHES = {
     },
     "options": {
         "everything": THREE,
+        "ready uncertainty": THREE,
         "float64": THREE,
         "float64 with everything": THREE,
         "one class": THREE,
         "fusion": ["forward_kernel", "backward_kernel"],
         "nyud2 in three": THREE,
         "six views": THREE,
+        "alone": ["ranking_kernel", "ranking_kernel", "record_kernel"],
     },
-}
-LAUNCHES["rules"] = {
-    "probabilities": THREE,
-    "mixture": THREE,
-    "mixture of a million classes": THREE,
-    "small mixture": ONE,
-    "fused mixture": ["forward_kernel", "backward_kernel"],
 }
 LAUNCHES["brief"] = {
     "nyud2": ONE,
-    "target in half": THREE,
     "dense": LAUNCHES["large"]["dense"],
     "everything": THREE,
-    "mixture": THREE,
+    "alone": LAUNCHES["options"]["alone"],
 }
 # Where one thread block hands on what another of its steps, or another block, reads.
 BARRIERS = {"single_kernel": 3, "bookkeeping_kernel": 2}
@@ -54,10 +49,13 @@ BARRIERS = {"single_kernel": 3, "bookkeeping_kernel": 2}
 
 @pytest.mark.parametrize(
     ("target", "suite"),
-    [("cuda:90", name) for name in ("small", "large", "options", "rules")]
-    + [(target, "brief") for target in ("cuda:80", "cuda:100", "hip:gfx942")],
+    [
+        ("cuda:90", "brief"),
+        *(pytest.param("cuda:90", name, marks=pytest.mark.slow) for name in ("small", "large", "options")),
+        *(pytest.param(name, "brief", marks=pytest.mark.slow) for name in ("cuda:80", "cuda:100", "hip:gfx942")),
+    ],
 )
-def test_compiles_without_spills(target: str, suite: str, tmp_path: Path) -> None:
+def test_compiles(target: str, suite: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, SCRIPT, target, suite],
@@ -74,10 +72,8 @@ def test_compiles_without_spills(target: str, suite: str, tmp_path: Path) -> Non
         assert found["binary"] > 0
         assert not found["narrow"], f"32-bit products of sizes: {found}"
         assert found["barriers"] >= BARRIERS.get(found["kernel"], 0), found
-        if target.startswith("cuda"):
-            # None for want of registers. Of its own accord ptxas, with many left, may put two or four in memory so that
-            # one more block fits a multiprocessor; which kernels, changes with its version.
-            traded = found["stack"] <= 16 and found["registers"] <= 168
-            assert found["local"] == 0, found
-            assert found["stack"] == 0 or traded, f"registers are spilled: {found}"
+        assert found["arrays"] == 0, f"an array in local memory: {found}"
+        if found["spilled"]:
+            record_property(f"{found['case']}: {found['kernel']}", f"{found['spilled']} bytes of registers spilled")
+            print(f"{found['case']}: {found['kernel']} spills {found['spilled']} bytes")
     assert launched == LAUNCHES[suite]

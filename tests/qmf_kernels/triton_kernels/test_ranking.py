@@ -6,28 +6,17 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 
-from qmf_kernels.fused import operators as fused
-from qmf_kernels.fused import tiling
-from qmf_kernels.ranking import FORMS, PAIRS, ranking
+from qmf_kernels import triton_kernels
+from qmf_kernels.eager.ranking import ranking
+from qmf_kernels.rules import FORMS, PAIRS
+from qmf_kernels.triton_kernels import tiling
 
 from ...qmf_fusion import reference
-from .cases import assert_errors_close, backwards, bounded, poisoned, same
+from .cases import assert_errors_close, backwards, few_and_many, poisoned, same
 
 
-@bounded(40)
-@given(
-    st.sampled_from((1, 2, 3, 7, 16, 37, 70)),
-    st.sampled_from((1, 2, 5)),
-    st.sampled_from(FORMS),
-    st.sampled_from(PAIRS),
-    st.sampled_from((torch.float32, torch.float64)),
-    st.sampled_from(("plain", "ties", "unknown", "transposed")),
-    st.booleans(),
-    st.integers(0, 1000),
-)
-def test_loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
+def loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
     generator = torch.Generator().manual_seed(seed)
     weights, kappa = (torch.rand(num, batch, generator=generator).to(dtype) for _ in range(2))
     if kind == "ties":
@@ -38,11 +27,11 @@ def test_loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
         weights, kappa = weights.t().contiguous().t(), kappa.t().contiguous().t()
     block = tiling.Block(4, 8, 4) if several else tiling.sample_block(batch, pairs)
     before = weights.clone(), kappa.clone()
-    with mock.patch.object(fused, "sample_block", return_value=block):
+    with mock.patch.object(tiling, "sample_block", return_value=block):
         with poisoned(math.nan):
-            loss, grad = fused.ranking(weights, kappa, form, pairs)
+            loss, grad = triton_kernels.ranking(weights, kappa, form, pairs)
         with poisoned(12345), backwards():
-            again = fused.ranking(weights, kappa, form, pairs)
+            again = triton_kernels.ranking(weights, kappa, form, pairs)
     truth, slope = ranking(weights.double(), kappa.double(), form, pairs)
     eager, eager_slope = ranking(weights, kappa, form, pairs)
     assert_errors_close("loss", loss, eager, truth)
@@ -56,12 +45,26 @@ def test_loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
         torch.testing.assert_close(loss.double(), torch.as_tensor(brute), rtol=1e-6, atol=1e-7)
 
 
+test_loss_and_gradient, test_loss_and_gradient_widely = few_and_many(
+    15,
+    40,
+    st.sampled_from((1, 2, 3, 7, 16, 37, 70)),
+    st.sampled_from((1, 2, 5)),
+    st.sampled_from(FORMS),
+    st.sampled_from(PAIRS),
+    st.sampled_from((torch.float32, torch.float64)),
+    st.sampled_from(("plain", "ties", "unknown", "transposed")),
+    st.booleans(),
+    st.integers(0, 1000),
+)(loss_and_gradient)
+
+
 @pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_weight_that_is_not_finite_is_in_no_pair(pairs, value):
     weights, kappa = torch.rand(1, 6), torch.rand(1, 6)
     weights[0, 2] = value
-    loss, grad = fused.ranking(weights, kappa, "paper", pairs)
+    loss, grad = triton_kernels.ranking(weights, kappa, "paper", pairs)
     kappa[0, 2], weights[0, 2] = math.nan, 0.0
     expected, slope = ranking(weights, kappa, "paper", pairs)
     torch.testing.assert_close((loss, grad), (expected, slope))
