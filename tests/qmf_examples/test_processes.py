@@ -13,11 +13,11 @@ import torch
 
 from qmf_examples.cli import main
 from qmf_examples.errors import CommandError
-from qmf_examples.learners import Answer, Learner
+from qmf_examples.models.learners import Answer, Learner
 from qmf_examples.processes import run_in_processes
-from qmf_examples.settings import QUICK, resolve
-from qmf_examples.training_module import Batches, TrainingModule
-from qmf_examples.training_run import read_checkpoint
+from qmf_examples.training.lightning_module import Batches, TrainingModule
+from qmf_examples.training.run import read_checkpoint
+from qmf_examples.training.settings import QUICK, resolve
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 DIGITS = ["train", "digits", "--quick", "--epochs", "2", "--seed", "3", "--seeds", "1"]
@@ -28,7 +28,7 @@ DRIVER = """
 import os, signal, sys
 import torch
 from qmf_examples.cli import main
-from qmf_examples.training_module import TrainingModule
+from qmf_examples.training.lightning_module import TrainingModule
 
 torch.set_num_threads(1)
 plain_step, steps = TrainingModule.training_step, 0

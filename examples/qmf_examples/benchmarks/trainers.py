@@ -15,11 +15,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..data_sets import DATA_SETS
+from ..comparison.tables import bare_table, wide_console
+from ..data.catalogue import DATA_SETS
 from ..files import write_atomically
-from ..sample_data import write_sample
-from ..settings import QUICK, Settings, resolve
-from ..tables import bare_table, wide_console
+from ..prepare.sample import write_sample
+from ..training.settings import QUICK, Settings, resolve
 from .loading import Loading, measure_loading
 from .objective import environment
 from .steps import PHASES, Step, measure_step

@@ -1,0 +1,92 @@
+"""Accuracy against noise, and weight against loss per modality."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..comparison.accuracy_plot import COLORS, MARKERS
+from ..data.catalogue import DATA_SETS
+from ..files import write_atomically
+from .testing import Conditions, Tested
+
+if TYPE_CHECKING:
+    from .report import Cell
+
+SINGLE = ("rgb", "depth", "bow", "image", "bert")
+POINTS = 2000
+"""How many samples a panel shows at most."""
+
+
+def plot_noise(path: Path, cells: "Sequence[Cell]", conditions: Conditions, title: str) -> None:
+    """Write a PNG: mean accuracy in %, bars of one standard deviation over seeds; the paper's means dotted.
+
+    Args:
+        path: the file.
+        cells: of every method, kind of noise and level.
+        conditions: a panel for each kind.
+        title: over the panels.
+    """
+    figure = Figure(figsize=(5.2 * len(conditions.kinds), 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(conditions.kinds), sharey=True, squeeze=False)[0]
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    for axis, kind in zip(axes, conditions.kinds, strict=True):
+        for n, method in enumerate(methods):
+            line = [cell for cell in cells if (cell.method, cell.noise) == (method, kind)]
+            # Seven markers against eight colours: no two of 56 methods look alike.
+            color = "#a0a0a0" if method in SINGLE else COLORS[n % len(COLORS)]
+            axis.errorbar(
+                [cell.level for cell in line],
+                [100 * cell.mean for cell in line],
+                [100 * (cell.std or 0.0) for cell in line],
+                label=method,
+                color=color,
+                marker=MARKERS[n % 7],
+                markersize=5,
+                capsize=2,
+                linewidth=1.4,
+            )
+            theirs = [(cell.level, cell.published.mean) for cell in line if cell.published is not None]
+            if theirs:
+                axis.plot(*zip(*theirs, strict=True), color=color, linestyle=":", linewidth=0.9)
+        axis.set_title(kind)
+        axis.set_xlabel("ε")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy (%), mean ± std over seeds; dotted: published")
+    figure.suptitle(title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def plot_weights(path: Path, tested: Sequence[Tested], conditions: Conditions) -> None:
+    """Write a PNG: each sample's weight against its loss, a row per weighting method and a column per modality.
+
+    Shown are the first kind of noise at its highest level, and each method's first seed. Without such a method the
+    picture says so.
+    """
+    shown: dict[str, Tested] = {}
+    for record in tested:
+        if record.weights is not None and (record.noise, record.level) == (conditions.kinds[0], conditions.levels[-1]):
+            shown.setdefault(record.settings.method, record)
+    modalities = DATA_SETS[tested[0].settings.data_set].modalities
+    figure = Figure(figsize=(4.6 * len(modalities), 3.2 * max(1, len(shown))), layout="constrained")
+    FigureCanvasAgg(figure)
+    if not shown:
+        figure.text(0.5, 0.5, "no method among the runs weights modalities per sample", ha="center")
+    else:
+        grid = figure.subplots(len(shown), len(modalities), squeeze=False)
+        for axes, (method, record) in zip(grid, shown.items(), strict=True):
+            assert record.weights is not None
+            assert record.losses is not None
+            for m, axis in enumerate(axes):
+                axis.scatter(record.losses[m][:POINTS], record.weights[m][:POINTS], s=6, alpha=0.5, color=COLORS[m])
+                axis.set_title(f"{method}: {modalities[m]}", fontsize=10)
+                axis.set_xlabel("loss")
+                axis.set_ylabel("weight")
+                axis.grid(alpha=0.3)
+        figure.suptitle(f"{conditions.kinds[0]}, ε = {conditions.levels[-1]:g}")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
