@@ -1,5 +1,6 @@
 """``qmf-fusion bench-robustness``: attach with ``app.command("bench-robustness", help=HELP)(bench_robustness)``."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -39,15 +40,15 @@ def bench_robustness(
         if not path.is_file():
             raise typer.BadParameter(f"{str(path)!r} is no file", param_hint="'DATA'")
     prepare_output(output)
-    from ..comparison.robustness import BenchConfig
-    from ..comparison.robustness_report import run_and_report
-    from ..data.multiview import load_digits, load_mat
+    from ..comparison.robustness import DEFAULTS, run_and_report
+    from ..data.digits import load_digits
+    from ..data.multiview import load_mat
 
     sets = [load_mat(path) for path in data or []] + ([load_digits()] if digits else [])
     names = [each.name for each in sets]
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"the sets must have names of their own, got {names}", param_hint="'DATA'")
-    count = seeds or (1 if quick else 3)
-    config = BenchConfig(seeds=tuple(range(seed, seed + count)), steps=steps or (60 if quick else 1000))
+    chosen = range(seed, seed + (seeds or (1 if quick else 3)))
+    config = dataclasses.replace(DEFAULTS, seeds=tuple(chosen), steps=steps or (60 if quick else DEFAULTS.steps))
     with disk_errors():
         run_and_report(sets, config, output)

@@ -10,7 +10,7 @@ from ..errors import require_extras
 from .data import Name
 from .device import check_device
 from .output_folder import disk_errors, prepare_output
-from .train import PACKAGES
+from .train_sets import PACKAGES
 
 HELP = (
     "How fast are the trainers? Image files per second on one core against plain torchvision on the same files, and "

@@ -7,7 +7,7 @@ import typer
 
 from ..errors import CommandError, require_extras
 from .output_folder import disk_errors, prepare_output
-from .train import PACKAGES
+from .train_sets import PACKAGES
 
 
 def attach(app: typer.Typer) -> None:
@@ -40,15 +40,15 @@ def evaluate(
     if missing:
         raise CommandError(f"no folder {', '.join(missing)}")
     from ..evaluation.report import write_report
-    from ..evaluation.testing import Conditions, evaluate_runs, find_runs
+    from ..evaluation.testing import NoisePlan, evaluate_runs, find_runs
 
     found = find_runs(runs)
     target = output if output is not None else runs[0] / "evaluation"
     prepare_output(target)
-    conditions = Conditions(kinds, epsilons, protocol, noise_seed)
+    plan = NoisePlan(kinds, epsilons, protocol, noise_seed)
     with disk_errors():
-        tested = evaluate_runs(found, conditions, data_root, device, batch_size, workers, typer.echo)
-        write_report(tested, conditions, target)
+        tested = evaluate_runs(found, plan, data_root, device, batch_size, workers, typer.echo)
+        write_report(tested, plan, target)
     typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png")
 
 

@@ -23,16 +23,15 @@ def report(
     require_extras(("numpy", "sklearn", "matplotlib", "rich"))
     if run.exists():  # else there is nothing to report on, which is told below, nor to create
         prepare_output(run, "RUN")
-    from ..comparison.tables import wide_console
     from ..comparison.theory import report_run, table, write
+    from ..evaluation.display import console
 
     reports = report_run(run, training, seed)
-    console = wide_console()
-    console.print(table(reports, f"{training}, seed {seed}: correlation of weight and loss ('!': Eq. 6 fails)"))
-    for condition, level, found in reports:
+    shown = console()
+    shown.print(table(reports, f"{training}, seed {seed}: correlation of weight and loss ('!': Eq. 6 fails)"))
+    for condition, found in reports:
         if found.verdict != "holds":
-            name = condition if condition == "clean" else f"{condition} {level:g}"
-            console.print(f"{name}: {found.sentence}", soft_wrap=True)
+            shown.print(f"{condition.name}: {found.sentence}", soft_wrap=True)
     with disk_errors():
         path = write(reports, run, training, seed)
-    console.print(f"Wrote {path} and pictures beside it.", soft_wrap=True)
+    shown.print(f"Wrote {path} and pictures beside it.", soft_wrap=True)

@@ -3,15 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from ..files import write_atomically
+from ..evaluation.display import COLORS, MARKERS, new_figure, save_figure
 from ..models.methods import Method
 from .results import Row
-
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#5c5c5c")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def plot_accuracy(
@@ -26,15 +20,13 @@ def plot_accuracy(
         units: by condition, what its levels measure; a panel each.
         title: over the panels.
     """
-    # A figure of its own rather than pyplot's: no global state, no display.
-    figure = Figure(figsize=(4.6 * len(units), 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * len(units), 5.6)
     axes = figure.subplots(1, len(units), sharey=True, squeeze=False)[0]
     styles = _styles(methods)
     for axis, (condition, unit) in zip(axes, units.items(), strict=True):
         for nth, method in enumerate(methods):
             points = sorted(
-                (row for row in rows if row.method == method.name and row.condition in ("clean", condition)),
+                (row for row in rows if row.method == method.label and row.condition in ("clean", condition)),
                 key=lambda row: row.level,
             )
             # A little to the side, so that bars of methods that tie stay apart.
@@ -43,10 +35,10 @@ def plot_accuracy(
                 [row.level + nudge for row in points],
                 [100 * row.mean for row in points],
                 [100 * (row.std or 0.0) for row in points],
-                label=method.name,
+                label=method.label,
                 capsize=2,
                 elinewidth=0.8,
-                **styles[method.name],
+                **styles[method.label],
             )
         axis.set_title(condition)
         axis.set_xlabel(f"strength: {unit}")
@@ -56,7 +48,7 @@ def plot_accuracy(
     figure.suptitle(title)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_figure(figure, path, 120)
 
 
 def _styles(methods: Sequence[Method]) -> dict[str, dict[str, object]]:
@@ -65,12 +57,12 @@ def _styles(methods: Sequence[Method]) -> dict[str, dict[str, object]]:
     for method in methods:
         if method.role == "single":
             lines = ("-", "--", "-.", ":")
-            styles[method.name] = {"color": "#a0a0a0", "linewidth": 1.2, "linestyle": lines[singles % len(lines)]}
+            styles[method.label] = {"color": "#a0a0a0", "linewidth": 1.2, "linestyle": lines[singles % len(lines)]}
             singles += 1
             continue
         line = {"average": "--", "oracle": ":"}.get(method.role, "-")
         color, marker = COLORS[other % len(COLORS)], MARKERS[other % len(MARKERS)]
-        styles[method.name] = {
+        styles[method.label] = {
             "color": "black" if method.role == "oracle" else color,
             "marker": marker,
             "markersize": 5,

@@ -2,13 +2,12 @@
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
+from ..corruption.conditions import Condition
+from ..evaluation.statistics import mean_or_none, over_seeds
 from ..files import write_atomically
 
 
@@ -23,6 +22,10 @@ class Score(NamedTuple):
     """In [0, 1]."""
     correlation: float | None
     """Of weight and loss; None where the weights do not vary."""
+
+    @property
+    def under(self) -> Condition:
+        return Condition(self.condition, self.level)
 
 
 class Row(NamedTuple):
@@ -42,41 +45,9 @@ class Row(NamedTuple):
     """By seed, as are the next."""
     correlations: tuple[float | None, ...]
 
-
-def pearson(weights: Tensor, losses: Tensor) -> float | None:
-    """The correlation over samples of each view's weight and loss (the paper's Table 3), averaged over views.
-
-    Args:
-        weights: ``[V, B]``.
-        losses: ``[V, B]``, each view's own cross-entropy.
-
-    Returns:
-        From -1 (as it should be: the larger the loss, the smaller the weight) to 1; None where in no view both vary.
-
-    Example:
-        >>> import torch
-        >>> round(pearson(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, 3.0]])), 3)
-        -0.982
-    """
-    w, x = weights.detach().cpu().double(), losses.detach().cpu().double()
-    sizes = w.norm(dim=1) * x.norm(dim=1)
-    w, x = w - w.mean(1, keepdim=True), x - x.mean(1, keepdim=True)
-    spread = w.norm(dim=1) * x.norm(dim=1)
-    varies = spread > 1e-12 * sizes  # rounding alone is no variation
-    if not varies.any():
-        return None
-    return float(((w * x).sum(1)[varies] / spread[varies]).mean())
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float | None, float]:
-    """Mean, sample standard deviation (None for one value) and the smallest."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, min(values)
-
-
-def mean_or_none(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are there."""
-    there = [value for value in values if value is not None]
-    return statistics.fmean(there) if there else None
+    @property
+    def under(self) -> Condition:
+        return Condition(self.condition, self.level)
 
 
 def summarise(scores: Sequence[Score]) -> list[Row]:

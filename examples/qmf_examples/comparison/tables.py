@@ -3,12 +3,13 @@
 import statistics
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .results import Row, mean_or_none, over_seeds
+from ..evaluation.display import bare_table
+from ..evaluation.statistics import mean_or_none, over_seeds
+from .results import Row
 from .verdicts import TIE, Verdict, in_words
 
 Grouped = dict[str, dict[str, list[Row]]]
@@ -76,10 +77,6 @@ def verdict_tables(verdicts: Sequence[Verdict]) -> list[Table]:
     return tables
 
 
-def bare_table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-
-
 def _table(title: str, grouped: Grouped) -> Table:
     table = bare_table(title)
     table.add_column("method")
@@ -107,9 +104,3 @@ def report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Group:
             "cross-entropies; each QMF row has heads of its own, which start from the same weights."
         ),
     )
-
-
-def wide_console() -> Console:
-    """Standard output; where that is no terminal, wide enough for the tables."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=110)

@@ -7,21 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from qmf_fusion import FusionReport, fusion_report
+from qmf_fusion import FusionReport, QualityAwareFusion, fusion_report
 
-from ..data.digits import VIEWS
+from ..corruption.conditions import Condition
+from ..data.digits import VIEWS, load_digits
 from ..errors import CommandError
+from ..evaluation.display import bare_table, save_figure
 from ..files import write_atomically
-from ..models.methods import TRAININGS
-from .digits import build_model, prepare
-from .tables import bare_table
+from ..models.learners import QualityAware
+from ..models.methods import digits_table
+from .heads import build_learner
+from .prepared import DIGITS, prepare
 
 
 class LevelReport(NamedTuple):
     """The report under one condition."""
 
-    condition: str
-    level: float
+    condition: Condition
     report: FusionReport
 
 
@@ -44,21 +46,23 @@ def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         hidden = int(json.loads(state["made_with"]["hidden"]))
-        data = prepare(seed, torch.device("cpu"))
-        how = next(each for each in TRAININGS if each.name == training)
-        model = build_model({view: x.shape[1] for view, x in data.train.items()}, hidden, seed, how)
-        model.load_state_dict(state["model"])
+        data = prepare(load_digits(), DIGITS, seed)
+        how = next(each for each in digits_table(tuple(VIEWS)).trainings if each.name == training)
+        widths = {view: x.shape[1] for view, x in data.train.items()}
+        learner = build_learner(how, widths, (data.num_classes, len(data.train_labels)), hidden, seed)
+        learner.load_state_dict(state["learner"])
     except (KeyError, ValueError, RuntimeError, EOFError) as error:
         raise CommandError(f"{path} is no checkpoint of the digits job: {str(error).splitlines()[0]}") from error
-    model.eval()
+    learner.eval()
+    # Heads that were trained without a layer are held against the paper's default one.
+    fusion = learner.model.fusion if isinstance(learner, QualityAware) else QualityAwareFusion(tuple(VIEWS))
     with torch.no_grad():
-        static = model(data.train).weights.double().mean(1)
+        static = fusion(learner(data.train).unimodal_logits).weights.double().mean(1)
+        given = static if bool((static > 0).all()) else None
         reports = []
-        for condition in data.conditions:
-            logits = model(condition.features).unimodal_logits
-            given = static if bool((static > 0).all()) else None
-            report = fusion_report(model.fusion, logits, data.test_labels, given)
-            reports.append(LevelReport(condition.name, condition.level, report))
+        for test in data.tests:
+            logits = learner(test.views).unimodal_logits
+            reports.append(LevelReport(test.condition, fusion_report(fusion, logits, data.test_labels, given)))
     return reports
 
 
@@ -70,10 +74,9 @@ def table(reports: list[LevelReport], title: str) -> Table:
         out.add_column(f"r\n{view}", justify="right")
     for column in ("Eq. 5", "Eq. 6", "bound", "static"):
         out.add_column(column, justify="right")
-    for condition, level, report in reports:
+    for condition, report in reports:
         cells = [f"{m.pearson:+.2f}" + ("!" if m.eq6 == "fails" else "") for m in report.modalities]
-        name = condition if condition == "clean" else f"{condition} {level:g}"
-        out.add_row(name, *cells, report.eq5, report.eq6, f"{report.bound:.2f}", f"{report.bound_static:.2f}")
+        out.add_row(condition.name, *cells, report.eq5, report.eq6, f"{report.bound:.2f}", f"{report.bound_static:.2f}")
     return out
 
 
@@ -83,14 +86,13 @@ def write(reports: list[LevelReport], output: Path, training: str, seed: int) ->
     Returns:
         The path of the JSON; the pictures lie beside it.
     """
-    levels = [{"condition": c, "level": level, **report.to_dict()} for c, level, report in reports]
+    levels = [{"condition": c.kind, "level": c.level, **report.to_dict()} for c, report in reports]
     text = json.dumps({"training": training, "seed": seed, "reports": levels}, indent=1) + "\n"
     path = output / f"theory-{training}-seed{seed}.json"
     write_atomically(path, lambda file: file.write(text.encode()))
-    strongest = {condition: report for condition, _, report in reports}
+    strongest = {condition.kind: report for condition, report in reports}
     for condition, report in strongest.items():
         figure = report.plot()
         figure.suptitle(f"{training}, seed {seed}: {condition}")
-        target = path.with_name(f"{path.stem}-{condition}.png")
-        write_atomically(target, lambda file, f=figure: f.savefig(file, format="png", dpi=80))  # type: ignore[misc]
+        save_figure(figure, path.with_name(f"{path.stem}-{condition}.png"), 80)
     return path

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..corruption.conditions import Condition
 from ..models.methods import Method
 from .results import Row
 
@@ -15,22 +16,22 @@ class Verdict(NamedTuple):
 
     method: str
     average: str
-    gaps: dict[tuple[str, float], float]
+    gaps: dict[Condition, float]
     """By condition and level: the fusion's mean less the average's; below 0 the fusion loses."""
 
     @property
-    def losses(self) -> dict[tuple[str, float], float]:
-        return {setting: gap for setting, gap in self.gaps.items() if gap <= -TIE}
+    def losses(self) -> dict[Condition, float]:
+        return {condition: gap for condition, gap in self.gaps.items() if gap <= -TIE}
 
     @property
-    def wins(self) -> dict[tuple[str, float], float]:
-        return {setting: gap for setting, gap in self.gaps.items() if gap >= TIE}
+    def wins(self) -> dict[Condition, float]:
+        return {condition: gap for condition, gap in self.gaps.items() if gap >= TIE}
 
     def sentence(self) -> str:
         """Where the fusion loses, and by how many points."""
         wins, ties = len(self.wins), len(self.gaps) - len(self.wins) - len(self.losses)
         if self.losses:
-            where = ", ".join(f"{_name(*setting)} {100 * gap:+.1f}" for setting, gap in self.losses.items())
+            where = ", ".join(f"{condition.name} {100 * gap:+.1f}" for condition, gap in self.losses.items())
             said = f"loses to {self.average} under {len(self.losses)} of {len(self.gaps)} conditions ({where} points)"
         else:
             said = f"loses to {self.average} nowhere"
@@ -57,16 +58,12 @@ def judge(rows: Sequence[Row], methods: Sequence[Method]) -> list[Verdict]:
         >>> verdict.sentence()
         'QMF loses to mean under 1 of 1 conditions (clean -2.5 points); wins 0, ties 0.'
     """
-    mean = {(row.method, row.condition, row.level): row.mean for row in rows}
-    settings = list(dict.fromkeys((row.condition, row.level) for row in rows))
-    fusions = [method.name for method in methods if method.role == "fusion"]
-    averages = [method.name for method in methods if method.role == "average"]
+    mean = {(row.method, row.under): row.mean for row in rows}
+    conditions = list(dict.fromkeys(row.under for row in rows))
+    fusions = [method.label for method in methods if method.role == "fusion"]
+    averages = [method.label for method in methods if method.role == "average"]
     return [
-        Verdict(fusion, average, {s: mean[fusion, *s] - mean[average, *s] for s in settings})
+        Verdict(fusion, average, {c: mean[fusion, c] - mean[average, c] for c in conditions})
         for fusion in fusions
         for average in averages
     ]
-
-
-def _name(condition: str, level: float) -> str:
-    return condition if condition == "clean" else f"{condition} {level:g}"

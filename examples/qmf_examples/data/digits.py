@@ -1,42 +1,12 @@
 """scikit-learn's handwritten digits, seen in four ways: each view has its own copy of the image to look at."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from .multiview import Array, MultiView
+
 SIDE = 8
-NUM_CLASSES = 10
-
-
-class Split(NamedTuple):
-    """Images ``[B, 8, 8]`` in [0, 1], labels ``[B]`` and the images' numbers in the data set ``[B]``."""
-
-    images: Array
-    labels: NDArray[np.int64]
-    ids: NDArray[np.int64]
-
-
-def load_split(seed: int, test_share: float = 0.4) -> tuple[Split, Split]:
-    """The 1,797 images, split at random into train and test with the classes' shares kept; nothing is downloaded.
-
-    There is no validation set, since nothing is selected: a fixed number of epochs, and no choice among methods.
-
-    Example:
-        >>> train, test = load_split(seed=0)
-        >>> train.images.shape, test.images.shape
-        ((1078, 8, 8), (719, 8, 8))
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    labels = data.target.astype(np.int64)
-    parts = train_test_split(np.arange(len(labels)), test_size=test_share, stratify=labels, random_state=seed)
-    train, test = (Split(data.images[ids] / 16.0, labels[ids], ids.astype(np.int64)) for ids in parts)
-    return train, test
 
 
 def pixels(images: Array) -> Array:
@@ -80,15 +50,17 @@ VIEWS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-class Scaler(NamedTuple):
-    """Centres each feature and divides a view by one number, so that a pixel that is always black stays harmless."""
+def load_digits() -> MultiView:
+    """scikit-learn's 1,797 images in [0, 1] and their four views; nothing is downloaded.
 
-    mean: Array
-    scale: float
+    Example:
+        >>> data = load_digits()
+        >>> data.images.shape, data.views["gradients"].shape
+        ((1797, 8, 8), (1797, 32))
+    """
+    from sklearn.datasets import load_digits as load
 
-    @classmethod
-    def fit(cls, features: Array) -> "Scaler":
-        return cls(features.mean(0), float(features.std(0).mean()))
-
-    def __call__(self, features: Array) -> NDArray[np.float32]:
-        return ((features - self.mean) / self.scale).astype(np.float32)
+    data = load()
+    images: Array = data.images / 16.0
+    views = {name: look(images) for name, look in VIEWS.items()}
+    return MultiView("digits", views, data.target.astype(np.int64), images, VIEWS)

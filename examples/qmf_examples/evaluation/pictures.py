@@ -4,13 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from ..comparison.accuracy_plot import COLORS, MARKERS
 from ..data.catalogue import DATA_SETS
-from ..files import write_atomically
-from .testing import Conditions, Tested
+from .display import COLORS, MARKERS, new_figure, save_figure
+from .testing import NoisePlan, Tested
 
 if TYPE_CHECKING:
     from .report import Cell
@@ -20,20 +16,19 @@ POINTS = 2000
 """How many samples a panel shows at most."""
 
 
-def plot_noise(path: Path, cells: "Sequence[Cell]", conditions: Conditions, title: str) -> None:
+def plot_noise(path: Path, cells: "Sequence[Cell]", plan: NoisePlan, title: str) -> None:
     """Write a PNG: mean accuracy in %, bars of one standard deviation over seeds; the paper's means dotted.
 
     Args:
         path: the file.
         cells: of every method, kind of noise and level.
-        conditions: a panel for each kind.
+        plan: a panel for each kind.
         title: over the panels.
     """
-    figure = Figure(figsize=(5.2 * len(conditions.kinds), 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(conditions.kinds), sharey=True, squeeze=False)[0]
+    figure = new_figure(5.2 * len(plan.kinds), 5.4)
+    axes = figure.subplots(1, len(plan.kinds), sharey=True, squeeze=False)[0]
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    for axis, kind in zip(axes, conditions.kinds, strict=True):
+    for axis, kind in zip(axes, plan.kinds, strict=True):
         for n, method in enumerate(methods):
             line = [cell for cell in cells if (cell.method, cell.noise) == (method, kind)]
             # Seven markers against eight colours: no two of 56 methods look alike.
@@ -59,10 +54,10 @@ def plot_noise(path: Path, cells: "Sequence[Cell]", conditions: Conditions, titl
     figure.suptitle(title)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_figure(figure, path, 120)
 
 
-def plot_weights(path: Path, tested: Sequence[Tested], conditions: Conditions) -> None:
+def plot_weights(path: Path, tested: Sequence[Tested], plan: NoisePlan) -> None:
     """Write a PNG: each sample's weight against its loss, a row per weighting method and a column per modality.
 
     Shown are the first kind of noise at its highest level, and each method's first seed. Without such a method the
@@ -70,11 +65,10 @@ def plot_weights(path: Path, tested: Sequence[Tested], conditions: Conditions) -
     """
     shown: dict[str, Tested] = {}
     for record in tested:
-        if record.weights is not None and (record.noise, record.level) == (conditions.kinds[0], conditions.levels[-1]):
+        if record.weights is not None and record.condition == (plan.kinds[0], plan.levels[-1]):
             shown.setdefault(record.settings.method, record)
     modalities = DATA_SETS[tested[0].settings.data_set].modalities
-    figure = Figure(figsize=(4.6 * len(modalities), 3.2 * max(1, len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * len(modalities), 3.2 * max(1, len(shown)))
     if not shown:
         figure.text(0.5, 0.5, "no method among the runs weights modalities per sample", ha="center")
     else:
@@ -88,5 +82,5 @@ def plot_weights(path: Path, tested: Sequence[Tested], conditions: Conditions) -
                 axis.set_xlabel("loss")
                 axis.set_ylabel("weight")
                 axis.grid(alpha=0.3)
-        figure.suptitle(f"{conditions.kinds[0]}, ε = {conditions.levels[-1]:g}")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        figure.suptitle(f"{plan.kinds[0]}, ε = {plan.levels[-1]:g}")
+    save_figure(figure, path, 110)

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..comparison.results import mean_or_none, over_seeds
 from ..files import write_atomically
+from .display import bare_table, console
 from .pictures import plot_noise, plot_weights
 from .published import SOURCE, Published, published_accuracy, published_correlation
 from .reliability import effective_robustness, relative_robustness
-from .testing import Conditions, Tested
+from .statistics import mean_or_none, over_seeds
+from .testing import NoisePlan, Tested
 
 
 class Cell(NamedTuple):
@@ -60,7 +60,7 @@ def summarise_runs(tested: Sequence[Tested]) -> list[Cell]:
     """One cell per method, kind of noise and level, in the order of the runs."""
     groups: dict[tuple[str, str, float], list[Tested]] = {}
     for record in tested:
-        groups.setdefault((record.settings.method, record.noise, record.level), []).append(record)
+        groups.setdefault((record.settings.method, *record.condition), []).append(record)
     cells = []
     for (method, noise, level), group in groups.items():
         data_set = group[0].settings.data_set
@@ -97,16 +97,16 @@ def measure_robustness(cells: Sequence[Cell]) -> list[Robustness]:
     return found
 
 
-def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], conditions: Conditions) -> list[Sheet]:
+def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], plan: NoisePlan) -> list[Sheet]:
     """The tables, as text."""
     made = []
     methods = list(dict.fromkeys(cell.method for cell in cells))
     at = {(cell.method, cell.noise, cell.level): cell for cell in cells}
     stands = {(r.method, r.noise): r for r in robustness}
-    for noise in conditions.kinds:
+    for noise in plan.kinds:
         rows, more = [], []
         for method in methods:
-            line = [at[method, noise, level] for level in conditions.levels]
+            line = [at[method, noise, level] for level in plan.levels]
             rows.append((method, *(text for cell in line for text in (_ours(cell), _theirs(cell.published)))))
             r = stands[method, noise]
             more.append(
@@ -121,7 +121,7 @@ def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], conditions: 
                     "-" if r.effective is None else f"{100 * r.effective:+.1f}",
                 )
             )
-        levels = [f"{level:g}" for level in conditions.levels]
+        levels = [f"{level:g}" for level in plan.levels]
         header = ("method", *(text for level in levels for text in (f"ε = {level}", "paper")))
         made.append(Sheet(f"{noise}: accuracy in %, mean ± std (worst) over seeds", header, rows))
         made.append(
@@ -155,13 +155,13 @@ def _printed(value: float | None) -> str:
     return "" if value is None else f" [{value:.2f}]"
 
 
-def notes(tested: Sequence[Tested], cells: Sequence[Cell], conditions: Conditions) -> list[str]:
+def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> list[str]:
     """What a reader of the tables must know."""
     settings = tested[0].settings
     counts = {len(cell.seeds) for cell in cells}
     said = [
-        f"{settings.data_set}, {'/'.join(map(str, sorted(counts)))} seed(s), protocol {conditions.protocol}, noise "
-        f"seed {conditions.seed}; half of the samples of each modality are damaged.",
+        f"{settings.data_set}, {'/'.join(map(str, sorted(counts)))} seed(s), protocol {plan.protocol}, noise "
+        f"seed {plan.seed}; half of the samples of each modality are damaged.",
         f"Paper: {SOURCE}, Tables 5, 1, 2 (gaussian), 6 (salt-pepper) and 3 (in brackets: "
         "correlations as printed, without a sign; ours are best at -1).",
     ]
@@ -178,15 +178,15 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], conditions: Condition
     return said
 
 
-def write_report(tested: Sequence[Tested], conditions: Conditions, folder: Path) -> None:
+def write_report(tested: Sequence[Tested], plan: NoisePlan, folder: Path) -> None:
     """Print the tables, and write results.json, results.md, accuracy.png and weights.png."""
     cells = summarise_runs(tested)
     robustness = measure_robustness(cells)
-    tables, said = sheets(cells, robustness, conditions), notes(tested, cells, conditions)
-    _console().print(Group(*(_draw(sheet) for sheet in tables), *(Text(note) for note in said)))
+    tables, said = sheets(cells, robustness, plan), notes(tested, cells, plan)
+    console(160).print(Group(*(_draw(sheet) for sheet in tables), *(Text(note) for note in said)))
     content: dict[str, Any] = {
         "data_set": tested[0].settings.data_set,
-        "conditions": conditions._asdict(),
+        "conditions": plan._asdict(),
         "cells": [
             {**cell._asdict(), "published": None if cell.published is None else cell.published._asdict()}
             for cell in cells
@@ -199,17 +199,12 @@ def write_report(tested: Sequence[Tested], conditions: Conditions, folder: Path)
     write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
     markdown = "\n\n".join([*(_markdown(sheet) for sheet in tables), *said]) + "\n"
     write_atomically(folder / "results.md", lambda file: file.write(markdown.encode()))
-    plot_noise(folder / "accuracy.png", cells, conditions, tested[0].settings.data_set)
-    plot_weights(folder / "weights.png", tested, conditions)
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    plot_noise(folder / "accuracy.png", cells, plan, tested[0].settings.data_set)
+    plot_weights(folder / "weights.png", tested, plan)
 
 
 def _draw(sheet: Sheet) -> Table:
-    table = Table(title=Text(sheet.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = bare_table(sheet.title)
     for n, name in enumerate(sheet.header):
         table.add_column(name, justify="right" if n else "left")
     for row in sheet.rows:

@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..comparison.results import pearson
+from ..corruption.conditions import Condition, paper_conditions
 from ..corruption.images import ImageCorruption
 from ..corruption.released_streams import ReleasedStreams
 from ..corruption.texts import TextCorruption
 from ..data.catalogue import DATA_SETS
 from ..errors import CommandError
 from ..models.learners import Learner
-from ..training import paired_batches, text_batches
-from ..training.run import FINISHED, load_learner, quieten
+from ..training.run import FINISHED, load_learner, loader_of, quieten
 from ..training.settings import FILE, METHODS, Settings, differences, load_run
 from .reliability import calibration_error, risk_coverage_area
+from .statistics import correlation
 
 
-class Conditions(NamedTuple):
-    """What the test data undergo."""
+class NoisePlan(NamedTuple):
+    """What the test data undergo: each kind of noise at each level."""
 
     kinds: tuple[str, ...]
     levels: tuple[float, ...]
@@ -36,8 +36,7 @@ class Tested(NamedTuple):
     """One run under one kind of noise at one level."""
 
     settings: Settings
-    noise: str
-    level: float
+    condition: Condition
     accuracy: float
     """In [0, 1]."""
     calibration_error: float
@@ -80,7 +79,7 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 def evaluate_runs(
     folders: Sequence[Path],
-    conditions: Conditions,
+    plan: NoisePlan,
     data_root: Path | None = None,
     device: str = "cpu",
     batch_size: int = 64,
@@ -91,7 +90,7 @@ def evaluate_runs(
 
     Args:
         folders: of runs, from ``find_runs``.
-        conditions: the corruptions.
+        plan: the corruptions.
         data_root: in place of each run's own.
         device: where to run.
         batch_size: samples at a time; no figure depends on it.
@@ -105,50 +104,45 @@ def evaluate_runs(
         if data_root is not None:
             settings = Settings(**{**settings.__dict__, "data_root": str(data_root)})
         learner.to(device)
-        samples, collate = _test_samples(settings, numbering)
+        module = loader_of(settings.data_set)
+        samples = module.load_test(settings, numbering)
         clean: Tested | None = None
-        for kind in conditions.kinds:
-            for level in conditions.levels:
-                if level == 0 and clean is not None:
-                    tested.append(clean._replace(noise=kind))
-                    continue
-                damaged = _damage(samples, settings, kind, level, conditions)
-                loader = DataLoader(
-                    damaged,
-                    batch_size,
-                    num_workers=0 if conditions.protocol == "released" else workers,
-                    collate_fn=collate,
-                )
-                record = _test(learner, loader, settings, kind, level, device)
-                clean = record if level == 0 else clean
-                tested.append(record)
-        shown = ", ".join(f"{100 * t.accuracy:.1f}" for t in tested[-len(conditions.kinds) * len(conditions.levels) :])
+        conditions = paper_conditions(plan.kinds, plan.levels)
+        for condition in conditions:
+            if condition.level == 0 and clean is not None:
+                tested.append(clean._replace(condition=condition))
+                continue
+            damaged = _damage(samples, settings, condition, plan)
+            loader = DataLoader(
+                damaged,
+                batch_size,
+                num_workers=0 if plan.protocol == "released" else workers,
+                collate_fn=module.collate,
+            )
+            record = _test(learner, loader, settings, condition, device)
+            clean = record if condition.level == 0 else clean
+            tested.append(record)
+        shown = ", ".join(f"{100 * t.accuracy:.1f}" for t in tested[-len(conditions) :])
         say(f"{folder}: {settings.method}, seed {settings.seed}: {shown} %")
     return tested
 
 
-def _test_samples(settings: Settings, numbering: Any) -> tuple[Any, Any]:
-    if DATA_SETS[settings.data_set].paired:
-        return paired_batches.load_test(settings), paired_batches.collate
-    return text_batches.load_test(settings, numbering), text_batches.collate
-
-
-def _damage(samples: Any, settings: Settings, kind: str, level: float, conditions: Conditions) -> Any:
+def _damage(samples: Any, settings: Settings, condition: Condition, plan: NoisePlan) -> Any:
     """The same samples, read and checked once, under a corruption."""
-    streams = ReleasedStreams(conditions.seed) if conditions.protocol == "released" else None
-    options: dict[str, Any] = {"protocol": conditions.protocol, "seed": conditions.seed, "streams": streams}
+    streams = ReleasedStreams(plan.seed) if plan.protocol == "released" else None
+    options: dict[str, Any] = {"protocol": plan.protocol, "seed": plan.seed, "streams": streams}
     damaged = copy.copy(samples)
     try:
-        damaged.corrupt = ImageCorruption(kind, level, settings.data_set, **options)
+        damaged.corrupt = ImageCorruption(*condition, settings.data_set, **options)
         if not DATA_SETS[settings.data_set].paired:
-            damaged.corrupt_text = TextCorruption(level, **options)
+            damaged.corrupt_text = TextCorruption(condition.level, **options)
     except ValueError as error:
         raise CommandError(f"--levels: {error}") from error
     return damaged
 
 
 @torch.no_grad()
-def _test(learner: Learner, loader: Any, settings: Settings, kind: str, level: float, device: str) -> Tested:
+def _test(learner: Learner, loader: Any, settings: Settings, condition: Condition, device: str) -> Tested:
     scores, targets, weights, unimodal = [], [], [], []
     for batch in loader:
         answer = learner(_to(batch["inputs"], device))
@@ -159,19 +153,18 @@ def _test(learner: Learner, loader: Any, settings: Settings, kind: str, level: f
             unimodal.append(torch.stack([x.float().cpu() for x in answer.unimodal_logits]))
     probabilities, target = torch.cat(scores).softmax(-1), torch.cat(targets)
     correct = probabilities.argmax(-1) == target
-    w = x = correlation = None
+    w = x = r = None
     if weights:
         w = torch.cat(weights, 1)
         x = torch.stack([F.cross_entropy(logits, target, reduction="none") for logits in torch.cat(unimodal, 1)])
-        correlation = pearson(w, x)
+        r = correlation(w, x)
     return Tested(
         settings,
-        kind,
-        level,
+        condition,
         correct.double().mean().item(),
         calibration_error(probabilities, target),
         risk_coverage_area(probabilities.amax(-1), correct),
-        correlation,
+        r,
         w,
         x,
     )

@@ -1,21 +1,13 @@
-"""What the trainers train: every method of the tables, each with its answer and its loss. None knows a data set."""
+"""What is trained: networks with an answer and a loss. Rivals with ideas of their own have files of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
-
-from .baselines import evidential_loss
-from .evidential import combine, evidence
-from .image_encoders import ImageEncoder
-from .mmtm import TwoStreams
-
-ANNEALING_EPOCHS = 10
-"""Over how many epochs the evidential loss's divergence comes in, as in TMC's released RGB-D code."""
+from qmf_fusion import FusionModel, LossTrajectory, QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
 
 
 class Answer(NamedTuple):
@@ -28,7 +20,9 @@ class Answer(NamedTuple):
     weights: Tensor | None = None
     """``[M, B]``, of methods that weight modalities per sample."""
     features: tuple[Tensor, ...] = ()
-    """``[B, width]`` per encoder, for alignment."""
+    """``[B, width]`` per encoder, of methods whose loss or fusion looks at them."""
+    present: Tensor | None = None
+    """bool ``[M, B]``, where modalities were dropped."""
 
 
 class Learner(nn.Module):
@@ -39,8 +33,15 @@ class Learner(nn.Module):
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
         raise NotImplementedError
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, epoch: int) -> Tensor:
-        """The loss of a batch in training; ``index`` is each one's place in the training set, epochs count from 0."""
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        """The loss of a batch in training.
+
+        Args:
+            answer: to the batch.
+            target: ``[B]``.
+            index: ``[B]``, each sample's place in the training set.
+            annealing: from 0 to 1, how far those parts of a loss have come in that start late.
+        """
         losses = [F.cross_entropy(x.float(), target) for x in (answer.scores, *answer.unimodal_logits)]
         return torch.stack(losses).sum()
 
@@ -93,8 +94,8 @@ class Joint(Learner):
         features = tuple(give(part, inputs[name]) for name, part in self.parts.items())
         return Answer(self.classifier(torch.cat(features, 1)), features=features)
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, epoch: int) -> Tensor:
-        loss = super().loss(answer, target, index, epoch)
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        loss = super().loss(answer, target, index, annealing)
         if self.alignment:
             loss = loss + self.alignment * cosine_distance(*answer.features).mean()
         return loss
@@ -123,6 +124,13 @@ class LateFusion(Learner):
         return Answer(torch.stack(logits).mean(0), logits)
 
 
+class UnimodalHeads(LateFusion):
+    """Each head trained on its own cross-entropy alone; the answer is the mean of their logits."""
+
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        return torch.stack([F.cross_entropy(x.float(), target) for x in answer.unimodal_logits]).sum()
+
+
 class RankedAverage(LateFusion):
     """Late fusion whose training ranks the weights that QMF would give: Table 2's row of the ranking loss alone.
 
@@ -141,59 +149,11 @@ class RankedAverage(LateFusion):
         self.ranking_weight = objective["ranking_weight"]
         self.ranking = TrajectoryRankingLoss(num_samples, len(heads), objective["form"], objective["pairs"])
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, epoch: int) -> Tensor:
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
         logits = [x.float() for x in answer.unimodal_logits]
         losses = torch.stack([F.cross_entropy(x.detach(), target, reduction="none") for x in logits])
         ranking = self.ranking(self.fusion(logits).weights, losses, index)
-        return super().loss(answer, target, index, epoch) + self.ranking_weight * ranking
-
-
-class MMTMFusion(Learner):
-    """Two ResNets that excite each other's channels, and the mean of their logits; the losses of late fusion."""
-
-    def __init__(self, first: ImageEncoder, second: ImageEncoder, names: Sequence[str], heads: Sequence[nn.Module]):
-        super().__init__()
-        self.streams = TwoStreams(first, second)
-        self.classifiers = nn.ModuleList(heads)
-        self.names = tuple(names)
-        self.encoders = dict(zip(names, (first, second), strict=True))
-
-    def forward(self, inputs: Mapping[str, Any]) -> Answer:
-        features = self.streams(*(inputs[name] for name in self.names))
-        logits = tuple(head(x) for head, x in zip(self.classifiers, features, strict=True))
-        return Answer(torch.stack(logits).mean(0), logits)
-
-
-class Trusted(Learner):
-    """TMC: each modality's evidence, combined by Dempster's rule; with ``pseudo``, ETMC's joint view as one more.
-
-    Args:
-        heads: by modality.
-        pseudo: from all features, side by side, to logits of the pseudo-view.
-    """
-
-    def __init__(self, heads: Mapping[str, Head], pseudo: nn.Module | None = None) -> None:
-        super().__init__()
-        self.parts = nn.ModuleDict(encoders_of(heads))
-        self.classifiers = nn.ModuleDict({name: head.classifier for name, head in heads.items()})
-        self.pseudo = pseudo
-        self.encoders = encoders_of(heads)
-
-    def forward(self, inputs: Mapping[str, Any]) -> Answer:
-        features = {name: give(encoder, inputs[name]) for name, encoder in self.encoders.items()}
-        logits = [self.classifiers[name](x) for name, x in features.items()]
-        if self.pseudo is not None:
-            logits.append(self.pseudo(torch.cat(list(features.values()), 1)))
-        combined = evidence(logits[0].float())
-        for x in logits[1:]:
-            combined = combine(combined, evidence(x.float()))
-        # Their softmax is the Dirichlet's mean.
-        return Answer(torch.log(combined + 1), tuple(logits))
-
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, epoch: int) -> Tensor:
-        annealing = min(1.0, epoch / ANNEALING_EPOCHS)
-        views = [torch.expm1(answer.scores), *(evidence(x.float()) for x in answer.unimodal_logits)]
-        return torch.stack([evidential_loss(view, target, annealing) for view in views]).sum()
+        return super().loss(answer, target, index, annealing) + self.ranking_weight * ranking
 
 
 class QualityAware(Learner):
@@ -204,68 +164,41 @@ class QualityAware(Learner):
         num_samples: of the training set.
         objective: options of ``QMFLoss``.
         fusion: the layer.
+        dropout: options of ``FusionModel``'s modality dropout.
     """
 
     def __init__(
-        self, heads: Mapping[str, Head], num_samples: int, objective: Mapping[str, Any], fusion: QualityAwareFusion
+        self,
+        heads: Mapping[str, Head],
+        num_samples: int,
+        objective: Mapping[str, Any],
+        fusion: QualityAwareFusion,
+        **dropout: Any,
     ) -> None:
         super().__init__()
-        self.model = FusionModel(heads, fusion)
+        self.model = FusionModel(heads, fusion, **dropout)
         self.criterion = QMFLoss(self.model.fusion, num_samples, **objective)
         self.encoders = encoders_of(heads)
 
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
         out = self.model(inputs)
-        return Answer(out.logits, out.unimodal_logits, out.weights)
+        return Answer(out.logits, out.unimodal_logits, out.weights, present=out.present)
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, epoch: int) -> Tensor:
-        return self.criterion(answer.unimodal_logits, target, index).loss
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        return self.criterion(answer.unimodal_logits, target, index, answer.present).loss
 
 
-class Whole(Learner):
-    """One network over all inputs at once, such as MMBT: ``[B, width]`` features, then a classifier.
+def trajectories(learner: nn.Module) -> dict[str, LossTrajectory]:
+    """The trajectories in it, by name."""
+    return {name: module for name, module in learner.named_modules() if isinstance(module, LossTrajectory)}
 
-    Args:
-        network: called with each input as keywords, in the order of ``names``.
-        names: of the inputs.
-        head: the classifier.
-        encoders: what can be frozen.
+
+def keep_trajectories(learner: nn.Module) -> None:
+    """Let ``DistributedDataParallel`` leave the trajectories of ``learner`` alone.
+
+    At every step it copies the first process's buffers into all others, and would so undo what they record of samples
+    of their own. It looks for the names of those to leave out in an attribute of the module that it wraps.
     """
-
-    def __init__(
-        self, network: nn.Module, names: Sequence[str], head: nn.Module, encoders: Mapping[str, nn.Module]
-    ) -> None:
-        super().__init__()
-        self.network, self.classifier = network, head
-        self.names = tuple(names)
-        self.encoders = dict(encoders)
-
-    def forward(self, inputs: Mapping[str, Any]) -> Answer:
-        tensors = [inputs[name] for name in self.names if not isinstance(inputs[name], Mapping)]
-        named = {key: x for name in self.names if isinstance(inputs[name], Mapping) for key, x in inputs[name].items()}
-        return Answer(self.classifier(self.network(*tensors, **named)))
-
-
-WEIGHTINGS: dict[str, dict[str, Any]] = {
-    "qmf": {},
-    "energy": {},
-    "msp": {"uncertainty": "msp"},
-    "entropy": {"uncertainty": "entropy"},
-    "evidence": {"uncertainty": "evidence"},
-}
-"""Options of ``QualityAwareFusion``: QMF, and the rules of the paper's Figure 3, which are weights alone."""
-
-
-def make_fusion(method: str, names: Sequence[str], num_classes: int, detach_weights: bool) -> QualityAwareFusion:
-    """The layer of a method that weights modalities per sample; ``robust`` is the package's recommended rule."""
-    if method == "ranking-only":
-        return QualityAwareFusion(names)
-    if method == "robust":
-        return QualityAwareFusion.robust(names, num_classes=num_classes)
-    return QualityAwareFusion(names, detach_weights=detach_weights, **WEIGHTINGS[method])
-
-
-def objective_options(method: str, ranking_weight: float, form: str, pairs: str) -> dict[str, Any]:
-    """Options of ``QMFLoss``: the rules of Figure 3 go without the ranking."""
-    ranked = method in ("qmf", "robust", "ranking-only")
-    return {"ranking_weight": ranking_weight if ranked else 0.0, "form": form, "pairs": pairs}
+    learner._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        f"{name}.{buffer}" for name, module in trajectories(learner).items() for buffer, _ in module.named_buffers()
+    ]

@@ -1,9 +1,13 @@
 """The multimodal transfer module (Joze et al., CVPR 2020) between the stages of two ResNets."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .image_encoders import ImageEncoder, stage_width
+from .learners import Answer, Learner
 
 SQUEEZE_RATIO = 4
 
@@ -61,3 +65,19 @@ class TwoStreams(nn.Module):
         for stage, transfer in zip((2, 3, 4), self.transfers, strict=True):
             x, y = transfer(getattr(a, f"layer{stage}")(x), getattr(b, f"layer{stage}")(y))
         return self.first.pool(x).flatten(1), self.second.pool(y).flatten(1)
+
+
+class MMTMFusion(Learner):
+    """Two ResNets that excite each other's channels, and the mean of their logits; the losses of late fusion."""
+
+    def __init__(self, first: ImageEncoder, second: ImageEncoder, names: Sequence[str], heads: Sequence[nn.Module]):
+        super().__init__()
+        self.streams = TwoStreams(first, second)
+        self.classifiers = nn.ModuleList(heads)
+        self.names = tuple(names)
+        self.encoders = dict(zip(names, (first, second), strict=True))
+
+    def forward(self, inputs: Mapping[str, Any]) -> Answer:
+        features = self.streams(*(inputs[name] for name in self.names))
+        logits = tuple(head(x) for head, x in zip(self.classifiers, features, strict=True))
+        return Answer(torch.stack(logits).mean(0), logits)

@@ -24,11 +24,16 @@ BAG_WIDTH = 300
 
 
 class BertEncoder(nn.Module):
-    """BERT's pooled output: ``input_ids`` and ``attention_mask``, ``[B, L]`` each, to ``[B, width]``."""
+    """BERT's pooled output: ``input_ids`` and ``attention_mask``, ``[B, L]`` each, to ``[B, width]``.
 
-    def __init__(self, bert: Any) -> None:
+    Args:
+        bert: Transformers' model, with its pooler.
+        marks: the numbers of its [CLS] and [SEP].
+    """
+
+    def __init__(self, bert: Any, marks: tuple[int, int]) -> None:
         super().__init__()
-        self.bert = bert
+        self.bert, self.marks = bert, marks
         self.width = int(bert.config.hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ def load_bert(text_model: str, numbering: Numbering, pretrained: bool = True) ->
     """
     if isinstance(numbering, WordNumbers):
         config = transformers.BertConfig(vocab_size=len(numbering.vocabulary) + 2, **TINY)
-        return BertEncoder(transformers.BertModel(config))
+        return BertEncoder(transformers.BertModel(config), (numbering.cls_id, numbering.sep_id))
     with _hub_errors(text_model):
         if pretrained:
             bert = transformers.AutoModel.from_pretrained(text_model)
@@ -178,7 +183,7 @@ def load_bert(text_model: str, numbering: Numbering, pretrained: bool = True) ->
             bert = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(text_model))
     if getattr(bert, "pooler", None) is None:
         raise CommandError(f"--text-model {text_model}: must be a BERT with a pooler, got {type(bert).__name__}")
-    return BertEncoder(bert)
+    return BertEncoder(bert, (numbering.cls_id, numbering.sep_id))
 
 
 class _hub_errors:  # noqa: N801 - reads as a function

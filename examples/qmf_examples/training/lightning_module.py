@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from qmf_fusion import LossTrajectory
-
-from ..models.learners import Learner
+from ..models.learners import Learner, keep_trajectories, trajectories
 from .settings import Settings
 
 ACCURACY = "validation/accuracy"
+ANNEALING_EPOCHS = 10
+"""Over how many epochs the evidential loss's divergence comes in, as in TMC's released RGB-D code."""
 
 
 class TrainingModule(L.LightningModule):
@@ -34,14 +34,7 @@ class TrainingModule(L.LightningModule):
         self.sizes = {"num_classes": num_classes, "num_samples": num_samples}
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
-        # DistributedDataParallel copies the first process's buffers into all others at every step, and would so undo
-        # what they record of their own samples. It looks for the names of those to leave alone here.
-        self._ddp_params_and_buffers_to_ignore = [
-            f"{name}.{buffer}"
-            for name, module in self.named_modules()
-            if isinstance(module, LossTrajectory)
-            for buffer, _ in module.named_buffers()
-        ]
+        keep_trajectories(self)
 
     def on_train_epoch_start(self) -> None:
         # Dropout and crops draw from generators that depend on the seed, the epoch and the process alone, so that a
@@ -56,16 +49,16 @@ class TrainingModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         answer = self.learner(batch["inputs"])
-        loss = self.learner.loss(answer, batch["label"], batch["index"], self.current_epoch)
+        annealing = min(1.0, self.current_epoch / ANNEALING_EPOCHS)
+        loss = self.learner.loss(answer, batch["label"], batch["index"], annealing)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
         return loss
 
     def on_validation_start(self) -> None:
         # Each process has seen samples of its own; merged here, before the checkpoint of the epoch is written.
         if not self.trainer.sanity_checking:
-            for module in self.learner.modules():
-                if isinstance(module, LossTrajectory):
-                    module.sync()
+            for trajectory in trajectories(self.learner).values():
+                trajectory.sync()
 
     def validation_step(self, batch: dict[str, Any], number: int) -> None:
         scores, label = self.learner(batch["inputs"]).scores, batch["label"]

@@ -16,13 +16,16 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
+from ..data.catalogue import DATA_SETS
 from ..errors import CommandError
 from ..files import save_checkpoint, write_atomically
 from ..models.learners import Learner
 from ..processes import launched, most_devices, together
 from . import paired_batches, text_batches
 from .lightning_module import ACCURACY, Batches, TrainingModule
+from .networks import build_learner
 from .settings import FILE, Settings, differences, load_run, write_settings
+from .training_data import TrainingData
 
 BEST, LAST, FINISHED = "best.ckpt", "last.ckpt", "finished.json"
 
@@ -93,7 +96,10 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
             return read_finished(folder)
     quieten()
     L.seed_everything(settings.seed, verbose=False)
-    data, collate, learner = build(settings)
+    loader = loader_of(settings.data_set)
+    data: TrainingData = loader.load_training(settings)
+    num_classes = len(data.classes)
+    learner = build_learner(settings, num_classes, data.num_samples, data.numbering)
     folder.mkdir(parents=True, exist_ok=True)
     if is_first_process():
         write_settings(folder / FILE, settings)
@@ -102,8 +108,8 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
     stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
     trainer = make_trainer(settings, folder, stopping)
     if state is None or not _is_over(state, settings):
-        module = TrainingModule(learner, settings, data.num_classes, data.num_samples)
-        batches = Batches(data.train, data.select, collate, settings)
+        module = TrainingModule(learner, settings, num_classes, data.num_samples)
+        batches = Batches(data.train, data.select, loader.collate, settings)
         try:
             with together(trainer.world_size):
                 trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
@@ -147,18 +153,9 @@ def check_machine(settings: Settings) -> None:
         raise CommandError(f"--devices: must be from 1 to the {most} there are here ({kind}), got {devices!r}")
 
 
-def build(settings: Settings) -> tuple[Any, Any, Learner]:
-    """The data, how its samples make a batch, and the method's networks."""
-    if settings.data_set in ("nyud2", "sunrgbd"):
-        images = paired_batches.load_training(settings)
-        return (
-            images,
-            paired_batches.collate,
-            paired_batches.build_learner(settings, images.num_classes, images.num_samples),
-        )
-    texts = text_batches.load_training(settings)
-    learner = text_batches.build_learner(settings, texts.num_classes, texts.num_samples, texts.numbering)
-    return texts, text_batches.collate, learner
+def loader_of(data_set: str) -> Any:
+    """The module that makes the set's samples and batches: ``load_training``, ``load_test`` and ``collate``."""
+    return paired_batches if DATA_SETS[data_set].paired else text_batches
 
 
 def make_trainer(settings: Settings, folder: Path, stopping: EarlyStopping) -> L.Trainer:
@@ -230,12 +227,8 @@ def load_learner(folder: Path) -> tuple[Settings, Learner, Any]:
     state = read_checkpoint(folder / BEST)
     weights = {key.removeprefix("learner."): x for key, x in state["state_dict"].items() if key.startswith("learner.")}
     num_classes, num_samples = (int(state.get("sizes", {}).get(name, 1)) for name in ("num_classes", "num_samples"))
-    numbering = None
-    if settings.data_set in ("nyud2", "sunrgbd"):
-        learner = paired_batches.build_learner(settings, num_classes, num_samples, pretrained=False)
-    else:
-        numbering = text_batches.load_texts_numbering(settings)
-        learner = text_batches.build_learner(settings, num_classes, num_samples, numbering, pretrained=False)
+    numbering = None if DATA_SETS[settings.data_set].paired else text_batches.load_texts_numbering(settings)
+    learner = build_learner(settings, num_classes, num_samples, numbering, pretrained=False)
     try:
         learner.load_state_dict(weights)
     except RuntimeError as error:

@@ -9,12 +9,11 @@ import sys
 import pytest
 
 from qmf_examples.cli import main
+from qmf_examples.comparison.digits import TABLE
+from qmf_examples.corruption.conditions import VIEW_COPIES as CONDITIONS
 from qmf_examples.corruption.view_copies import CORRUPTIONS
-from qmf_examples.data.digits import VIEWS
-from qmf_examples.models.methods import list_methods
 from qmf_fusion import __version__
 
-CONDITIONS = [("clean", 0.0), *((kind, level) for kind, c in CORRUPTIONS.items() for level in c.levels)]
 # The folders under test, for a process of its own.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
@@ -30,7 +29,7 @@ def failing(capsys, arguments):
 
 def test_results_hold_one_row_per_method_condition_and_level(quick_run):
     content = json.loads((quick_run.output / "results.json").read_text())
-    methods = [method.name for method in list_methods(tuple(VIEWS))]
+    methods = [method.label for method in TABLE.methods]
     found = [(row["method"], row["condition"], row["level"]) for row in content["rows"]]
     assert found == [(method, *condition) for method in methods for condition in CONDITIONS]
     for row in content["rows"]:
@@ -60,8 +59,8 @@ def test_the_heads_learn_and_damage_hurts(quick_run):
 
 
 def test_the_tables_show_every_method_and_the_losses_in_words(quick_run):
-    for method in list_methods(tuple(VIEWS)):
-        assert method.name in quick_run.stdout
+    for method in TABLE.methods:
+        assert method.label in quick_run.stdout
     content = json.loads((quick_run.output / "results.json").read_text())
     # A loss at one level need not show in the mean over levels, but it is counted.
     assert len(re.findall(r" [1-9]\d* of 10 *$", quick_run.stdout, re.MULTILINE)) == sum(
@@ -110,8 +109,8 @@ def test_the_help_of_the_digits_names_all_that_is_compared(capsys):
     assert main(["train", "digits", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "three forms" in shown
-    assert len([method for method in list_methods(tuple(VIEWS)) if method.name.startswith("QMF, ")]) == 1 + 3
-    others = [m.name for m in list_methods(tuple(VIEWS)) if m.role == "fusion" and not m.name.startswith("QMF, ")]
+    assert len([method for method in TABLE.methods if method.label.startswith("QMF, ")]) == 1 + 3
+    others = [m.label for m in TABLE.methods if m.role == "fusion" and not m.label.startswith("QMF, ")]
     assert others == ["energy of LogitNorm", "robust"]
     for word in ("every view alone", "plain averages", "LogitNorm", "robust", "oracle"):
         assert word in shown
@@ -176,7 +175,7 @@ def test_a_disk_that_fails_later_is_one_line_too(tmp_path, capsys, monkeypatch):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device", "results.json")
 
-    monkeypatch.setattr("qmf_examples.comparison.digits_report.run_and_report", refuse)
+    monkeypatch.setattr("qmf_examples.comparison.digits.run_and_report", refuse)
     code, line = failing(capsys, ["train", "digits", "--output", str(tmp_path)])
     assert code == 1
     assert "results.json: No space left on device" in line
@@ -186,7 +185,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path, capsys, monkeypatc
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qmf_examples.comparison.digits_report.run_and_report", interrupt)
+    monkeypatch.setattr("qmf_examples.comparison.digits.run_and_report", interrupt)
     code, line = failing(capsys, ["train", "digits", "--output", str(tmp_path)])
     assert code == 130
     assert line.endswith("interrupted; what was finished is kept: run it again with --resume to go on")
@@ -195,8 +194,8 @@ def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("command", "work"),
     [
-        (["bench-robustness", "--output", "."], "robustness_report.run_and_report"),
-        (["report", "."], "run_theory.report_run"),
+        (["bench-robustness", "--output", "."], "comparison.robustness.run_and_report"),
+        (["report", "."], "comparison.theory.report_run"),
     ],
 )
 def test_an_interrupt_promises_nothing_where_nothing_is_kept(command, work, tmp_path, capsys, monkeypatch):

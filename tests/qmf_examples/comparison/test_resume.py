@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qmf_examples.cli import main
-from qmf_examples.comparison.digits import DigitsConfig, run_digits
+from qmf_examples.comparison.digits import TABLE, run_digits
+from qmf_examples.comparison.heads import Config
 from qmf_examples.errors import CommandError
 from qmf_examples.files import write_atomically
 
@@ -20,7 +21,8 @@ CONFIG = {"seeds": (0,), "epochs": 4, "checkpoint_every": 2}
 KILLED = """
 import io, os, signal, sys
 from pathlib import Path
-import qmf_examples.comparison.digits as digits
+from qmf_examples.comparison.digits import run_digits
+from qmf_examples.comparison.heads import Config
 import torch
 
 folder, where = Path(sys.argv[1]), sys.argv[2]
@@ -31,7 +33,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def report(seed, training, epoch):
+def progress(name, seed, training, epoch):
     if where == "epoch" and (training, epoch) == ("qmf-paper", 3):
         die()
 
@@ -50,7 +52,7 @@ if where == "write":
 
     torch.save = save
 
-digits.run_digits(digits.DigitsConfig(seeds=(0,), epochs=4, checkpoint_every=2), folder, report=report)
+run_digits(Config(seeds=(0,), epochs=4, checkpoint_every=2), folder, progress=progress)
 """
 
 
@@ -78,7 +80,7 @@ def assert_bit_equal(found, expected, where=""):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return run_digits(DigitsConfig(**CONFIG), folder), load(folder)
+    return run_digits(Config(**CONFIG), folder), load(folder)
 
 
 @pytest.mark.parametrize("where", ["epoch", "write"])
@@ -97,7 +99,7 @@ def test_a_killed_run_resumes_bit_equal(where, uninterrupted, tmp_path):
     assert halves == (["seed0-qmf-paper"] if where == "write" else [])
 
     reported = []
-    resumed = run_digits(DigitsConfig(**CONFIG), folder, resume=True, report=lambda *event: reported.append(event))
+    resumed = run_digits(Config(**CONFIG), folder, resume=True, progress=lambda *event: reported.append(event[1:]))
     assert resumed == scores
     found = load(folder)
     assert_bit_equal(found, checkpoints)
@@ -106,11 +108,10 @@ def test_a_killed_run_resumes_bit_equal(where, uninterrupted, tmp_path):
     assert [event[2] for event in reported if event[1] == "qmf-paper"] == [2, 3, 4]
     # And what was compared is the trajectory and weights that moved.
     state = found["seed0-qmf-paper.pt"]
-    assert (state["criterion"]["ranking.trajectory.history"][1] == 4).all()
-    assert state["criterion"]["ranking.trajectory.history"].min() > 0
-    assert not torch.equal(
-        state["model"]["heads.pixels.0.weight"], left["seed0-qmf-paper.pt"]["model"]["heads.pixels.0.weight"]
-    )
+    assert (state["learner"]["criterion.ranking.trajectory.history"][1] == 4).all()
+    assert state["learner"]["criterion.ranking.trajectory.history"].min() > 0
+    weight = "model.heads.pixels.encoder.0.weight"
+    assert not torch.equal(state["learner"][weight], left["seed0-qmf-paper.pt"]["learner"][weight])
 
 
 def test_the_command_resumes_to_the_same_bytes(quick_run, tmp_path):
@@ -124,14 +125,14 @@ def test_the_command_resumes_to_the_same_bytes(quick_run, tmp_path):
 def test_without_resume_old_checkpoints_are_not_used(uninterrupted, tmp_path):
     (tmp_path / "seed0-unimodal.pt").write_bytes(b"of an earlier run")
     (tmp_path / "seed7-unimodal.pt").write_bytes(b"of an earlier run")
-    assert run_digits(DigitsConfig(**CONFIG), tmp_path) == uninterrupted[0]
+    assert run_digits(Config(**CONFIG), tmp_path) == uninterrupted[0]
     assert not (tmp_path / "seed7-unimodal.pt").exists()
 
 
 def test_other_settings_and_broken_files_are_refused(quick_run, tmp_path, capsys):
     folder = quick_run.output / "checkpoints"
     with pytest.raises(CommandError, match=r"--resume: .*seed3-unimodal.pt was made with epochs 2, not with epochs 3"):
-        run_digits(DigitsConfig(seeds=(3,), epochs=3), folder, resume=True)
+        run_digits(Config(seeds=(3,), epochs=3), folder, resume=True)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "seed3-unimodal.pt").write_bytes(b"garbage")
     capsys.readouterr()
@@ -174,9 +175,9 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 
 
 def test_settings_are_recorded_for_comparison():
-    from qmf_examples.models.methods import TRAININGS
-
-    made = DigitsConfig(seeds=(0, 1)).made_with(1, TRAININGS[2])
-    assert json.loads(made["options"]) == {"form": "paper"}
-    assert made == DigitsConfig(seeds=(1, 2, 3), checkpoint_every=1).made_with(1, TRAININGS[2])
-    assert made != DigitsConfig(batch_size=64).made_with(1, TRAININGS[2])
+    plain, qmf = (next(each for each in TABLE.trainings if each.name == name) for name in ("unimodal", "qmf-paper"))
+    made = Config(seeds=(0, 1)).made_with(1, qmf)
+    assert json.loads(made["training"]) == "qmf-paper"
+    assert made == Config(seeds=(1, 2, 3), checkpoint_every=1).made_with(1, qmf)
+    assert made != Config(batch_size=64).made_with(1, qmf)
+    assert made != Config(seeds=(0, 1)).made_with(1, plain)

@@ -7,39 +7,41 @@ import numpy as np
 import pytest
 
 from qmf_examples.cli import main
+from qmf_examples.comparison.heads import Config
 from qmf_examples.comparison.results import Score
-from qmf_examples.comparison.robustness import OURS, RULES, BenchConfig, list_jobs, run
-from qmf_examples.comparison.robustness_report import tabulate
+from qmf_examples.comparison.robustness import METHODS, run, split_by_damage, tabulate
+from qmf_examples.corruption.conditions import FEATURES
 from qmf_examples.data.multiview import MultiView
 
 scipy_io = pytest.importorskip("scipy.io")
+SMALL = {"epochs": None, "steps": 25, "hidden": 16, "learning_rate": 1e-3, "weight_decay": 1e-4}
 
 
 def small_set(name="small", views=4, samples=160, classes=4):
     rng = np.random.default_rng(0)
     labels = np.arange(samples) % classes
     centres = rng.normal(size=(views, classes, 12))
-    return MultiView(name, [c[labels] + 0.5 * rng.normal(size=(samples, 12)) for c in centres], labels)
+    made = [c[labels] + 0.5 * rng.normal(size=(samples, 12)) for c in centres]
+    return MultiView(name, {str(number): view for number, view in enumerate(made)}, labels)
 
 
 @pytest.fixture(scope="module")
 def results():
-    return run([small_set()], BenchConfig(seeds=(0, 1), steps=25, hidden=16))
+    return run([small_set()], Config(seeds=(0, 1), **SMALL))
 
 
 def test_bit_reproducible(results):
-    again = run([small_set()], BenchConfig(seeds=(0, 1), steps=25, hidden=16))
+    again = run([small_set()], Config(seeds=(0, 1), **SMALL))
     assert again == results
-    other = run([small_set()], BenchConfig(seeds=(2,), steps=25, hidden=16))
+    other = run([small_set()], Config(seeds=(2,), **SMALL))
     assert other["small"] != [s for s in results["small"] if s.seed == 0]
 
 
 def test_every_rule_under_every_condition(results):
     scores = results["small"]
-    assert len(scores) == len(RULES) * 7 * 2
-    assert RULES[-1].told
-    assert not any(rule.told for rule in RULES[:-1])
-    assert set(OURS) <= {rule.name for rule in RULES}
+    assert len(scores) == len(METHODS) * len(FEATURES) * 2
+    assert [method.role == "oracle" for method in METHODS] == [False] * (len(METHODS) - 1) + [True]
+    assert {"robust", "robust, calibrated", "robust + modality dropout"} <= {method.label for method in METHODS}
 
 
 def test_the_rule_and_the_oracle_see_through_noise(results):
@@ -49,7 +51,7 @@ def test_the_rule_and_the_oracle_see_through_noise(results):
 
 
 def test_tables_are_means_worsts_and_gaps():
-    names = [rule.name for rule in RULES]
+    names = [method.label for method in METHODS]
     rng = np.random.default_rng(0)
     results = {
         data: [
@@ -76,26 +78,28 @@ def test_tables_are_means_worsts_and_gaps():
     assert min(line.shortfall for line in lines[:-1]) >= 0
 
 
-def test_sets_with_images_are_benched_twice():
-    plain = small_set()
-    images = plain._replace(name="digits", images=np.zeros((160, 8, 8)))
-    assert [job.name for job in list_jobs([plain, images])] == ["small", "digits", "digits (images)"]
+def test_sets_with_images_have_two_tables():
+    clean, noisy, dark = (
+        Score("robust", kind, 1.0 * (kind == "noise"), 0, 0.5, None) for kind in ("clean", "noise", "occlusion")
+    )
+    tables = split_by_damage({"small": [clean, noisy], "digits": [clean, noisy, dark]})
+    assert tables == {"small": [clean, noisy], "digits": [clean, noisy], "digits (images)": [clean, dark]}
 
 
 def test_command(tmp_path, capsys):
     data = small_set()
     views = np.empty((4, 1), dtype=object)
-    views[:, 0] = data.views
+    views[:, 0] = list(data.views.values())
     scipy_io.savemat(tmp_path / "mine.mat", {"X": views, "y": data.labels})
     output = tmp_path / "out"
     arguments = ["bench-robustness", str(tmp_path / "mine.mat"), "--no-digits", "--quick", "--steps", "3"]
     assert main([*arguments, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert all(rule.name in printed for rule in RULES)
+    assert all(method.label in printed for method in METHODS)
     assert "Correlation of weight and loss" in printed
     content = json.loads((output / "robustness.json").read_text())
     assert content["sets"] == [{"name": "mine", "samples": 160, "views": [12] * 4}]
-    assert len(content["tables"]["features"]) == len(RULES)
+    assert len(content["tables"]["features"]) == len(METHODS)
     assert (output / "robustness.png").read_bytes().startswith(b"\x89PNG")
     first = (output / "robustness.json").read_bytes()
     assert main([*arguments, "--output", str(output)]) == 0
@@ -122,7 +126,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(command, tmp
     def work(*_, **__):
         raise AssertionError("it went to work")
 
-    monkeypatch.setattr("qmf_examples.comparison.robustness_report.run_and_report", work)
+    monkeypatch.setattr("qmf_examples.comparison.robustness.run_and_report", work)
     monkeypatch.setattr("qmf_examples.comparison.theory.report_run", work)
     (tmp_path / "file").write_text("kept")
     folders = [tmp_path / "file", *(path for path in [Path("/proc")] if path.is_dir())]
@@ -141,7 +145,7 @@ def test_a_disk_that_fails_later_is_one_line(command, tmp_path, capsys, monkeypa
     def refuse(*_, **__):
         raise OSError(28, "No space left on device", "some.json")
 
-    monkeypatch.setattr("qmf_examples.comparison.robustness_report.run_and_report", refuse)
+    monkeypatch.setattr("qmf_examples.comparison.robustness.run_and_report", refuse)
     monkeypatch.setattr("qmf_examples.comparison.theory.report_run", lambda *_: [])
     monkeypatch.setattr("qmf_examples.comparison.theory.write", refuse)
     given = [str(tmp_path)] if command == "report" else ["--output", str(tmp_path)]

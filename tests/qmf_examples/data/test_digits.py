@@ -1,24 +1,20 @@
-"""The views: each against a direct computation or a symmetry that it must have."""
+"""The digits and their views: each against a direct computation or a symmetry that it must have."""
 
 import numpy as np
 import pytest
 
-from qmf_examples.data.digits import VIEWS, Scaler, fourier, gradients, load_split, pixels, projections
+from qmf_examples.data.digits import VIEWS, fourier, gradients, load_digits, pixels, projections
 
 IMAGES = np.random.default_rng(1).random((5, 8, 8))
 
 
-def test_the_split_is_of_all_images_stratified_seeded_and_scaled():
-    train, test = load_split(0)
-    assert sorted([*train.ids, *test.ids]) == list(range(1797))
-    for part in (train, test):
-        assert part.images.min() == 0
-        assert part.images.max() == 1
-        assert part.images.shape[1:] == (8, 8)
-    shares = [np.bincount(part.labels, minlength=10) / len(part.labels) for part in (train, test)]
-    assert abs(shares[0] - shares[1]).max() < 0.002
-    np.testing.assert_array_equal(load_split(0)[1].ids, test.ids)
-    assert (load_split(1)[1].ids != test.ids).any()
+def test_the_images_are_all_there_and_lie_between_0_and_1():
+    data = load_digits()
+    assert data.images.shape == (1797, 8, 8)
+    assert (data.images.min(), data.images.max()) == (0, 1)
+    assert [view.shape for view in data.views.values()] == [(1797, 64), (1797, 40), (1797, 32), (1797, 46)]
+    assert list(data.views) == list(data.looks) == list(VIEWS)
+    assert data.num_classes == 10
 
 
 def test_there_are_at_least_four_views_of_one_image_each():
@@ -68,13 +64,3 @@ def test_projections_are_means_along_lines():
     expected += [np.diagonal(image, -n).mean() for n in range(-7, 8)]
     expected += [np.diagonal(image[::-1], n).mean() for n in range(-7, 8)]
     np.testing.assert_allclose(got, expected, atol=1e-12)
-
-
-def test_the_scaler_centres_and_leaves_constant_features_harmless():
-    features = np.random.default_rng(2).normal(3.0, 2.0, (100, 6))
-    features[:, 0] = 0.0
-    scaler = Scaler.fit(features)
-    scaled = scaler(features)
-    assert scaled.dtype == np.float32
-    np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-6)
-    assert scaler(np.full((1, 6), 1.0))[0, 0] == pytest.approx(1 / features.std(0).mean())

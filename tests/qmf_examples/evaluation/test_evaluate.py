@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qmf_examples.cli import main
+from qmf_examples.corruption.conditions import Condition
 from qmf_examples.evaluation.published import published_accuracy, published_correlation
 from qmf_examples.evaluation.reliability import (
     calibration_error,
@@ -19,7 +20,7 @@ from qmf_examples.evaluation.reliability import (
     risk_coverage_area,
 )
 from qmf_examples.evaluation.report import measure_robustness, notes, summarise_runs
-from qmf_examples.evaluation.testing import Conditions
+from qmf_examples.evaluation.testing import NoisePlan
 from qmf_examples.evaluation.testing import Tested as Record
 from qmf_examples.training.settings import ABLATION, resolve
 
@@ -60,7 +61,7 @@ def test_robustness_measures():
 
 def record(method, seed, level, accuracy, **changes):
     run = resolve("nyud2", {"method": method, "seed": seed, "data_root": "x", **changes})
-    return Record(run, "gaussian", level, accuracy, 0.1, 0.2, -0.5 if method == "qmf" else None, None, None)
+    return Record(run, Condition("gaussian", level), accuracy, 0.1, 0.2, -0.5 if method == "qmf" else None, None, None)
 
 
 def test_cells_hold_mean_deviation_and_worst_beside_the_papers():
@@ -78,7 +79,7 @@ def test_cells_hold_mean_deviation_and_worst_beside_the_papers():
 
 def test_selection_on_the_test_set_is_said():
     tested = [record("qmf", 1, 0.0, 0.7, selection="test")]
-    said = " ".join(notes(tested, summarise_runs(tested), Conditions(("gaussian",), (0.0,))))
+    said = " ".join(notes(tested, summarise_runs(tested), NoisePlan(("gaussian",), (0.0,))))
     assert "chosen on the test set" in said
 
 

@@ -1,17 +1,14 @@
-"""What defines each baseline: Dempster's rule, squeezed channels, image tokens in BERT's input, cosine distance."""
+"""What defines each method: squeezed channels, image tokens in BERT's input, cosine distance."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.special import digamma, gammaln
 from torch import nn
 
 from qmf_examples.errors import CommandError
-from qmf_examples.models.baselines import evidential_loss
-from qmf_examples.models.evidential import combine, evidence, opinion
 from qmf_examples.models.image_encoders import ImageEncoder
 from qmf_examples.models.learners import (
     Answer,
@@ -20,61 +17,13 @@ from qmf_examples.models.learners import (
     LateFusion,
     QualityAware,
     RankedAverage,
-    Trusted,
     cosine_distance,
-    make_fusion,
-    objective_options,
 )
+from qmf_examples.models.methods import METHODS, Objective
 from qmf_examples.models.mmbt import MultimodalBert
 from qmf_examples.models.mmtm import MMTM, TwoStreams
 from qmf_examples.models.text_encoders import BagOfWords, WordNumbers, load_bert, pad
 from qmf_examples.models.vocabulary import Vocabulary
-
-amounts = st.lists(st.floats(0, 50), min_size=3, max_size=3).map(lambda x: torch.tensor(x, dtype=torch.float64))
-
-
-def dempster(first, second):
-    """Definition 4 of the ICLR paper as printed: beliefs, uncertainties, and the conflict between them."""
-    (b1, u1), (b2, u2) = opinion(first), opinion(second)
-    conflict = b1.sum() * b2.sum() - (b1 * b2).sum()
-    b = (b1 * b2 + b1 * u2 + b2 * u1) / (1 - conflict)
-    u = u1 * u2 / (1 - conflict)
-    return b, u
-
-
-@given(amounts, amounts)
-@settings(max_examples=60, deadline=None)
-def test_combination_is_dempsters(first, second):
-    beliefs, uncertainty = opinion(combine(first, second))
-    b, u = dempster(first, second)
-    torch.testing.assert_close(beliefs, b)
-    torch.testing.assert_close(uncertainty, u)
-
-
-@given(amounts, amounts, amounts)
-@settings(max_examples=60, deadline=None)
-def test_combination_commutes_associates_and_only_gains(first, second, third):
-    both = combine(first, second)
-    torch.testing.assert_close(both, combine(second, first), rtol=0, atol=0)
-    torch.testing.assert_close(combine(both, third), combine(first, combine(second, third)))
-    assert torch.equal(combine(first, torch.zeros(3, dtype=torch.float64)), first)
-    assert opinion(both)[1] <= torch.minimum(opinion(first)[1], opinion(second)[1]) * (1 + 1e-12)
-
-
-def test_evidential_loss_is_the_expected_cross_entropy():
-    logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([0, 1, 2, 3, 0])
-    alpha = np.logaddexp(0, logits.numpy()) + 1
-    rows = np.arange(5)
-    expected = digamma(alpha.sum(1)) - digamma(alpha[rows, target])
-    wrong = alpha.copy()
-    wrong[rows, target] = 1
-    total = wrong.sum(1)
-    shift = digamma(wrong) - digamma(total)[:, None]
-    divergence = gammaln(total) - gammaln(wrong).sum(1) - gammaln(4) + ((wrong - 1) * shift).sum(1)
-    for annealing in (0.0, 0.5, 1.0):
-        got = evidential_loss(evidence(logits), target, annealing).item()
-        assert abs(got - (expected + annealing * divergence).mean()) < 1e-5
 
 
 def tiny_heads(widths=(4, 6), classes=3):
@@ -84,29 +33,15 @@ def tiny_heads(widths=(4, 6), classes=3):
     }
 
 
+def build(method, objective):
+    """A method of the registry on the tiny heads."""
+    sizes = {"modalities": ("rgb", "depth"), "num_classes": 3, "num_samples": 5, "seed": 0}
+    return METHODS[method].training.build(SimpleNamespace(**sizes, objective=objective, heads=tiny_heads))
+
+
 def tiny_inputs():
     generator = torch.Generator().manual_seed(1)
     return {"rgb": torch.randn(5, 4, generator=generator), "depth": torch.randn(5, 6, generator=generator)}
-
-
-def test_trusted_answers_with_the_dirichlets_mean():
-    torch.manual_seed(0)
-    heads = tiny_heads()
-    answer = Trusted(heads)(tiny_inputs())
-    views = [F.softplus(x) for x in answer.unimodal_logits]
-    for row in range(5):
-        beliefs, uncertainty = dempster(views[0][row].double(), views[1][row].double())
-        torch.testing.assert_close(answer.scores.softmax(-1)[row].double(), beliefs + uncertainty / 3)
-
-
-def test_the_pseudo_view_adds_evidence_of_both_features():
-    torch.manual_seed(0)
-    learner = Trusted(tiny_heads(), nn.Linear(16, 3))
-    answer = learner(tiny_inputs())
-    assert len(answer.unimodal_logits) == 3
-    loss = learner.loss(answer, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5), epoch=3)
-    loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.parameters())
 
 
 def test_squeeze_ratio_four_and_what_excites():
@@ -141,7 +76,7 @@ def test_mmbt_puts_image_tokens_into_berts_input():
     torch.manual_seed(0)
     numbering = WordNumbers(Vocabulary(["red bean soup"]), 16, framed=True)
     text, image = load_bert("tiny", numbering), ImageEncoder("tiny", "none", regions=3)
-    network = MultimodalBert(text, image, numbering.cls_id, numbering.sep_id).eval()
+    network = MultimodalBert(text, image).eval()
     seen = {}
     text.bert.encoder.register_forward_pre_hook(lambda module, given: seen.update(tokens=given[0]))
     images, rows = torch.randn(2, 3, 32, 32), [numbering("red bean soup"), numbering("soup")]
@@ -187,9 +122,8 @@ def test_late_fusion_is_the_mean_and_trains_on_all_three():
 
 def test_the_ranking_alone_moves_the_training_of_late_fusion_and_not_its_answer():
     torch.manual_seed(0)
-    options = objective_options("ranking-only", 0.5, "margin", "all")
-    late = LateFusion(tiny_heads())
-    ranked = RankedAverage(tiny_heads(), 5, options, make_fusion("ranking-only", ["rgb", "depth"], 3, True))
+    late, ranked = LateFusion(tiny_heads()), build("ranking-only", Objective(0.5, "margin", "all"))
+    assert isinstance(ranked, RankedAverage)
     ranked.heads.load_state_dict(late.heads.state_dict())
     target, index = torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)
     answer = ranked(tiny_inputs())
@@ -214,8 +148,8 @@ def test_the_ranking_alone_moves_the_training_of_late_fusion_and_not_its_answer(
 @pytest.mark.parametrize("method", ["qmf", "energy", "msp", "entropy", "evidence"])
 def test_weights_come_from_the_uncertainty_asked_for(method):
     torch.manual_seed(0)
-    objective = objective_options(method, 0.1, "released", "adjacent")
-    learner = QualityAware(tiny_heads(), 5, objective, make_fusion(method, ["rgb", "depth"], 3, False))
+    learner = build(method, Objective(0.1, "released", "adjacent"))
+    assert isinstance(learner, QualityAware)
     answer = learner(tiny_inputs())
     x = answer.unimodal_logits[0].double()
     p = x.softmax(-1)

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 from qmf_examples.cli import main
 from qmf_examples.errors import CommandError
-from qmf_examples.training import run as training_run
+from qmf_examples.training import paired_batches
 from qmf_examples.training.lightning_module import TrainingModule
 from qmf_examples.training.run import load_learner, read_checkpoint, train_run
 from qmf_examples.training.settings import METHODS, QUICK, resolve
@@ -378,14 +378,14 @@ def test_an_interrupt_in_the_middle_of_an_epoch_is_one_line_and_can_be_resumed(s
 def test_an_image_that_vanishes_while_a_process_loads_it_is_one_line(sample, tmp_path, capsys, monkeypatch):
     shutil.copytree(sample("nyud2"), tmp_path / "data")
     gone = tmp_path / "data" / "train" / "office"
-    build = training_run.build
+    load = paired_batches.load_training
 
-    def build_and_lose(settings):
-        built = build(settings)
+    def load_and_lose(settings):
+        data = load(settings)
         shutil.rmtree(gone)
-        return built
+        return data
 
-    monkeypatch.setattr(training_run, "build", build_and_lose)
+    monkeypatch.setattr(paired_batches, "load_training", load_and_lose)
     arguments = ["train", "nyud2", "--quick", "--method", "rgb", "--workers", "1", "--output", str(tmp_path / "runs")]
     assert main([*arguments, "--data-root", str(tmp_path / "data")]) == 1
     error = capsys.readouterr().err
