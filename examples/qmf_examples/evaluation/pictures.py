@@ -2,21 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..data.catalogue import DATA_SETS
+from .cells import Cell
 from .display import COLORS, MARKERS, new_figure, save_figure
 from .testing import NoisePlan, Tested
-
-if TYPE_CHECKING:
-    from .report import Cell
 
 SINGLE = ("rgb", "depth", "bow", "image", "bert")
 POINTS = 2000
 """How many samples a panel shows at most."""
 
 
-def plot_noise(path: Path, cells: "Sequence[Cell]", plan: NoisePlan, title: str) -> None:
+def plot_noise(path: Path, cells: Sequence[Cell], plan: NoisePlan, title: str) -> None:
     """Write a PNG: mean accuracy in %, bars of one standard deviation over seeds; the paper's means dotted.
 
     Args:

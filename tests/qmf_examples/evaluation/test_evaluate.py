@@ -12,6 +12,7 @@ from PIL import Image
 
 from qmf_examples.cli import main
 from qmf_examples.corruption.conditions import Condition
+from qmf_examples.evaluation.cells import measure_robustness, summarise_runs
 from qmf_examples.evaluation.published import published_accuracy, published_correlation
 from qmf_examples.evaluation.reliability import (
     calibration_error,
@@ -19,7 +20,7 @@ from qmf_examples.evaluation.reliability import (
     relative_robustness,
     risk_coverage_area,
 )
-from qmf_examples.evaluation.report import measure_robustness, notes, summarise_runs
+from qmf_examples.evaluation.report import notes
 from qmf_examples.evaluation.testing import NoisePlan
 from qmf_examples.evaluation.testing import Tested as Record
 from qmf_examples.training.settings import ABLATION, resolve
