@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..evaluation.display import COLORS, MARKERS, new_figure, save_figure
+from ..evaluation.display import COLORS, MARKERS, accuracy_line, accuracy_panels, legend_below, save_figure
 from ..models.methods import Method
 from .results import Row
 
@@ -20,8 +21,7 @@ def plot_accuracy(
         units: by condition, what its levels measure; a panel each.
         title: over the panels.
     """
-    figure = new_figure(4.6 * len(units), 5.6)
-    axes = figure.subplots(1, len(units), sharey=True, squeeze=False)[0]
+    figure, axes = accuracy_panels(list(units), 4.6, 5.6)
     styles = _styles(methods)
     for axis, (condition, unit) in zip(axes, units.items(), strict=True):
         for nth, method in enumerate(methods):
@@ -31,28 +31,18 @@ def plot_accuracy(
             )
             # A little to the side, so that bars of methods that tie stay apart.
             nudge = (nth - len(methods) / 2) * 0.004 * points[-1].level
-            axis.errorbar(
-                [row.level + nudge for row in points],
-                [100 * row.mean for row in points],
-                [100 * (row.std or 0.0) for row in points],
-                label=method.label,
-                capsize=2,
-                elinewidth=0.8,
-                **styles[method.label],
-            )
-        axis.set_title(condition)
+            levels = [row.level + nudge for row in points]
+            accuracy_line(axis, levels, points, label=method.label, elinewidth=0.8, **styles[method.label])
         axis.set_xlabel(f"strength: {unit}")
         axis.set_xticks(sorted({row.level for row in rows if row.condition in ("clean", condition)}))
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%), mean ± std over seeds")
     figure.suptitle(title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, axes[0], 4)
     save_figure(figure, path, 120)
 
 
-def _styles(methods: Sequence[Method]) -> dict[str, dict[str, object]]:
-    styles: dict[str, dict[str, object]] = {}
+def _styles(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
+    styles: dict[str, dict[str, Any]] = {}
     singles = other = 0
     for method in methods:
         if method.role == "single":
@@ -65,7 +55,6 @@ def _styles(methods: Sequence[Method]) -> dict[str, dict[str, object]]:
         styles[method.label] = {
             "color": "black" if method.role == "oracle" else color,
             "marker": marker,
-            "markersize": 5,
             "linewidth": 1.6,
             "linestyle": line,
         }

@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from ..files import load_checkpoint, save_checkpoint
 from ..models.learners import Head, Learner, classifier, keep_trajectories, trajectories
-from ..models.methods import Objective, Training
+from ..models.methods import Parts, Training
 from ..processes import place
 from .prepared import Prepared
 
@@ -63,42 +63,29 @@ class Config:
         return self.steps if self.steps is not None else (self.epochs or 0) * self.steps_of_epoch(num)
 
 
-class SmallHeads:
-    """``Parts`` on feature views: the same first weights for the same seed.
+def small_heads(widths: dict[str, int], num_classes: int, num_samples: int, hidden: int, seed: int) -> Parts:
+    """Heads of one hidden layer on feature views of these widths; ``seed`` is of what methods draw in training."""
 
-    Args:
-        widths: of the views, by name.
-        num_classes: K.
-        num_samples: N, of the training set.
-        hidden: the heads' hidden layer.
-        seed: of what methods draw in training.
-    """
-
-    def __init__(self, widths: dict[str, int], num_classes: int, num_samples: int, hidden: int, seed: int) -> None:
-        self.widths, self.hidden = widths, hidden
-        self.modalities = tuple(widths)
-        self.num_classes, self.num_samples, self.seed = num_classes, num_samples, seed
-        self.objective = Objective()
-
-    def encoder(self, name: str) -> Any:
-        network: Any = nn.Sequential(nn.Linear(self.widths[name], self.hidden), nn.ReLU())
-        network.width = self.hidden
+    def encoder(name: str) -> Any:
+        network: Any = nn.Sequential(nn.Linear(widths[name], hidden), nn.ReLU())
+        network.width = hidden
         return network
 
-    def classifier(self, width: int) -> nn.Module:
-        return classifier(width, self.num_classes, hidden=0, dropout=0.0)
+    def classify(width: int) -> nn.Module:
+        return classifier(width, num_classes, hidden=0, dropout=0.0)
 
-    def heads(self) -> dict[str, Head]:
-        return {name: Head(self.encoder(name), self.classifier(self.hidden)) for name in self.modalities}
+    def heads() -> dict[str, Head]:
+        return {name: Head(encoder(name), classify(hidden)) for name in widths}
+
+    return Parts(tuple(widths), num_classes, num_samples, encoder, classify, heads, seed=seed)
 
 
-def build_learner(
-    training: Training, widths: dict[str, int], sizes: tuple[int, int], hidden: int, seed: int
-) -> Learner:
-    """The training's learner with first weights that ``seed`` draws; ``sizes`` are K and N."""
+def build_learner(training: Training, data: Prepared, hidden: int, seed: int) -> Learner:
+    """The training's learner for a seed's data; the same first weights for the same seed."""
+    widths = {name: x.shape[1] for name, x in data.train.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return training.build(SmallHeads(widths, *sizes, hidden, seed))
+        return training.build(small_heads(widths, data.num_classes, len(data.train_labels), hidden, seed))
 
 
 def train_heads(
@@ -130,9 +117,7 @@ def train_heads(
     """
     device, labels = torch.device(config.device), data.train_labels
     rank, size = place()
-    sizes = (data.num_classes, len(labels))
-    widths = {name: x.shape[1] for name, x in data.train.items()}
-    learner = build_learner(training, widths, sizes, config.hidden, seed).to(device)
+    learner = build_learner(training, data, config.hidden, seed).to(device)
     fused = True if device.type in ("cpu", "cuda") else None
     optimizer = torch.optim.Adam(
         learner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused

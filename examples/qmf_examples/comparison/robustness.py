@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..corruption.conditions import CLEAN, FEATURES
 from ..data.multiview import MultiView
-from ..evaluation.display import COLORS, MARKERS, bare_table, console, new_figure, save_figure
+from ..evaluation.display import COLORS, MARKERS, bare_table, console, legend_below, new_figure, save_figure
 from ..evaluation.statistics import mean_or_none
 from ..files import write_atomically
 from ..models.methods import ROBUSTNESS as TABLE
@@ -155,7 +155,7 @@ def plot(path: Path, lines: Sequence[Line], title: str) -> None:
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, top, 2)
     save_figure(figure, path, 80)
 
 

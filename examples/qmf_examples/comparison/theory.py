@@ -48,8 +48,7 @@ def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
         hidden = int(json.loads(state["made_with"]["hidden"]))
         data = prepare(load_digits(), DIGITS, seed)
         how = next(each for each in digits_table(tuple(VIEWS)).trainings if each.name == training)
-        widths = {view: x.shape[1] for view, x in data.train.items()}
-        learner = build_learner(how, widths, (data.num_classes, len(data.train_labels)), hidden, seed)
+        learner = build_learner(how, data, hidden, seed)
         learner.load_state_dict(state["learner"])
     except (KeyError, ValueError, RuntimeError, EOFError) as error:
         raise CommandError(f"{path} is no checkpoint of the digits job: {str(error).splitlines()[0]}") from error

@@ -1,6 +1,8 @@
 """What tables and pictures have in common: a console wide enough, a bare table, colours, a figure and its file."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -30,6 +32,26 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def accuracy_panels(kinds: Sequence[str], width: float, height: float) -> tuple[Figure, list[Any]]:
+    """A figure with a panel of accuracy in % for each kind of damage, side by side."""
+    figure = new_figure(width * len(kinds), height)
+    axes = list(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0])
+    for axis, kind in zip(axes, kinds, strict=True):
+        axis.set_title(kind)
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def accuracy_line(axis: Any, levels: Sequence[float], rows: Sequence[Any], **style: Any) -> None:
+    """The rows' ``mean`` at the levels, with a bar of one ``std`` where there is one."""
+    bars = [100 * (row.std or 0.0) for row in rows]
+    axis.errorbar(levels, [100 * row.mean for row in rows], bars, capsize=2, markersize=5, **style)
+
+
+def legend_below(figure: Figure, axis: Any, columns: int) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.catalogue import DATA_SETS
+from ..models.methods import METHODS
 from .cells import Cell
-from .display import COLORS, MARKERS, new_figure, save_figure
+from .display import COLORS, MARKERS, accuracy_line, accuracy_panels, legend_below, new_figure, save_figure
 from .testing import NoisePlan, Tested
 
-SINGLE = ("rgb", "depth", "bow", "image", "bert")
 POINTS = 2000
 """How many samples a panel shows at most."""
 
@@ -22,35 +22,22 @@ def plot_noise(path: Path, cells: Sequence[Cell], plan: NoisePlan, title: str) -
         plan: a panel for each kind.
         title: over the panels.
     """
-    figure = new_figure(5.2 * len(plan.kinds), 5.4)
-    axes = figure.subplots(1, len(plan.kinds), sharey=True, squeeze=False)[0]
+    figure, axes = accuracy_panels(plan.kinds, 5.2, 5.4)
     methods = list(dict.fromkeys(cell.method for cell in cells))
     for axis, kind in zip(axes, plan.kinds, strict=True):
         for n, method in enumerate(methods):
             line = [cell for cell in cells if (cell.method, cell.noise) == (method, kind)]
             # Seven markers against eight colours: no two of 56 methods look alike.
-            color = "#a0a0a0" if method in SINGLE else COLORS[n % len(COLORS)]
-            axis.errorbar(
-                [cell.level for cell in line],
-                [100 * cell.mean for cell in line],
-                [100 * (cell.std or 0.0) for cell in line],
-                label=method,
-                color=color,
-                marker=MARKERS[n % 7],
-                markersize=5,
-                capsize=2,
-                linewidth=1.4,
-            )
+            color = "#a0a0a0" if METHODS[method].role == "single" else COLORS[n % len(COLORS)]
+            levels = [cell.level for cell in line]
+            accuracy_line(axis, levels, line, label=method, color=color, marker=MARKERS[n % 7], linewidth=1.4)
             theirs = [(cell.level, cell.published.mean) for cell in line if cell.published is not None]
             if theirs:
                 axis.plot(*zip(*theirs, strict=True), color=color, linestyle=":", linewidth=0.9)
-        axis.set_title(kind)
         axis.set_xlabel("ε")
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%), mean ± std over seeds; dotted: published")
     figure.suptitle(title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    legend_below(figure, axes[0], 5)
     save_figure(figure, path, 120)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,34 +30,23 @@ class Objective:
     detach_weights: bool = False
 
 
-class Parts(Protocol):
+@dataclass(frozen=True)
+class Parts:
     """What a method is built from: whoever trains says which networks stand at the modalities."""
 
-    @property
-    def modalities(self) -> tuple[str, ...]: ...
-
-    @property
-    def num_classes(self) -> int: ...
-
-    @property
-    def num_samples(self) -> int:
-        """N, of the whole training set: indices run over it."""
-
-    @property
-    def objective(self) -> Objective: ...
-
-    @property
-    def seed(self) -> int:
-        """Of what the method draws in training besides its first weights."""
-
-    def encoder(self, name: str) -> Any:
-        """A new encoder with its ``width``, for a modality, or ``"bow"`` for a bag of words."""
-
-    def classifier(self, width: int) -> nn.Module:
-        """A new classifier of features."""
-
-    def heads(self) -> dict[str, Head]:
-        """A new encoder with its classifier for each modality."""
+    modalities: tuple[str, ...]
+    num_classes: int
+    num_samples: int
+    """N, of the whole training set: indices run over it."""
+    encoder: Callable[[str], Any]
+    """Makes an encoder with its ``width``, for a modality, or ``"bow"`` for a bag of words."""
+    classifier: Callable[[int], nn.Module]
+    """Makes a classifier of features so wide."""
+    heads: Callable[[], dict[str, Head]]
+    """Makes an encoder with its classifier for each modality."""
+    objective: Objective = Objective()
+    seed: int = 0
+    """Of what the method draws in training besides its first weights."""
 
 
 Build = Callable[[Parts], Learner]
@@ -319,43 +308,19 @@ def _pick(*names: str) -> tuple[Method, ...]:
     return tuple(METHODS[name] for name in names)
 
 
+_AVERAGES = ("mean of logits", "mean of probabilities")
+_ORACLE = "oracle: clean views only"
+_QMF = ("QMF, paper", "QMF, margin", "QMF, released", "energy of LogitNorm", "robust")
+_PROBABILITIES = ("MSP, probabilities", "entropy, probabilities", "evidence, probabilities")
+_VARIANTS = ("robust, calibrated", "robust + modality dropout")
+
+
 def digits_table(views: tuple[str, ...]) -> Table:
     """What `train digits` compares: each view, plain averages, QMF's forms and the recommended rule."""
-    picked = _pick(
-        "mean of logits",
-        "mean of probabilities",
-        "energy",
-        "QMF, paper",
-        "QMF, margin",
-        "QMF, released",
-        "energy of LogitNorm",
-        "robust",
-        "oracle: clean views only",
-    )
-    return Table(UNIMODAL, (*(alone(number, name) for number, name in enumerate(views)), *picked))
+    singles = tuple(alone(number, name) for number, name in enumerate(views))
+    return Table(UNIMODAL, singles + _pick(*_AVERAGES, "energy", *_QMF, _ORACLE))
 
 
-ROBUSTNESS = Table(
-    PLAIN,
-    _pick(
-        "mean of logits",
-        "mean of probabilities",
-        "best single view",
-        "MSP, probabilities",
-        "entropy, probabilities",
-        "evidence, probabilities",
-        "energy, logits",
-        "tmc",
-        "RCML",
-        "PDF",
-        "QMF, released",
-        "QMF, paper",
-        "QMF, margin",
-        "energy of LogitNorm",
-        "robust",
-        "robust, calibrated",
-        "robust + modality dropout",
-        "oracle: clean views only",
-    ),
-)
+_RIVALS = ("energy, logits", "tmc", "RCML", "PDF")
+ROBUSTNESS = Table(PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_QMF, *_VARIANTS, _ORACLE))
 """What `bench-robustness` compares."""

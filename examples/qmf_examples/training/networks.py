@@ -8,51 +8,9 @@ from torch import nn
 from ..data.catalogue import DATA_SETS
 from ..models.image_encoders import ImageEncoder
 from ..models.learners import Head, Learner, classifier
-from ..models.methods import METHODS, Objective
+from ..models.methods import METHODS, Objective, Parts
 from ..models.text_encoders import BagOfWords, Numbering, WordNumbers, load_bert
 from .settings import Settings
-
-
-class Networks:
-    """``Parts`` of one run.
-
-    Args:
-        settings: of the run.
-        num_classes: K.
-        num_samples: N, of the whole training split.
-        numbering: how texts become numbers; None where there are none.
-        pretrained: False where a checkpoint will replace the weights.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        num_classes: int,
-        num_samples: int,
-        numbering: Numbering | None = None,
-        pretrained: bool = True,
-    ) -> None:
-        self.settings, self.numbering, self.pretrained = settings, numbering, pretrained
-        self.modalities: tuple[str, ...] = DATA_SETS[settings.data_set].modalities
-        self.num_classes, self.num_samples, self.seed = num_classes, num_samples, settings.seed
-        self.objective = Objective(settings.ranking_weight, settings.form, settings.pairs, settings.detach_weights)
-
-    def encoder(self, name: str) -> Any:
-        settings = self.settings
-        if name == "text":
-            assert self.numbering is not None
-            return load_bert(settings.text_model, self.numbering, self.pretrained)
-        if name == "bow":
-            assert isinstance(self.numbering, WordNumbers)
-            return BagOfWords(self.numbering.vocabulary, Path(settings.word_vectors) if settings.word_vectors else None)
-        return ImageEncoder(settings.backbone, settings.weights if self.pretrained else "none", settings.regions)
-
-    def classifier(self, width: int) -> nn.Module:
-        return classifier(width, self.num_classes, self.settings.hidden, self.settings.dropout)
-
-    def heads(self) -> dict[str, Head]:
-        encoders = {name: self.encoder(name) for name in self.modalities}
-        return {name: Head(encoder, self.classifier(encoder.width)) for name, encoder in encoders.items()}
 
 
 def build_learner(
@@ -62,7 +20,37 @@ def build_learner(
     numbering: Numbering | None = None,
     pretrained: bool = True,
 ) -> Learner:
-    """The method of ``settings``; see ``Networks``."""
+    """The method of ``settings``.
+
+    Args:
+        settings: of the run.
+        num_classes: K.
+        num_samples: N, of the whole training split.
+        numbering: how texts become numbers; None where there are none.
+        pretrained: False where a checkpoint will replace the weights.
+    """
+    modalities = DATA_SETS[settings.data_set].modalities
+
+    def encoder(name: str) -> Any:
+        if name == "text":
+            assert numbering is not None
+            return load_bert(settings.text_model, numbering, pretrained)
+        if name == "bow":
+            assert isinstance(numbering, WordNumbers)
+            vectors = Path(settings.word_vectors) if settings.word_vectors else None
+            return BagOfWords(numbering.vocabulary, vectors)
+        return ImageEncoder(settings.backbone, settings.weights if pretrained else "none", settings.regions)
+
+    def classify(width: int) -> nn.Module:
+        return classifier(width, num_classes, settings.hidden, settings.dropout)
+
+    def heads() -> dict[str, Head]:
+        encoders = {name: encoder(name) for name in modalities}
+        return {name: Head(network, classify(network.width)) for name, network in encoders.items()}
+
+    objective = Objective(settings.ranking_weight, settings.form, settings.pairs, settings.detach_weights)
     training = METHODS[settings.method].training
     assert training is not None
-    return training.build(Networks(settings, num_classes, num_samples, numbering, pretrained))
+    return training.build(
+        Parts(modalities, num_classes, num_samples, encoder, classify, heads, objective, settings.seed)
+    )
