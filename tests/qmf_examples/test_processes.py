@@ -93,6 +93,7 @@ def test_one_process_speaks_and_writes(two_processes, quick_run):
     assert set(os.listdir(folder / "checkpoints")) == checkpoints
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_bytes(two_processes, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "qmf_examples.cli", *DIGITS, "--output", str(tmp_path)]
@@ -102,6 +103,7 @@ def test_torchrun_gives_the_same_bytes(two_processes, tmp_path):
     assert done.stdout.count("Wrote ") == 1
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_one_line(two_processes, capsys):
     arguments = [*DIGITS, "--devices", "2", "--epochs", "3", "--resume", "--output", str(two_processes[0])]
     assert main(arguments) == 1
@@ -185,6 +187,7 @@ def train_pair(arguments, die_in_step=0):
     return run.returncode, said
 
 
+@pytest.mark.slow
 def test_a_killed_process_costs_no_more_than_its_epoch(sample, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)

@@ -49,8 +49,7 @@ def judge(rows: Sequence[Row], methods: Sequence[Method]) -> list[Verdict]:
     """A verdict for each fusion and plain average.
 
     Example:
-        >>> from qmf_examples.methods import mean_logits
-        >>> methods = [Method("mean", "t", mean_logits, "average"), Method("QMF", "t", mean_logits, "fusion")]
+        >>> methods = [Method("mean", role="average"), Method("QMF")]
         >>> seeds = ((0,), (0.9,), (None,))
         >>> rows = [Row("mean", "clean", 0.0, 0.9, None, 0.9, None, *seeds)]
         >>> rows += [Row("QMF", "clean", 0.0, 0.875, None, 0.875, None, *seeds)]

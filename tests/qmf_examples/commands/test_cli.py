@@ -78,6 +78,7 @@ def test_the_plot_is_a_png_of_some_size(quick_run):
     assert height >= 500
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_another_process(quick_run, tmp_path):
     script = "import sys; from qmf_examples.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", script, *quick_run.arguments, "--output", str(tmp_path)]

@@ -83,7 +83,7 @@ def uninterrupted(tmp_path_factory):
     return run_digits(Config(**CONFIG), folder), load(folder)
 
 
-@pytest.mark.parametrize("where", ["epoch", "write"])
+@pytest.mark.parametrize("where", [pytest.param("epoch", marks=pytest.mark.slow), "write"])
 def test_a_killed_run_resumes_bit_equal(where, uninterrupted, tmp_path):
     scores, checkpoints = uninterrupted
     folder = tmp_path / "killed"

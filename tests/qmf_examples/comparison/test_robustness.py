@@ -1,6 +1,7 @@
 """The robustness bench: runs, agrees with itself, tells the truth about shortfalls, and is attached to the command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -159,11 +160,12 @@ def test_a_run_that_is_not_there_is_not_created(tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_report_of_a_run(quick_run, capsys):
-    assert main(["report", str(quick_run.output), "--seed", "3"]) == 0
+def test_report_of_a_run(quick_run, tmp_path, capsys):
+    run = shutil.copytree(quick_run.output, tmp_path / "run")
+    assert main(["report", str(run), "--seed", "3"]) == 0
     printed = capsys.readouterr().out
     assert "gaussian 0.8" in printed
-    path = quick_run.output / "theory-qmf-paper-seed3.json"
+    path = run / "theory-qmf-paper-seed3.json"
     assert str(path) in printed
     written = path.read_bytes()
     found = json.loads(written)
@@ -172,12 +174,14 @@ def test_report_of_a_run(quick_run, capsys):
     assert len(content) == 10
     assert content[0]["eq6"] in ("holds", "undecided", "fails")
     assert [m["name"] for m in content[0]["modalities"]] == ["pixels", "fourier", "gradients", "projections"]
-    assert (quick_run.output / "theory-qmf-paper-seed3-gaussian.png").exists()
-    assert main(["report", str(quick_run.output), "--training", "qmf-released", "--seed", "4"]) == 0
+    assert (run / "theory-qmf-paper-seed3-gaussian.png").exists()
+    assert main(["report", str(run), "--training", "qmf-released", "--seed", "4"]) == 0
     assert path.read_bytes() == written
-    other = json.loads((quick_run.output / "theory-qmf-released-seed4.json").read_text())
+    other = json.loads((run / "theory-qmf-released-seed4.json").read_text())
     assert (other["training"], other["seed"]) == ("qmf-released", 4)
     assert other["reports"] != content
+    # Heads that were trained without a fusion are held against the paper's default one.
+    assert main(["report", str(run), "--training", "unimodal", "--seed", "3"]) == 0
     capsys.readouterr()
-    assert main(["report", str(quick_run.output), "--training", "nothing", "--seed", "3"]) == 1
+    assert main(["report", str(run), "--training", "nothing", "--seed", "3"]) == 1
     assert "it holds: seed3-" in capsys.readouterr().err

@@ -194,7 +194,10 @@ def whole_run(sample, tmp_path_factory):
 
 
 # Five batches an epoch: in the first epoch, between two checkpoints; and while a checkpoint is half written.
-@pytest.mark.parametrize(("where", "number"), [("step", 3), ("step", 13), ("write", 2), ("write", 4)])
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [*(pytest.param(*at, marks=pytest.mark.slow) for at in (("step", 3), ("step", 13), ("write", 4))), ("write", 2)],
+)
 def test_a_killed_run_resumes_to_the_same_numbers(where, number, whole_run, tmp_path):
     layers, expected = whole_run
     kill("nyud2", layers, tmp_path / "run", where, number)
