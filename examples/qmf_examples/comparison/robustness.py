@@ -124,8 +124,9 @@ def correlation_table(lines: Sequence[Line], title: str) -> Table:
     table.add_column("rule", no_wrap=True)
     for condition in lines[0].conditions:
         table.add_column(_heading(condition), justify="right", no_wrap=True)
-    for line in lines:
-        if any(value is not None for value in line.correlations.values()):
+    for line, method in zip(lines, METHODS, strict=True):
+        # What an oracle is told is no weighing.
+        if method.role != "oracle" and any(value is not None for value in line.correlations.values()):
             table.add_row(line.rule, *("-" if v is None else f"{v:+.2f}" for v in line.correlations.values()))
     return table
 
@@ -146,7 +147,7 @@ def plot(path: Path, lines: Sequence[Line], title: str) -> None:
             "markersize": 5,
         }
         top.plot(conditions, list(line.conditions.values()), label=name, **style)
-        if any(value is not None for value in line.correlations.values()):
+        if not told and any(value is not None for value in line.correlations.values()):
             bottom.plot(conditions, [v if v is not None else float("nan") for v in line.correlations.values()], **style)
     bottom.axhline(0, color="black", linewidth=0.8)
     top.set_ylabel("test accuracy (%)")
