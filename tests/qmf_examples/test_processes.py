@@ -80,8 +80,10 @@ def test_digits_agree_with_one_process(two_processes, quick_run):
         history = two["learner"][key]
         assert (history[1] == 2).all()
         torch.testing.assert_close(history, one["learner"][key], rtol=0.02, atol=0.02)
-    assert (two["learner"]["model.fusion.mixture.running.count"] > 0).all()
-    assert two["learner"]["model.fusion.mixture.running.count"].sum() == 2 * history.shape[-1]
+    # What the robust rule gathers counts every sample once an epoch, whichever process saw it.
+    (count,) = (x for name, x in two["learner"].items() if name.startswith("model.fusion.") and name.endswith("count"))
+    assert (count > 0).all()
+    assert count.sum() == 2 * history.shape[-1]
 
 
 def test_one_process_speaks_and_writes(two_processes, quick_run):

@@ -80,7 +80,7 @@ def small_heads(widths: dict[str, int], num_classes: int, num_samples: int, hidd
     return Parts(tuple(widths), num_classes, num_samples, encoder, classify, heads, seed=seed)
 
 
-def build_learner(training: Training, data: Prepared, hidden: int, seed: int) -> Learner:
+def untrained_heads(training: Training, data: Prepared, hidden: int, seed: int) -> Learner:
     """The training's learner for a seed's data; the same first weights for the same seed."""
     widths = {name: x.shape[1] for name, x in data.train.items()}
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +117,7 @@ def train_heads(
     """
     device, labels = torch.device(config.device), data.train_labels
     rank, size = place()
-    learner = build_learner(training, data, config.hidden, seed).to(device)
+    learner = untrained_heads(training, data, config.hidden, seed).to(device)
     fused = True if device.type in ("cpu", "cuda") else None
     optimizer = torch.optim.Adam(
         learner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused

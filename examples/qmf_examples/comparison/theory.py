@@ -16,7 +16,7 @@ from ..evaluation.display import bare_table, save_figure
 from ..files import write_atomically
 from ..models.learners import QualityAware
 from ..models.methods import digits_table
-from .heads import build_learner
+from .heads import untrained_heads
 from .prepared import DIGITS, prepare
 
 
@@ -48,7 +48,7 @@ def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
         hidden = int(json.loads(state["made_with"]["hidden"]))
         data = prepare(load_digits(), DIGITS, seed)
         how = next(each for each in digits_table(tuple(VIEWS)).trainings if each.name == training)
-        learner = build_learner(how, data, hidden, seed)
+        learner = untrained_heads(how, data, hidden, seed)
         learner.load_state_dict(state["learner"])
     except (KeyError, ValueError, RuntimeError, EOFError) as error:
         raise CommandError(f"{path} is no checkpoint of the digits job: {str(error).splitlines()[0]}") from error

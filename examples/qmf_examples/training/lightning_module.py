@@ -115,8 +115,8 @@ class TrainingModule(L.LightningModule):
 
 class Shuffled(DistributedSampler[Any]):
     """All samples in the order that ``seed`` draws, however often it is asked: Lightning starts the iterator of an
-    epoch twice, and of one that it resumes once. Of several processes each takes every so manieth, some repeating one
-    of the first so that all have the same number: together their batches are those of one process.
+    epoch twice, and of one that it resumes once. Of P processes each takes every P-th sample, and some repeat one of
+    the first so that all have the same number: together their batches are those of one process.
     """
 
     def set_epoch(self, epoch: int) -> None:
