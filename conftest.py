@@ -22,6 +22,7 @@ collect_ignore_glob = []
 try:
     takes_triton(torch.device("meta"), backend="triton")
 except RuntimeError as error:
+    os.environ.pop("TRITON_INTERPRET", None)  # what tests that can do without the kernels go by
     LEFT_OUT += [f"the kernels' tests are left out: {error}"]
     collect_ignore_glob += ["kernels/qmf_kernels/fused/*", "tests/qmf_kernels/fused/*", "tests/gpu/*"]
 

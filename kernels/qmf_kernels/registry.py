@@ -66,7 +66,7 @@ def _triton_version() -> tuple[int, int] | None:
         return None
     if spec is None or spec.origin is None:
         return None
-    found = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", Path(spec.origin).read_text(), re.MULTILINE)
+    found = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", Path(spec.origin).read_text("utf-8"), re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
 
 
