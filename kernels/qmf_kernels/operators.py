@@ -10,7 +10,9 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,16 +47,25 @@ _registry: Any = torch.library
 _library = _registry.Library(NAMESPACE, "FRAGMENT")
 
 
-def _has_triton() -> bool:
+NEEDED_TRITON = (3, 6)  # older ones fail to compile the kernels
+
+
+def _triton_version() -> tuple[int, int] | None:
+    """Read from the package's text, for an import would take a second; the names it is distributed by are many."""
     try:
-        return importlib.util.find_spec("triton") is not None
+        spec = importlib.util.find_spec("triton")
     except (ImportError, ValueError):  # somebody has put it aside
-        return False
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", Path(spec.origin).read_text("utf-8"), re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 # Known once, at import: torch.compile traces what asks.
-HAS_TRITON = _has_triton()
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+TRITON_VERSION = _triton_version()
+HAS_TRITON = TRITON_VERSION is not None and TRITON_VERSION >= NEEDED_TRITON
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
@@ -71,8 +82,14 @@ def takes_triton(device: torch.device, backend: str | None) -> bool:
     """
     if backend != "triton":
         return backend is None and device.type == "cuda" and HAS_TRITON
-    if not HAS_TRITON:
+    if TRITON_VERSION is None:
         raise RuntimeError("backend='triton' needs Triton: pip install triton (on Linux)")
+    if not HAS_TRITON:
+        needed, found = ("{}.{}".format(*version) for version in (NEEDED_TRITON, TRITON_VERSION))
+        raise RuntimeError(
+            f"backend='triton' needs Triton {needed} or newer, and Triton {found} is installed: upgrade PyTorch, which "
+            "brings its own Triton (2.10 and newer bring one that will do)"
+        )
     if device.type == "cpu" and not INTERPRETED:
         raise RuntimeError(
             "backend='triton' on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 in the environment "

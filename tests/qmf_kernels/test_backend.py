@@ -1,6 +1,9 @@
 """``backend="triton"`` behind the public interface: the numbers of PyTorch, and what to do where it can't run."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_fusion.functional import qmf_objective
-from qmf_kernels import registry
+from qmf_kernels import operators
 
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, TRITON_INTERPRET=1"
@@ -178,15 +181,60 @@ def test_half_precision_beside_float64(rows: int, half: torch.dtype) -> None:
 
 
 def test_without_the_interpreter_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "INTERPRETED", False)
+    monkeypatch.setattr(operators, "TRITON_VERSION", operators.NEEDED_TRITON)
+    monkeypatch.setattr(operators, "HAS_TRITON", True)
+    monkeypatch.setattr(operators, "INTERPRETED", False)
     heads = [torch.randn(2, 3) for _ in range(2)]
-    with pytest.raises(RuntimeError, match=r"backend='triton' .*(TRITON_INTERPRET=1|pip install triton)"):
+    with pytest.raises(RuntimeError, match=r"backend='triton' .*TRITON_INTERPRET=1"):
         qmf_objective(heads, torch.tensor([0, 1]), None, backend="triton")
     with pytest.raises(RuntimeError, match=r"backend='triton'"):
         QMFLoss(QualityAwareFusion(2), 2, backend="triton")(heads, torch.tensor([0, 1]), torch.arange(2))
 
 
-def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "HAS_TRITON", False)
-    with pytest.raises(RuntimeError, match=r"backend='triton' needs Triton: pip install triton"):
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "backend='triton' needs Triton: pip install triton"),
+        ((3, 2), r"backend='triton' needs Triton 3\.6 or newer, and Triton 3\.2 is installed: upgrade PyTorch"),
+    ],
+)
+def test_without_triton_it_says_so(version: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "TRITON_VERSION", version)
+    monkeypatch.setattr(operators, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match=message):
         qmf_objective([torch.randn(2, 3)] * 2, torch.tensor([0, 1]), None, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("__version__ = '3.10.0+git1a2b3c'", (3, 10)),
+        ('"""Triton."""\n__version__ = "3.2.0"\n', (3, 2)),
+        ("my_own_module_of_this_name = True", None),
+    ],
+)
+def test_finds_the_version_without_an_import(
+    text: str, version: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert operators._triton_version() == version
+    assert "triton" not in sys.modules
+
+
+@pytest.mark.parametrize(("version", "taken"), [("3.2.0", False), ("3.5.1", False), ("3.6.0", True), ("3.10.0", True)])
+def test_plain_pytorch_takes_over_below_what_the_kernels_need(version: str, taken: bool, tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text(f"__version__ = '{version}'")
+    code = (
+        "import sys, torch, qmf_kernels\n"
+        "assert 'triton' not in sys.modules\n"
+        "print(qmf_kernels.takes_triton(torch.device('cuda'), None))"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(taken)]

@@ -26,7 +26,7 @@ def tiny(dtype=torch.float64, modalities=3):
 
 
 def test_runs_in_the_interpreter(tmp_path):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     pytest.importorskip("matplotlib")
     names = ["ours", "released", "eager", "copy"]
     command = [sys.executable, "-m", "qmf_kernels.benchmarks.objective", "--device", "cpu", "--repeats", "2"]
