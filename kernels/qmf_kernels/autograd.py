@@ -15,9 +15,6 @@ from .eager import history
 from .operators import below_autograd, ops, rule_takes_triton, triton_kernels
 from .rules import FuseOptions, Losses, LossRule, ObjectiveOptions, Past, WeightRule, flatten, unflatten
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that has a say in what an operator does
-
-
 def fuse(
     logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +63,12 @@ def objective(
 
 def _in_launches(logits: Sequence[Tensor], rule: WeightRule, backend: str | None) -> bool:
     """Whether the kernels read and write the history too. No operator's schema says so: only for plain tensors."""
-    return rule_takes_triton(logits[0].device, rule, backend) and all(type(x) in _PLAIN for x in logits)
+    return rule_takes_triton(logits[0].device, rule, backend) and _are_plain(logits)
+
+
+def _are_plain(logits: Sequence[Tensor]) -> bool:
+    """Whether nobody looks on: neither torch.compile nor a subclass that has a say in what an operator does."""
+    return not torch.compiler.is_compiling() and all(type(x) in (Tensor, torch.nn.Parameter) for x in logits)
 
 
 def _once_differentiable(backward: Any) -> Any:
@@ -168,8 +170,8 @@ class _Objective(torch.autograd.Function):
         gradients, rule_gradients = any(ctx.needs_input_grad), any(needs.weight_rule)
         ctx.triton = rule_takes_triton(logits[0].device, given.weight_rule, given.backend)
         if ctx.triton:  # which makes them in the forward where that takes one launch for all, and else in the backward
-            small = triton_kernels().is_small(logits, given.loss_rule.pairs)
-            gradients = gradients and not rule_gradients and small and all(type(x) in _PLAIN for x in logits)
+            gradients = gradients and not rule_gradients and _are_plain(logits)
+            gradients = gradients and triton_kernels().is_small(logits, given.loss_rule.pairs)
         options = flatten(given)
         if past is None:
             out = ops.objective.default(logits, *options, gradients, rule_gradients)
