@@ -103,7 +103,15 @@ def fit_temperatures(data: CleanData) -> Tensor:
 def _golden(f: Callable[[float], float], low: float, high: float) -> float:
     """The minimum of a function of one dip, by golden section."""
     ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = f(left), f(right)
     for _ in range(60):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if f(left) <= f(right) else (left, high)
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = f(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = f(right)
     return (low + high) / 2
