@@ -72,6 +72,11 @@ class CleanData(NamedTuple):
         dims = tuple(range(1, values.dim()))
         return torch.where(self.counted, values, 0).sum(dims) / self.counted.sum(dims)
 
+    def check_every_modality(self, names: Sequence[str]) -> None:
+        missing = [name for name, counted in zip(names, self.counted, strict=True) if not bool(counted.any())]
+        if missing:
+            raise ValueError(f"logits must hold every modality at least once, got none that counts of {missing}")
+
 
 def clean_data(
     rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int, logit_norm: float | None
@@ -97,13 +102,6 @@ def check_fit(fit: Sequence[str], confidence: float) -> None:
         raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-
-
-def check_every_modality(data: CleanData, names: Sequence[str]) -> None:
-    some = data.counted.flatten(1).any(1).tolist()
-    if not all(some):
-        missing = [name for name, counts in zip(names, some, strict=True) if not counts]
-        raise ValueError(f"logits must hold every modality at least once, got none that counts of {missing}")
 
 
 def positive_correlation(weights: Tensor, data: CleanData, confidence: float) -> Tensor:

@@ -142,6 +142,3 @@ class Coefficients(KeepsPrecision):
         """Back to the constants as given."""
         one = torch.ones_like(self.scale)
         self.correct(scale=one, shift=0 * one, temper=one)
-
-    def extra_repr(self) -> str:
-        return "learnable" if self.learnable else ""

@@ -7,15 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineOptions, AffineRule
-from .calibration import (
-    Calibration,
-    CleanData,
-    check_every_modality,
-    check_fit,
-    clean_data,
-    restored_on_failure,
-    warn_of_held,
-)
+from .calibration import Calibration, CleanData, check_fit, clean_data, restored_on_failure, warn_of_held
 from .checks import Logits, check_batch, check_logit_norm, check_logits, check_present, modality_names
 from .coefficients import Coefficient, own_coefficient
 from .logit_norm import normalize_rows
@@ -273,14 +265,13 @@ class QualityAwareFusion(nn.Module):
             tensor([0.5000, 0.5000])
         """
         check_fit(fit, confidence)
-        static = static_weights
-        if static is not None:
-            static = own_coefficient("static_weights", static, self.num_modalities)
+        if static_weights is not None:
+            static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
         data = self.clean_data(logits, target, present, ignore_index)
-        check_every_modality(data, self.names)
+        data.check_every_modality(self.names)
         with restored_on_failure(self.rule):
             self.rule.reset_calibration()
-            self.rule.calibrate(data, static, fit, confidence)
+            self.rule.calibrate(data, static_weights, fit, confidence)
             warn_of_held(self.calibration.held, self.names, confidence)
         return self
 

@@ -45,19 +45,21 @@ def _shift_clamped(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp, h
 
 
 def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Tensor:
-    """Of normalised weights, whose means depend on every modality's shift: by damped iteration."""
-    level = torch.where(data.counted, raw, 0).flatten(1).abs().amax()
-    level = torch.where(level > 0, level, 1)
-    shift = static * level - data.mean(raw)
-    step = level
-    error = torch.inf
-    for _ in range(2000):
-        gap = static - data.mean(clamp.weights(raw, shift, data.counted))
-        new = float(gap.abs().max())
-        if new < 1e-9:
-            return shift
-        step = step / 2 if new > error else step
-        shift, error = shift + step * gap, new
+    """Of normalised weights, whose means depend on every modality's shift: by damped iteration.
+
+    From shifts as large as the weights, and where shares jump too much there, from larger ones, which even them out.
+    """
+    size = torch.where(data.counted, raw, 0).flatten(1).abs().amax()
+    size = torch.where(size > 0, size, 1)
+    for level in (size, 4 * size, 16 * size):
+        shift, step, error = static * level - data.mean(raw), level, torch.inf
+        for _ in range(2000):
+            gap = static - data.mean(clamp.weights(raw, shift, data.counted))
+            new = float(gap.abs().max())
+            if new < 1e-9:
+                return shift
+            step = step / 2 if new > error else step
+            shift, error = shift + step * gap, new
     raise ValueError(f"static_weights must be reachable with normalize=True: {static.tolist()} is off by {error:.1e}")
 
 

@@ -267,5 +267,12 @@ class ContaminatedProduct(Rule):
         return means
 
     def extra_repr(self) -> str:
-        names = ("typicality_norm", "typicality_distance", "distance_evidence", "class_prior", "agreement")
+        names = (
+            "num_classes",
+            "typicality_norm",
+            "typicality_distance",
+            "distance_evidence",
+            "class_prior",
+            "agreement",
+        )
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)

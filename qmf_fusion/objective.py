@@ -75,9 +75,7 @@ class QMFLoss(nn.Module):
         # In a tuple, where nn.Module does not take it for a part of its own.
         self._fusion = (fusion,)
         self.ranking = TrajectoryRankingLoss(num_samples, fusion.num_modalities, form, pairs, rescale, start_epoch)
-        self.ranking_weight = ranking_weight
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        self.ranking_weight, self.label_smoothing, self.ignore_index = ranking_weight, label_smoothing, ignore_index
         self.return_logits, self.backend = return_logits, backend
         self.register_buffer("weight", weight)
         check_loss_rule(self._options(), once=True)

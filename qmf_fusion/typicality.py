@@ -108,9 +108,6 @@ class ClassStatistics(KeepsPrecision):
             for name, values in (("norm", _log(x.norm(dim=-1))), ("distance", _log(to_all.amin(-1)))):
                 getattr(self, name)[m] = torch.stack([values.mean(), values.std(unbiased=False)])
 
-    def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}"
-
 
 class RunningStatistics(ClassStatistics):
     """``Statistics`` gathered batch by batch in training, with exponential forgetting: no pass over the data.

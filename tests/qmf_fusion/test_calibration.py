@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -51,6 +51,7 @@ def quietly(fusion, *args, **kwargs):
     wrong=st.sampled_from([None, 0, 2]),
     size=st.sampled_from([0.1, 1.0, 20.0]),
 )
+@example(rule="normalize", seed=307789, wrong=None, size=20.0)  # whose shares jump, at shifts of the weights' size
 def test_both_conditions_hold_afterwards(rule, seed, wrong, size):
     logits, target = data(seed, wrong=wrong, size=size)
     fusion = RULES[rule](3)
