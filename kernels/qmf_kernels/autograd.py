@@ -5,7 +5,7 @@ options flattened, since autograd sees only tensors that are arguments of their 
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,19 @@ from torch import Tensor
 
 from .eager import history
 from .operators import below_autograd, ops, rule_takes_triton, triton_kernels
-from .rules import FuseOptions, Losses, LossRule, ObjectiveOptions, Past, WeightRule, flatten, unflatten
+from .rules import (
+    FuseOptions,
+    Losses,
+    LossRule,
+    ObjectiveOptions,
+    Past,
+    RuleGrads,
+    WeightRule,
+    flatten,
+    names,
+    unflatten,
+)
+
 
 def fuse(
     logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule, backend: str | None = None
@@ -87,32 +99,25 @@ def _once_differentiable(backward: Any) -> Any:
     return once
 
 
-def _save(ctx: Any, options: Iterable[Any], *tensors: Tensor) -> None:
-    """Keep flat options for the backward, the tensors among them where autograd looks after them."""
-    options = tuple(options)
-    ctx.others = [None if isinstance(x, Tensor) else x for x in options]
-    ctx.save_for_backward(*tensors, *(x if isinstance(x, Tensor) else None for x in options))
+def _save(ctx: Any, logits: Sequence[Tensor], options: Sequence[Any], *others: Tensor) -> None:
+    """Keep these for ``_saved``, the tensors where autograd looks after them, and what their gradients are for."""
+    ctx.sizes = len(logits), len(options)
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in options]
+    ctx.save_for_backward(*logits, *(x if isinstance(x, Tensor) else None for x in options), *others)
 
 
-def _saved(ctx: Any, tensors: Iterable[Tensor | None]) -> list[Any]:
-    """The options again, from the end of ``ctx.saved_tensors``."""
-    return [other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)]
+def _saved(ctx: Any) -> tuple[Sequence[Tensor], list[Any], Sequence[Tensor]]:
+    """Logits, options and other tensors as ``_save`` was given them."""
+    (num, size), tensors = ctx.sizes, ctx.saved_tensors
+    options = [c if x is None else x for x, c in zip(tensors[num : num + size], ctx.constants, strict=True)]
+    return tensors[:num], options, tensors[num + size :]
 
 
-def _rule_grads(grads: Sequence[Tensor], rule: WeightRule) -> WeightRule:
-    """The operators' ``RuleGrads`` as what ``backward`` returns for the fields of a ``WeightRule``."""
-    none: Any = None
-    uncertainty, alpha, beta, temperature, fused = grads or [none] * 5
-    return WeightRule(
-        uncertainty=None if rule.uncertainty is None else uncertainty,
-        alpha=alpha,
-        beta=beta,
-        temperature=None if rule.temperature is None else temperature,
-        fused=None if rule.fused is None else fused,
-        nonnegative=none,
-        normalize=none,
-        detach=none,
-    )
+def _option_grads(record: type, options: Sequence[Any], d_rule: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """What ``backward`` returns for flat options: the operators' ``RuleGrads`` where they are tensors, else None."""
+    grads = dict(zip(RuleGrads._fields, d_rule or (), strict=False))
+    parts = zip(names(record), options, strict=True)
+    return [grads.get(name) if isinstance(x, Tensor) else None for name, x in parts]
 
 
 class _Rank(torch.autograd.Function):
@@ -137,25 +142,19 @@ class _Fuse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        following = iter(inputs)
-        options = flatten(unflatten(FuseOptions, following))
-        logits = tuple(following)
+        size = len(names(FuseOptions))
+        options, logits = inputs[:size], inputs[size:]
         fused_logits, weights, energy = ops.fuse.default(logits, *options)
-        ctx.num_modalities = len(logits)
-        _save(ctx, options, energy, *logits)
+        ctx.rule_gradients = any(ctx.needs_input_grad[:size])
+        _save(ctx, logits, options, energy)
         return fused_logits, weights, energy
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        following = iter(ctx.saved_tensors)
-        energy = next(following)
-        logits = [next(following) for _ in range(ctx.num_modalities)]
-        options: FuseOptions = unflatten(FuseOptions, _saved(ctx, following))
-        needs: FuseOptions = unflatten(FuseOptions, ctx.needs_input_grad)
-        rule_gradients = any(needs.rule)
-        d_logits, d_rule = ops.fuse_backward.default(*grads, energy, logits, *flatten(options), rule_gradients)
-        return *flatten(FuseOptions(None, _rule_grads(d_rule, options.rule), None)), *d_logits
+        logits, options, (energy,) = _saved(ctx)
+        d_logits, d_rule = ops.fuse_backward.default(*grads, energy, logits, *options, ctx.rule_gradients)
+        return *_option_grads(FuseOptions, options, d_rule), *d_logits
 
 
 class _Objective(torch.autograd.Function):
@@ -163,34 +162,28 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, past: Past | None, *inputs: Any) -> tuple[Tensor, ...]:
-        following = iter(inputs)
-        given: ObjectiveOptions = unflatten(ObjectiveOptions, following)
-        logits = tuple(following)
-        needs: ObjectiveOptions = unflatten(ObjectiveOptions, ctx.needs_input_grad[1:])
-        gradients, rule_gradients = any(ctx.needs_input_grad), any(needs.weight_rule)
+        size = len(names(ObjectiveOptions))
+        options, logits = inputs[:size], inputs[size:]
+        given: ObjectiveOptions = unflatten(ObjectiveOptions, options)
+        gradients, ctx.rule_gradients = any(ctx.needs_input_grad), any(ctx.needs_input_grad[: size + 1])
         ctx.triton = rule_takes_triton(logits[0].device, given.weight_rule, given.backend)
         if ctx.triton:  # which makes them in the forward where that takes one launch for all, and else in the backward
-            gradients = gradients and not rule_gradients and _are_plain(logits)
+            gradients = gradients and not ctx.rule_gradients and _are_plain(logits)
             gradients = gradients and triton_kernels().is_small(logits, given.loss_rule.pairs)
-        options = flatten(given)
         if past is None:
-            out = ops.objective.default(logits, *options, gradients, rule_gradients)
+            out = ops.objective.default(logits, *options, gradients, ctx.rule_gradients)
         else:
             out = _step(logits, given, gradients, past)
         *losses, ctx.d_logits, ctx.d_rule, ctx.kept = out
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses[-1])
-        ctx.num_modalities = len(logits)
-        _save(ctx, options, *logits)
+        _save(ctx, logits, options)
         return tuple(losses)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        following = iter(ctx.saved_tensors)
-        logits = [next(following) for _ in range(ctx.num_modalities)]
-        options: ObjectiveOptions = unflatten(ObjectiveOptions, _saved(ctx, following))
-        needs: ObjectiveOptions = unflatten(ObjectiveOptions, ctx.needs_input_grad[1:])
+        logits, options, _ = _saved(ctx)
         scale, *others = of_losses = grads[:-1]
         # The gradients of the loss are handed over once, which frees them; whoever comes again recomputes them.
         d_logits, d_rule, ctx.d_logits, ctx.d_rule = ctx.d_logits, ctx.d_rule, None, None
@@ -203,20 +196,8 @@ class _Objective(torch.autograd.Function):
             d_logits = [d if d.dtype == x.dtype else d.to(x.dtype) for d, x in zip(d_logits, logits, strict=True)]
         else:
             made = (d_logits or [], d_rule or [], ctx.kept)
-            d_logits, d_rule = ops.objective_backward.default(
-                *of_losses, logits, *flatten(options), any(needs.weight_rule), *made
-            )
-        none: Any = None
-        d_options = ObjectiveOptions(
-            target=none,
-            kappa=None,
-            present=None,
-            weight_rule=_rule_grads(d_rule, options.weight_rule),
-            loss_rule=LossRule(*[none] * len(LossRule._fields)),
-            return_logits=none,
-            backend=None,
-        )
-        return None, *flatten(d_options), *d_logits
+            d_logits, d_rule = ops.objective_backward.default(*of_losses, logits, *options, ctx.rule_gradients, *made)
+        return None, *_option_grads(ObjectiveOptions, options, d_rule), *d_logits
 
 
 @below_autograd

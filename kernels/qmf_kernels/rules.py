@@ -142,6 +142,14 @@ _INNER: dict[type, tuple[Any, ...]] = {
 }
 
 
+def _all_names(record: Any) -> tuple[str, ...]:
+    parts = zip(record._fields, _INNER[record], strict=True)
+    return tuple(n for name, inner in parts for n in ((name,) if inner is None else _all_names(inner)))
+
+
+_NAMES = {record: _all_names(record) for record in _INNER}
+
+
 def flatten(record: Any) -> list[Any]:
     """The values in the order of the schema, those of records inside records in their place."""
     values: list[Any] = []
@@ -154,6 +162,11 @@ def unflatten(record: Any, values: Iterable[Any]) -> Any:
     """``record(...)`` from ``values`` in the order of ``flatten``; takes an iterator no further than it needs."""
     following = iter(values)
     return record(*[next(following) if inner is None else unflatten(inner, following) for inner in _INNER[record]])
+
+
+def names(record: type) -> tuple[str, ...]:
+    """The fields' names in the order of ``flatten``."""
+    return _NAMES[record]
 
 
 def schema(record: type) -> str:
