@@ -34,7 +34,9 @@ def evaluate(
     """Test trained runs on clean and corrupted data, and print the paper's tables with its figures beside ours."""
     require_extras((*PACKAGES, "matplotlib"))
     kinds, epsilons = _kinds(noise), _levels(levels)
-    if protocol not in ("clean", "released"):
+    from ..corruption.conditions import PROTOCOLS
+
+    if protocol not in PROTOCOLS:
         raise CommandError(f"--protocol must be clean or released, got {protocol!r}")
     missing = [str(run) for run in runs if not run.is_dir()]
     if missing:
@@ -53,10 +55,12 @@ def evaluate(
 
 
 def _kinds(text: str) -> tuple[str, ...]:
+    from ..corruption.conditions import PAPER_KINDS
+
     kinds = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
-    strangers = [kind for kind in kinds if kind not in ("gaussian", "salt-pepper")]
+    strangers = [kind for kind in kinds if kind not in PAPER_KINDS]
     if strangers:
-        raise CommandError(f"--noise must be of gaussian, salt-pepper; got {', '.join(strangers)!r}")
+        raise CommandError(f"--noise must be of {', '.join(PAPER_KINDS)}; got {', '.join(strangers)!r}")
     return kinds
 
 

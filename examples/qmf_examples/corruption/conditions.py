@@ -30,7 +30,13 @@ FEATURES = (CLEAN, *(Condition("noise", level) for level in NOISE_LEVELS), Condi
 VIEW_COPIES = (CLEAN, *(Condition(kind, level) for kind, damage in CORRUPTIONS.items() for level in damage.levels))
 """What half of each image's copies suffer, of which each view looks at its own (``view_copies.corrupt``)."""
 
+PAPER_KINDS = ("gaussian", "salt-pepper")
+"""What half of the paper's images and texts suffer (``images``, ``texts``), at levels called epsilon."""
+PROTOCOLS = ("released", "clean")
+HALF = 0.5
+"""How likely an image or a text is damaged."""
+
 
 def paper_conditions(kinds: Sequence[str], levels: Sequence[float]) -> list[Condition]:
-    """What half of the images and texts of the paper's data sets suffer (``images``, ``texts``): kinds at levels."""
+    """Each of these ``PAPER_KINDS`` at each level."""
     return [Condition(kind, level) for kind in kinds for level in levels]

@@ -11,11 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .conditions import HALF, PAPER_KINDS, PROTOCOLS
 from .released_streams import ReleasedStreams
-
-KINDS = ("gaussian", "salt-pepper")
-PROTOCOLS = ("released", "clean")
-PROBABILITY = 0.5
 
 NOISE_PER_LEVEL = {"nyud2": 1.0, "sunrgbd": 1.0, "food101": 10.0, "mvsa": 10.0}
 """Standard deviation of the Gaussian noise in pixel values (0..255) at epsilon 1.
@@ -62,7 +59,7 @@ class ImageCorruption:
         streams: ReleasedStreams | None = None,
     ) -> None:
         for name, value, known in (
-            ("kind", kind, KINDS),
+            ("kind", kind, PAPER_KINDS),
             ("data_set", data_set, tuple(NOISE_PER_LEVEL)),
             ("protocol", protocol, PROTOCOLS),
         ):
@@ -85,7 +82,7 @@ class ImageCorruption:
 
     def _clean(self, pixels: Pixels, index: int, modality: str) -> Pixels | None:
         # Whether an image is damaged does not depend on the level, nor on the kind: the levels damage the same half.
-        if np.random.default_rng([self.seed, index, *modality.encode()]).random() >= PROBABILITY:
+        if np.random.default_rng([self.seed, index, *modality.encode()]).random() >= HALF:
             return None
         rng = np.random.default_rng([self.seed, index, *modality.encode(), 0, *self.kind.encode()])
         if self.kind == "gaussian":
@@ -97,7 +94,7 @@ class ImageCorruption:
         return np.where(hit, colour, pixels).astype(np.uint8)
 
     def _released(self, pixels: Pixels) -> Pixels | None:
-        if not self.streams.coin(PROBABILITY):
+        if not self.streams.coin(HALF):
             return None
         shape = (*pixels.shape[:2], 1)
         if self.kind == "gaussian":

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
+from .conditions import HALF, PROTOCOLS
 from .released_streams import ReleasedStreams
 
-PROBABILITY = 0.5
 BLANK = "_"
 PER_LEVEL = 0.1
 
@@ -33,7 +33,7 @@ class TextCorruption:
     def __init__(
         self, level: float, *, protocol: str = "clean", seed: int = 0, streams: ReleasedStreams | None = None
     ) -> None:
-        if protocol not in ("released", "clean"):
+        if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be 'released' or 'clean', got {protocol!r}")
         if not (math.isfinite(level) and 0 <= level <= 10):
             raise ValueError(f"level must be from 0 to 10 (a word goes with probability 0.1 * level), got {level!r}")
@@ -53,7 +53,7 @@ class TextCorruption:
         else:
             # The same words go at every level and more at a higher one.
             rng = np.random.default_rng([self.seed, index, *b"text"])
-            if rng.random() >= PROBABILITY:
+            if rng.random() >= HALF:
                 return text
             blank = (rng.random(len(words)) < probability).tolist()
         return " ".join(BLANK if gone else word for word, gone in zip(words, blank, strict=True))

@@ -1,6 +1,6 @@
 """NYUD2 and SUN RGB-D: PNGs of an RGB and a depth half, in ``{train,test}/<class>/``, as a torch data set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .catalogue import DataSet, how_to_obtain
+from .class_checks import check_class_count
 from .faults import DataError, Fault, file_inside, open_image
 from .image_checks import check_images
 
@@ -141,23 +142,6 @@ def class_folders(known: DataSet, root: Path, num_classes: int | None = None) ->
     classes = sorted(path.name for path in train.iterdir() if path.is_dir())
     check_class_count(known, classes, num_classes, train)
     return classes
-
-
-def check_class_count(known: DataSet, classes: Sequence[str], num_classes: int | None, where: Path) -> None:
-    """Raise ``DataError`` where ``classes`` are not as many as the data set has."""
-    expected = len(known.classes) if num_classes is None else num_classes
-    if expected and len(classes) != expected:
-        few = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-        raise DataError(f"{where}: {known.title} has {expected} classes, found {len(classes)}: {few or 'none'}")
-
-
-def check_every_class(classes: Sequence[str], labels: Sequence[int], where: Path) -> None:
-    """Raise ``DataError`` where a class has no label: nothing could be learned of it."""
-    there = set(labels)
-    empty = [name for label, name in enumerate(classes) if label not in there]
-    if empty:
-        few = ", ".join(empty[:8]) + (", ..." if len(empty) > 8 else "")
-        raise DataError(f"{where}: {len(empty)} of {len(classes)} classes without a usable sample: {few}")
 
 
 def split_pair(image: Image.Image) -> tuple[Image.Image, Image.Image]:

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .catalogue import DataSet, how_to_obtain
+from .class_checks import check_class_count
 from .faults import DataError, Fault, file_inside, open_image
 from .image_checks import check_images
-from .paired_images import check_class_count
 
 
 class TextImageSample(TypedDict):

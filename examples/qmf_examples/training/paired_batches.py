@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from ..data.catalogue import DATA_SETS
-from ..data.paired_images import PairedImages, check_every_class
+from ..data.class_checks import check_every_class
+from ..data.paired_images import PairedImages
 from ..data.stratified_split import stratified_split
 from ..errors import CommandError
 from .settings import Settings

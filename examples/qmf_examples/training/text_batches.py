@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import v2
 
 from ..data.catalogue import DATA_SETS
-from ..data.paired_images import check_every_class
+from ..data.class_checks import check_every_class
 from ..data.text_images import TextImages, read_rows
 from ..models.text_encoders import Numbering, WordNumbers, load_numbering, pad
 from ..models.vocabulary import Vocabulary
