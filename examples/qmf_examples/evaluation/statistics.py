@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qmf_fusion.calibration import pearson
+from qmf_fusion.correlation import pearson
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None, float]:
@@ -34,6 +34,6 @@ def correlation(weights: Tensor, losses: Tensor) -> float | None:
         >>> round(correlation(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, 3.0]])), 3)
         -0.982
     """
-    found = [pearson(w, x) for w, x in zip(weights.cpu(), losses.cpu(), strict=True)]
+    found = [float(pearson(w, x)) for w, x in zip(weights.cpu(), losses.cpu(), strict=True)]
     # ``pearson`` says 0 where nothing varies.
     return mean_or_none([r if r else None for r in found])
