@@ -307,4 +307,7 @@ def launch_backward(
     if not rule_gradients:
         return d_logits, None
     alpha, beta, *rest = (x.clone() for x in out.sums.sum(2))
-    return d_logits, RuleGrads(out.uncertainty, alpha, beta, rest[0] if rest else None, fused=None)
+    d_temperature = rest[0] if rest else None
+    return d_logits, RuleGrads(
+        uncertainty=out.uncertainty, alpha=alpha, beta=beta, temperature=d_temperature, fused=None
+    )

@@ -66,9 +66,14 @@ def make_config(num: int, dtype: torch.dtype, rule: WeightRule, loss_rule: LossR
 
 def plan_slots(num: int, rule: WeightRule, loss_rule: LossRule) -> Slots:
     """For M modalities; no slots for what the rules do not need."""
-    of_tempered, of_smoothing = num * (rule.temperature is not None), int(bool(loss_rule.label_smoothing))
-    sizes = (0, num + 1, num + 1, num, of_tempered, of_tempered, num * of_smoothing, of_smoothing)
-    return Slots(*itertools.accumulate(sizes))
+    tempered, smoothing = num * (rule.temperature is not None), int(bool(loss_rule.label_smoothing))
+    sizes = {
+        **{"top": num + 1, "log": num + 1, "product": num},
+        **{"tempered_top": tempered, "tempered_log": tempered},
+        **{"ruled": num * smoothing, "mass": smoothing},
+    }
+    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    return Slots(**starts, size=sum(sizes.values()))
 
 
 @functools.lru_cache(maxsize=256)

@@ -31,8 +31,15 @@ class Trajectory(NamedTuple):
 
 
 def make_trajectory(past: Past) -> Trajectory:
-    num_samples, index = past.history.shape[2], past.samples.contiguous()
-    return Trajectory(past.history, past.low, past.span, past.visits, index, num_samples, past.start_epoch)
+    return Trajectory(
+        history=past.history,
+        low=past.low,
+        span=past.span,
+        visits=past.visits,
+        index=past.samples.contiguous(),
+        num_samples=past.history.shape[2],
+        start_epoch=past.start_epoch,
+    )
 
 
 @triton.jit
@@ -157,7 +164,8 @@ def record(
     """``eager.history.record``: one launch of one program."""
     num, batch = losses.shape
     past = history.new_empty((2, num, batch))
-    trajectory = Trajectory(history, low, span, visits, index.contiguous(), history.shape[2], start_epoch)
+    flags = {"minmax": True, "ranks": False, "records": True}
+    trajectory = make_trajectory(Past(history, low, span, visits, index, start_epoch, **flags))
     block = Block(samples=1024, partners=1, warps=8)
     config = Config(M=num, ACC=TYPES[torch.float64], block=block, minmax=True, records=True)
     arguments = (trajectory, losses.contiguous(), past, batch)

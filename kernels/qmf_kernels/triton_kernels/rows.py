@@ -52,7 +52,10 @@ def lay_out(
     sizes, strides = folded
     mask = None if present is None else (present.stride(0), strides[-1])
     strides = [(*s, x.stride(-1)) for s, x in zip(strides, tensors, strict=False)]
-    return Inputs(tuple(tensors[:num]), sizes, tuple(strides), present, mask), tuple(tensors[num:])
+    inputs = Inputs(
+        logits=tuple(tensors[:num]), sizes=sizes, strides=tuple(strides), present=present, present_strides=mask
+    )
+    return inputs, tuple(tensors[num:])
 
 
 def _fold(tensors: Sequence[Tensor], present: Tensor | None) -> tuple[tuple[int, ...], list[tuple[int, ...]]] | None:

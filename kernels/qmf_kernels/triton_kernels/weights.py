@@ -17,7 +17,7 @@ class Rows(NamedTuple):
     num_classes: Any
     offsets: Any  # where each head's stands
     counted: Any
-    tops: Any  # the log-sum-exp in two parts; 0 and 0 (kept as NaN) where a row does not count
+    tops: Any  # the log-sum-exp in two parts, the largest logit and the rest; 0 and 0 where a row does not count
     logs: Any
     tempered_tops: Any  # the same of x / T, or of x again where T is 1
     tempered_logs: Any

@@ -144,7 +144,7 @@ def one_launch(case, how, given, scale):
 
 
 test_one_launch, test_one_launch_widely = few_and_many(
-    4,
+    3,
     16,
     SMALL,
     st.sampled_from(["as is", "short"]),
