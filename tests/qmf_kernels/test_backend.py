@@ -22,7 +22,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "many": ({"nonnegative": True}, {"pairs": "all", "form": "margin", "start_epoch": 2}),
     "learnable": ({"learnable": True, "temperature": 2.0}, {"label_smoothing": 0.1}),
     "normalize": ({"normalize": True, "detach_weights": True}, {"form": "released", "rescale": None}),
-    "msp": ({"uncertainty": "msp", "learnable": True, "temperature": 0.5}, {"weight": torch.tensor([1.0, 0.5, 2.0, 0.0])}),
+    "msp": (
+        {"uncertainty": "msp", "learnable": True, "temperature": 0.5},
+        {"weight": torch.tensor([1.0, 0.5, 2.0, 0.0])},
+    ),
     "dense entropy": ({"uncertainty": "entropy", "class_dim": 1, "nonnegative": True}, {"ignore_index": 3}),
     "callable": ({"uncertainty": lambda x: -x.square().mean(-1), "detach_weights": True}, {}),
     "dense": ({"class_dim": 1}, {"ignore_index": 3}),
