@@ -16,19 +16,16 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def by_hand(name: str, x: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Each from its definition, in float64, with the probabilities written out."""
-    z = x / temperature
-    probs = z.exp() / z.exp().sum(-1, keepdim=True)
-    return {
-        "energy": -temperature * z.exp().sum(-1).log(),
-        "msp": 1 - probs.max(-1).values,
-        "entropy": -(probs * probs.log()).sum(-1) / math.log(x.shape[-1]),
-        "evidence": x.shape[-1] / ((1 + z.exp()).log() + 1).sum(-1),
-    }[name]
+# Each from its definition: of scaled logits z = x / T, their softmax written out, and T.
+DEFINITIONS = {
+    "energy": lambda z, p, t: -t * z.exp().sum(-1).log(),
+    "msp": lambda z, p, t: 1 - p.max(-1).values,
+    "entropy": lambda z, p, t: -(p * p.log()).sum(-1) / math.log(z.shape[-1]),
+    "evidence": lambda z, p, t: z.shape[-1] / ((1 + z.exp()).log() + 1).sum(-1),
+}
 
 
-@NAMES
+@pytest.mark.parametrize("name", DEFINITIONS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_weights_and_their_gradients_are_eq_9s(name: str, temperature: float, normalize: bool) -> None:
@@ -37,7 +34,8 @@ def test_weights_and_their_gradients_are_eq_9s(name: str, temperature: float, no
         NUM, uncertainty=name, alpha=[-1.0, -0.5, -2.0], beta=3.0, temperature=temperature, normalize=normalize
     )
     alpha = torch.tensor([-1.0, -0.5, -2.0]).double()
-    u = torch.stack([by_hand(name, row, temperature) for row in x])
+    scaled = [row / temperature for row in x]
+    u = torch.stack([DEFINITIONS[name](z, z.exp() / z.exp().sum(-1, keepdim=True), temperature) for z in scaled])
     weights = (alpha.unsqueeze(-1) * u + 3.0).clamp_min(0 if normalize else -math.inf)
     weights = weights / weights.sum(0) if normalize else weights
     fused = (weights.unsqueeze(-1) * torch.stack(x)).sum(0)
