@@ -129,14 +129,13 @@ class QMFLoss(nn.Module):
         elif index is not None and ranks:
             kappa = trajectory.kappa_checked(index, self.ranking.rescale)
         rows = fusion.prepare(rows)
-        losses = fusion.rule.objective(
+        out = fusion.rule.objective(
             *(rows, target, kappa, mask, options),
             plain=self.training,
             past=past,
             backend=self.backend,
             return_logits=self.return_logits,
         )
-        out = ObjectiveOutput(*losses)
         if learns and index is not None and past is None:
             trajectory.record_checked(out.sample_losses, index)
         if learns:
@@ -144,7 +143,7 @@ class QMFLoss(nn.Module):
         if fusion.class_dim != -1 and self.return_logits:
             # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
             fused = out.logits.movedim(-1, fusion.class_dim)
-            return ObjectiveOutput(*losses[:4], fused, out.weights, out.energy, out.sample_losses)
+            return ObjectiveOutput(*out[:4], fused, *out[5:])
         return out
 
     def _check_devices(self, device: torch.device) -> None:

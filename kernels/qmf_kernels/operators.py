@@ -254,7 +254,7 @@ def _objective(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
     else:
         losses, d_logits, d_rule = objective.objective(*inputs, gradients, rule_gradients)
         if not given.return_logits:
-            losses = losses._replace(fused=losses.fused.new_empty((0,)))
+            losses = losses._replace(logits=losses.logits.new_empty((0,)))
     return *losses, d_logits, [] if d_rule is None else _as_list(d_rule, losses.energy), kept
 
 
@@ -270,8 +270,8 @@ def _objective_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
         loss=new(()),
         fused_loss=new(()),
         unimodal_losses=new((num,)),
-        ranking=new(()),
-        fused=_fake_like(logits[0], rows.dtype, triton) if given.return_logits else new((0,)),
+        ranking_loss=new(()),
+        logits=_fake_like(logits[0], rows.dtype, triton) if given.return_logits else new((0,)),
         weights=rows,
         energy=new(rows.shape),
         sample_losses=new((num, shape[0])),
@@ -290,9 +290,9 @@ def _objective_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     logits: Sequence[Tensor] = next(following)
     given: ObjectiveOptions = unflatten(ObjectiveOptions, following)
     rule_gradients, d_logits, d_rule, kept = following
-    if grads.fused is not None and not grads.fused.numel():
-        grads = grads._replace(fused=None)  # under torch.compile, fused logits that were left out have a gradient too
-    others = (grads.fused_loss, grads.unimodal_losses, grads.ranking, grads.fused, grads.weights, grads.energy)
+    if grads.logits is not None and not grads.logits.numel():
+        grads = grads._replace(logits=None)  # under torch.compile, fused logits that were left out have a gradient too
+    others = (grads.fused_loss, grads.unimodal_losses, grads.ranking_loss, grads.logits, grads.weights, grads.energy)
     inputs = (logits, given.target, given.kappa, given.present, given.weight_rule, given.loss_rule)
     if d_logits and grads.loss is not None and not any(_may_differ_from_zero(grad) for grad in others):
         d_logits, d_rule = [d * grads.loss for d in d_logits], [d * grads.loss for d in d_rule]

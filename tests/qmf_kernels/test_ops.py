@@ -142,9 +142,9 @@ def test_gradients_are_those_of_autograd(ready, backend):
     losses = [torch.nn.functional.cross_entropy(x, target) for x in (*leaves, row)]
     gap, other = ((x.roll(-1, 1) - x) for x in (weights, kappa))
     ranking = (gap.sign() * (gap + other)).relu().mean(1).sum()  # form "paper", pairs (i, i + 1)
-    expected = {"loss": sum(losses) + 0.3 * ranking, "weights": weights, "energy": energy, "fused": row}
-    for name in ("loss", "fused_loss", "weights", "energy", "fused", "ranking"):
-        value = {**expected, "fused_loss": losses[-1], "ranking": ranking}[name]
+    expected = {"loss": sum(losses) + 0.3 * ranking, "weights": weights, "energy": energy, "logits": row}
+    for name in ("loss", "fused_loss", "weights", "energy", "logits", "ranking_loss"):
+        value = {**expected, "fused_loss": losses[-1], "ranking_loss": ranking}[name]
         torch.testing.assert_close(getattr(out, name), value)
         pair = [
             torch.autograd.grad(x.sin().sum(), given, retain_graph=True, allow_unused=True, materialize_grads=True)

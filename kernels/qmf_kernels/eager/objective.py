@@ -125,8 +125,8 @@ def _forward(
         loss=loss,
         fused_loss=losses[-1].clone(),
         unimodal_losses=losses[:-1].clone(),
-        ranking=ranking_loss,
-        fused=fusion.logits,
+        ranking_loss=ranking_loss,
+        logits=fusion.logits,
         weights=fusion.weights.squeeze(-1),
         energy=fusion.energy.squeeze(-1),
         sample_losses=sample_losses,
@@ -169,7 +169,7 @@ def _backward(
 
     d_fused = kept.fused_probs.mul_(share[-1])
     _subtract_labels(d_fused.unsqueeze(0), kept.label, hard[-1:], None if soft is None else soft[-1:], loss_rule)
-    d_fused = forget_ruled_out(add(d_fused, None if grads is None else grads.fused), fusion)
+    d_fused = forget_ruled_out(add(d_fused, None if grads is None else grads.logits), fusion)
 
     d_weights = None if grads is None or grads.weights is None else grads.weights.unsqueeze(-1)
     d_energy = None if grads is None or grads.energy is None else grads.energy.unsqueeze(-1)
@@ -202,7 +202,7 @@ def _ranking_scale(grads: LossGrads | None, ranking_weight: float) -> Tensor | f
     if grads is None:
         return ranking_weight
     through_loss = 0.0 if grads.loss is None else grads.loss * ranking_weight
-    return through_loss if grads.ranking is None else grads.ranking + through_loss
+    return through_loss if grads.ranking_loss is None else grads.ranking_loss + through_loss
 
 
 def valid_targets(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:

@@ -88,7 +88,7 @@ def finish_sums(memory, trajectory, programs, batch, CONFIG: tl.constexpr):
             tl.store(memory.fused_loss, mean.to(CONFIG.ACC))
         cross_entropies += mean
     ranking = _sum_programs(memory.partial, 0, programs, CONFIG) / count_pairs(batch, CONFIG)
-    tl.store(memory.ranking, ranking.to(CONFIG.ACC))
+    tl.store(memory.ranking_loss, ranking.to(CONFIG.ACC))
     tl.store(memory.loss, objective_loss(cross_entropies, ranking, memory).to(CONFIG.ACC))
     if CONFIG.records:
         for m in range(CONFIG.M):

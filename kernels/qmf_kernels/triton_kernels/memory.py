@@ -29,7 +29,7 @@ class Memory(NamedTuple):
     loss: Any = None
     fused_loss: Any = None
     unimodal_losses: Any = None  # [M]
-    ranking: Any = None
+    ranking_loss: Any = None
     inverse: Any = None  # [M + 1], one over each mean's denominator
     ranking_grad: Any = None  # [M, B]; None: without ranking
     ranking_weight: Any = None  # in two parts
@@ -56,7 +56,7 @@ def allocate(
         loss=new(()),
         fused_loss=new(()),
         unimodal_losses=new((num,)),
-        ranking=new(()),
+        ranking_loss=new(()),
         inverse=inverse,
         ranking_grad=ranking_grad if ranks else None,
         ranking_weight=split_number(float(loss_rule.ranking_weight)),

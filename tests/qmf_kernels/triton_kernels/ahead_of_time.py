@@ -135,7 +135,7 @@ def step(
     elif backward:
         grads = LossGrads(loss=out.loss)
         if every:
-            grads = LossGrads(*out[:7])._replace(fused=meta(*rows, classes, dtype=out.loss.dtype))
+            grads = LossGrads(*out[:7])._replace(logits=meta(*rows, classes, dtype=out.loss.dtype))
         rule_gradients = options or every or ready
         triton_kernels.objective_backward(grads, kept, heads, target, rule, loss_rule, rule_gradients)
 

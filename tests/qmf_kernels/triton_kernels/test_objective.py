@@ -237,10 +237,10 @@ def test_samples_without_any_modality_leave_the_others_as_they_were():
     one = LossGrads(loss=torch.ones(()))
     for single in (False, True):
         ours, d_logits = run(none, one, gradients=single)
-        assert ours["loss"] == ours["ranking"] == 0
+        assert ours["loss"] == ours["ranking_loss"] == 0
         assert ours["sample_losses"].isnan().all()
         assert not any(d.any() for d in (*d_logits, *(ours[f"d_logits[{m}]"] for m in range(2))))
-        assert (ours["fused"] == 0).all()
+        assert (ours["logits"] == 0).all()
         assert (ours["energy"] == torch.inf).all()
         broken = [heads[0].clone(), heads[1]]
         broken[0][2], broken[0][4, 1] = torch.nan, torch.inf
