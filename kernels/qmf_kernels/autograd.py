@@ -60,7 +60,8 @@ def objective(
     Arguments are not checked here.
     """
     options = ObjectiveOptions(target, kappa, present, weight_rule, loss_rule, return_logits, backend)
-    if past is None or _in_launches(logits, weight_rule, backend):
+    # No operator's schema says that the kernels read and write the history too: only for plain tensors.
+    if past is None or (rule_takes_triton(logits[0].device, weight_rule, backend) and _are_plain(logits)):
         return Losses(*_Objective.apply(past, *flatten(options), *logits))
     if past.ranks:
         kappa = history.kappa(past.history, past.low, past.span, past.samples, past.minmax)
@@ -71,11 +72,6 @@ def objective(
             past.history, past.low, past.span, past.visits, past.start_epoch, out.sample_losses, past.samples
         )
     return out
-
-
-def _in_launches(logits: Sequence[Tensor], rule: WeightRule, backend: str | None) -> bool:
-    """Whether the kernels read and write the history too. No operator's schema says so: only for plain tensors."""
-    return rule_takes_triton(logits[0].device, rule, backend) and _are_plain(logits)
 
 
 def _are_plain(logits: Sequence[Tensor]) -> bool:
@@ -170,11 +166,13 @@ class _Objective(torch.autograd.Function):
         if ctx.triton:  # which makes them in the forward where that takes one launch for all, and else in the backward
             gradients = gradients and not ctx.rule_gradients and _are_plain(logits)
             gradients = gradients and triton_kernels().is_small(logits, given.loss_rule.pairs)
+        ctx.d_rule = None
         if past is None:
             out = ops.objective.default(logits, *options, gradients, ctx.rule_gradients)
+            *losses, ctx.d_logits, ctx.d_rule, ctx.kept = out
         else:
-            out = _step(logits, given, gradients, past)
-        *losses, ctx.d_logits, ctx.d_rule, ctx.kept = out
+            step = below_autograd(triton_kernels().objective)
+            losses, ctx.d_logits, _, ctx.kept = step(logits, given, gradients, False, past)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses[-1])
         _save(ctx, logits, options)
@@ -198,13 +196,3 @@ class _Objective(torch.autograd.Function):
             made = (d_logits or [], d_rule or [], ctx.kept)
             d_logits, d_rule = ops.objective_backward.default(*of_losses, logits, *options, ctx.rule_gradients, *made)
         return None, *_option_grads(ObjectiveOptions, options, d_rule), *d_logits
-
-
-@below_autograd
-def _step(logits: Sequence[Tensor], given: ObjectiveOptions, gradients: bool, past: Past) -> tuple[Any, ...]:
-    """kappa, objective and record in the launches of the objective."""
-    losses, d_logits, _, kept = triton_kernels().objective(
-        *(logits, given.target, None, given.present, given.weight_rule, given.loss_rule),
-        *(gradients, False, given.return_logits, past),
-    )
-    return *losses, d_logits, [], kept

@@ -110,7 +110,7 @@ class FuseOptions(NamedTuple):
     """What ``qmf::fuse`` takes beside the logits."""
 
     present: Tensor | None
-    rule: WeightRule
+    weight_rule: WeightRule
     backend: str | None
 
 
@@ -122,8 +122,8 @@ class ObjectiveOptions(NamedTuple):
     present: Tensor | None
     weight_rule: WeightRule
     loss_rule: LossRule
-    return_logits: bool
-    backend: str | None
+    return_logits: bool = True
+    backend: str | None = None
 
 
 def _is_record(kind: Any) -> bool:

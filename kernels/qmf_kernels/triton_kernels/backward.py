@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..eager.fusion import accumulate_dtype
-from ..rules import LossGrads, LossRule, RuleGrads, WeightRule
+from ..rules import LossGrads, ObjectiveOptions, RuleGrads, WeightRule
 from . import tiling
 from .config import Config, make_config, number
 from .cross_entropy import Labels, class_weights, label_logits, loss_coefficients, make_labels, read_labels
@@ -259,17 +259,15 @@ def objective_backward(
     grads: LossGrads,
     kept: Sequence[Tensor],
     logits: Sequence[Tensor],
-    target: Tensor,
-    weight_rule: WeightRule,
-    loss_rule: LossRule,
+    given: ObjectiveOptions,
     rule_gradients: bool,
 ) -> tuple[list[Tensor], RuleGrads | None]:
     """From the gradients of the losses to those of the logits and, where asked for, of the rule's tensors: one launch,
     and one more to sum up the latter. ``kept`` is what ``objective`` returned.
     """
-    memory, labels = recall(kept, loss_rule), make_labels(target, loss_rule)
-    config = make_config(len(logits), accumulate_dtype(logits), weight_rule, loss_rule)
-    return launch_backward(grads, memory, logits, labels, weight_rule, rule_gradients, config)
+    memory, labels = recall(kept, given.loss_rule), make_labels(given.target, given.loss_rule)
+    config = make_config(len(logits), accumulate_dtype(logits), given.weight_rule, given.loss_rule)
+    return launch_backward(grads, memory, logits, labels, given.weight_rule, rule_gradients, config)
 
 
 def launch_backward(

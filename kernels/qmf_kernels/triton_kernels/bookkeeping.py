@@ -39,17 +39,13 @@ def book_samples(program, programs, memory, trajectory, batch, CONFIG: tl.conste
     if memory.ranking_grad is not None:
         pairs = count_pairs(batch, CONFIG).to(CONFIG.ACC)
         for m in range(CONFIG.M):
-            total, grad = rank_samples(memory.weights, memory.past, memory.losses, m, sample, batch, CONFIG)
+            total, grad = rank_samples(memory, m, sample, batch, CONFIG)
             hinges += total
-            grad = grad / pairs
-            if memory.positions is not None:
-                count = tl.load(memory.positions + m * batch + sample, inside, other=1.0)
-                grad = grad / tl.where(count > 0, count, 1.0)
-            tl.store(memory.ranking_grad + m * batch + sample, grad, inside)
+            tl.store(memory.ranking_grad + m * batch + sample, grad / pairs, inside)
     tl.store(memory.partial + program, hinges)
     if CONFIG.records:
         for m in range(CONFIG.M):
-            moved = record_samples(trajectory, memory.past, memory.losses, m, sample, batch, CONFIG)
+            moved = record_samples(trajectory, memory, m, sample, batch, CONFIG)
             tl.store(memory.partial + (1 + m) * programs + program, moved.to(tl.float64))
         count_visits(trajectory, sample, batch)
     for m in range(CONFIG.M + 1):

@@ -69,7 +69,7 @@ def forward_rows(row, inputs, rule, labels, trajectory, memory, num_rows, num_cl
         # Before anybody records: a sample may stand in the batch twice.
         sample = row // positions
         first = rows.inside & (row % positions == 0)
-        read_history(trajectory, memory.past, sample, first, rows.num_rows // positions, CONFIG)
+        read_history(trajectory, memory, sample, first, rows.num_rows // positions, CONFIG)
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from .config import plan_slots, split_number
 class Memory(NamedTuple):
     """Pointers (and one number) that kernels share; None where they are not needed.
 
-    First those of rows, which in the bookkeeping of dense prediction are samples' means; then those of the batch. What
-    is M + 1 has the fused row after the modalities.
+    First those of rows, which in the bookkeeping of dense prediction are each sample's means (and sums of numerators
+    and denominators); then those of the batch. What is M + 1 has the fused row after the modalities.
     """
 
     weights: Any = None  # [M, R]
@@ -24,7 +24,6 @@ class Memory(NamedTuple):
     numerator: Any = None  # [M + 1, R], the rows' shares in their mean losses; None: the losses themselves
     denominator: Any = None
     stats: Any = None  # [slots, R], see ``config.Slots``
-    positions: Any = None  # [M, B], how many of a sample count; None: it has but one
     past: Any = None  # [2, M, B], see ``history``; or kappa [M, B], where there is no history
     loss: Any = None
     fused_loss: Any = None
@@ -37,29 +36,21 @@ class Memory(NamedTuple):
     counter: Any = None  # int32, of the programs that have finished
 
 
-def allocate(
-    logits: Sequence[Tensor], rule: WeightRule, loss_rule: LossRule, dtype: torch.dtype, ranks: bool, programs: int
-) -> Memory:
-    """For an objective whose bookkeeping takes so many programs."""
-    num, shape = len(logits), logits[0].shape
-    energy = logits[0].new_empty((num, *shape[:-1]), dtype=dtype)
-    new, num_rows = energy.new_empty, energy[0].numel()
-    shares = loss_rule.class_weight is not None or bool(loss_rule.label_smoothing)
-    stats, inverse, ranking_grad = new_kept(energy, ranks, rule, loss_rule)
-    return Memory(
-        weights=new(energy.shape),
-        energy=energy,
+def allocate(kept: Sequence[Tensor], rows: Tensor, loss_rule: LossRule, programs: int) -> Memory:
+    """For an objective that leaves ``kept`` and whose bookkeeping takes so many programs."""
+    new, num, num_rows = rows.new_empty, len(rows), rows[0].numel()
+    # Of a sample's positions not all need count: in dense prediction too, each loss has a share of its own.
+    shares = loss_rule.class_weight is not None or bool(loss_rule.label_smoothing) or rows.dim() > 2
+    return recall(kept, loss_rule)._replace(
+        weights=new(rows.shape),
+        energy=new(rows.shape),
         losses=new((num + 1, num_rows)),
         numerator=new((num + 1, num_rows)) if shares else None,
         denominator=new((num + 1, num_rows)) if shares else None,
-        stats=stats,
         loss=new(()),
         fused_loss=new(()),
         unimodal_losses=new((num,)),
         ranking_loss=new(()),
-        inverse=inverse,
-        ranking_grad=ranking_grad if ranks else None,
-        ranking_weight=split_number(float(loss_rule.ranking_weight)),
         partial=new((3 * num + 3, programs), dtype=torch.float64),
         counter=new((1,), dtype=torch.int32),
     )
