@@ -56,21 +56,18 @@ def objective(
 ) -> Losses:
     """Eq. 18 of M tensors ``[B, *, K]``, targets ``[B, *]``, kappa ``[M, B]`` and present ``[M, B, *]`` or None each.
 
-    With ``past``, kappa comes from the history and the batch goes into it, in the kernels' own launches where they run.
+    With ``past``, kappa comes from the history and the batch goes into it: in the kernels' own launches where they run,
+    but for torch.compile, whose graph may not write to a history inside of a differentiable operator.
     Arguments are not checked here.
     """
-    options = ObjectiveOptions(target, kappa, present, weight_rule, loss_rule, return_logits, backend)
     # No operator's schema says that the kernels read and write the history too: only for plain tensors.
-    if past is None or (rule_takes_triton(logits[0].device, weight_rule, backend) and _are_plain(logits)):
-        return Losses(*_Objective.apply(past, *flatten(options), *logits))
-    if past.ranks:
+    inside = past is not None and rule_takes_triton(logits[0].device, weight_rule, backend) and _are_plain(logits)
+    if past is not None and past.ranks and not inside:
         kappa = history.kappa(past.history, past.low, past.span, past.samples, past.minmax)
-        options = options._replace(kappa=kappa)
-    out = Losses(*_Objective.apply(None, *flatten(options), *logits))
-    if past.records:
-        ops.record.default(
-            past.history, past.low, past.span, past.visits, past.start_epoch, out.sample_losses, past.samples
-        )
+    options = flatten(ObjectiveOptions(target, kappa, present, weight_rule, loss_rule, return_logits, backend))
+    out = Losses(*_Objective.apply(past if inside else None, *options, *logits))
+    if past is not None and past.records and not inside:
+        ops.record.default(*past[:4], past.start_epoch, out.sample_losses, past.samples)
     return out
 
 

@@ -1,8 +1,8 @@
 """The operators in the namespace ``qmf``: schemas, fakes, and which implementation a call takes.
 
-On CUDA and ROCm tensors they run the Triton kernels, elsewhere and without Triton plain PyTorch; ``backend`` forces
-one. ``autograd`` makes them differentiable. Loaded twice in one process (from two paths), the second copy registers
-under a name of its own.
+On CUDA and ROCm tensors fusion and objective run the Triton kernels, elsewhere and without Triton plain PyTorch;
+``backend`` forces one. Ranking and history on their own are plain PyTorch everywhere. ``autograd`` makes them
+differentiable. Loaded twice in one process (from two paths), the second copy registers under a name of its own.
 """
 
 import functools

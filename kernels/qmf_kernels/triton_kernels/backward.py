@@ -304,8 +304,5 @@ def launch_backward(
     put_back(written, d_logits)
     if not rule_gradients:
         return d_logits, None
-    alpha, beta, *rest = (x.clone() for x in out.sums.sum(2))
-    d_temperature = rest[0] if rest else None
-    return d_logits, RuleGrads(
-        uncertainty=out.uncertainty, alpha=alpha, beta=beta, temperature=d_temperature, fused=None
-    )
+    alpha, beta, temperature = (*(x.clone() for x in out.sums.sum(2)), None)[:3]
+    return d_logits, RuleGrads(uncertainty=out.uncertainty, alpha=alpha, beta=beta, temperature=temperature, fused=None)

@@ -49,23 +49,11 @@ def book_samples(program, programs, memory, trajectory, batch, CONFIG: tl.conste
             tl.store(memory.partial + (1 + m) * programs + program, moved.to(tl.float64))
         count_visits(trajectory, sample, batch)
     for m in range(CONFIG.M + 1):
-        numerator, denominator = _shares(memory, m, sample, inside, batch, CONFIG)
-        place = memory.partial + (1 + CONFIG.M + m) * programs + program
-        tl.store(place, numerator)
-        tl.store(place + (CONFIG.M + 1) * programs, denominator)
-
-
-@triton.jit
-def _shares(memory, m, sample, inside, batch, CONFIG: tl.constexpr):
-    """A block's sums of numerators and denominators, float64."""
-    if memory.numerator is not None:
         numerator = tl.load(memory.numerator + m * batch + sample, inside, other=0.0)
         denominator = tl.load(memory.denominator + m * batch + sample, inside, other=0.0)
-    else:
-        loss = tl.load(memory.losses + m * batch + sample, inside, other=float("nan"))
-        numerator = tl.where(loss == loss, loss, 0.0)
-        denominator = tl.where(loss == loss, 1.0, 0.0)
-    return tl.sum(numerator.to(tl.float64), 0), tl.sum(denominator.to(tl.float64), 0)
+        place = memory.partial + (1 + CONFIG.M + m) * programs + program
+        tl.store(place, tl.sum(numerator.to(tl.float64), 0))
+        tl.store(place + (CONFIG.M + 1) * programs, tl.sum(denominator.to(tl.float64), 0))
 
 
 @triton.jit

@@ -21,7 +21,7 @@ class Memory(NamedTuple):
     energy: Any = None  # [M, R]
     fused: Any = None  # [R, K], with strides after the M heads'
     losses: Any = None  # [M + 1, R], NaN where there is none
-    numerator: Any = None  # [M + 1, R], the rows' shares in their mean losses; None: the losses themselves
+    numerator: Any = None  # [M + 1, R], the rows' shares in their mean losses
     denominator: Any = None
     stats: Any = None  # [slots, R], see ``config.Slots``
     past: Any = None  # [2, M, B], see ``history``; or kappa [M, B], where there is no history
@@ -39,14 +39,12 @@ class Memory(NamedTuple):
 def allocate(kept: Sequence[Tensor], rows: Tensor, loss_rule: LossRule, programs: int) -> Memory:
     """For an objective that leaves ``kept`` and whose bookkeeping takes so many programs."""
     new, num, num_rows = rows.new_empty, len(rows), rows[0].numel()
-    # Of a sample's positions not all need count: in dense prediction too, each loss has a share of its own.
-    shares = loss_rule.class_weight is not None or bool(loss_rule.label_smoothing) or rows.dim() > 2
     return recall(kept, loss_rule)._replace(
         weights=new(rows.shape),
         energy=new(rows.shape),
         losses=new((num + 1, num_rows)),
-        numerator=new((num + 1, num_rows)) if shares else None,
-        denominator=new((num + 1, num_rows)) if shares else None,
+        numerator=new((num + 1, num_rows)),
+        denominator=new((num + 1, num_rows)),
         loss=new(()),
         fused_loss=new(()),
         unimodal_losses=new((num,)),
