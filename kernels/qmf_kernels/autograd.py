@@ -67,7 +67,8 @@ def objective(
     options = flatten(ObjectiveOptions(target, kappa, present, weight_rule, loss_rule, return_logits, backend))
     out = Losses(*_Objective.apply(past if inside else None, *options, *logits))
     if past is not None and past.records and not inside:
-        ops.record.default(*past[:4], past.start_epoch, out.sample_losses, past.samples)
+        tensors = (past.history, past.low, past.span, past.visits)
+        ops.record.default(*tensors, past.start_epoch, out.sample_losses, past.samples)
     return out
 
 
