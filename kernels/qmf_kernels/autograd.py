@@ -14,6 +14,7 @@ from torch import Tensor
 from .eager import history
 from .operators import below_autograd, ops, rule_takes_triton, triton_kernels
 from .rules import (
+    NAMES,
     FuseOptions,
     Losses,
     LossRule,
@@ -22,7 +23,6 @@ from .rules import (
     RuleGrads,
     WeightRule,
     flatten,
-    names,
     unflatten,
 )
 
@@ -110,7 +110,7 @@ def _saved(ctx: Any) -> tuple[Sequence[Tensor], list[Any], Sequence[Tensor]]:
 def _option_grads(record: type, options: Sequence[Any], d_rule: Sequence[Tensor] | None) -> list[Tensor | None]:
     """What ``backward`` returns for flat options: the operators' ``RuleGrads`` where they are tensors, else None."""
     grads = dict(zip(RuleGrads._fields, d_rule or (), strict=False))
-    parts = zip(names(record), options, strict=True)
+    parts = zip(NAMES[record], options, strict=True)
     return [grads.get(name) if isinstance(x, Tensor) else None for name, x in parts]
 
 
@@ -136,7 +136,7 @@ class _Fuse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        size = len(names(FuseOptions))
+        size = len(NAMES[FuseOptions])
         options, logits = inputs[:size], inputs[size:]
         fused_logits, weights, energy = ops.fuse.default(logits, *options)
         ctx.rule_gradients = any(ctx.needs_input_grad[:size])
@@ -156,7 +156,7 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, past: Past | None, *inputs: Any) -> tuple[Tensor, ...]:
-        size = len(names(ObjectiveOptions))
+        size = len(NAMES[ObjectiveOptions])
         options, logits = inputs[:size], inputs[size:]
         given: ObjectiveOptions = unflatten(ObjectiveOptions, options)
         gradients, ctx.rule_gradients = any(ctx.needs_input_grad), any(ctx.needs_input_grad[: size + 1])

@@ -147,7 +147,7 @@ def _all_names(record: Any) -> tuple[str, ...]:
     return tuple(n for name, inner in parts for n in ((name,) if inner is None else _all_names(inner)))
 
 
-_NAMES = {record: _all_names(record) for record in _INNER}
+NAMES = {record: _all_names(record) for record in _INNER}  # the fields' names in the order of ``flatten``
 
 
 def flatten(record: Any) -> list[Any]:
@@ -162,11 +162,6 @@ def unflatten(record: Any, values: Iterable[Any]) -> Any:
     """``record(...)`` from ``values`` in the order of ``flatten``; takes an iterator no further than it needs."""
     following = iter(values)
     return record(*[next(following) if inner is None else unflatten(inner, following) for inner in _INNER[record]])
-
-
-def names(record: type) -> tuple[str, ...]:
-    """The fields' names in the order of ``flatten``."""
-    return _NAMES[record]
 
 
 def schema(record: type) -> str:
