@@ -1,13 +1,12 @@
 """The stateless forms: each equation as a function of tensors. The modules hold state and call these."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import qmf_kernels
-from qmf_kernels import BACKENDS, FORMS, PAIRS, LossRule, affine_weights
+from qmf_kernels import BACKENDS, FORMS, PAIRS, Losses, LossRule, affine_weights
 
 from .affine import AffineOptions, weigh_rows
 from .checks import (
@@ -29,25 +28,8 @@ from .uncertainty import UNCERTAINTIES, energy_score
 __all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_loss"]
 
 
-class ObjectiveOutput(NamedTuple):
-    """What Eq. 18 is made of; every field but ``sample_losses`` can be differentiated."""
-
-    loss: Tensor
-    """Scalar: ``fused_loss + unimodal_losses.sum() + ranking_weight * ranking_loss``."""
-    fused_loss: Tensor
-    """Scalar: the cross-entropy of the fused logits."""
-    unimodal_losses: Tensor
-    """``[M]``: each modality's own cross-entropy; 0 for one that is absent throughout."""
-    ranking_loss: Tensor
-    """Scalar: mean over pairs, summed over modalities (Eq. 17)."""
-    logits: Tensor
-    """Fused logits ``[B, *, K]``; empty, ``[0]``, where they were not asked for."""
-    weights: Tensor
-    """``[M, B, *]``."""
-    energy: Tensor
-    """``[M, B, *]``."""
-    sample_losses: Tensor
-    """``[M, B]``: each sample's plain cross-entropy per modality, NaN where absent; what a trajectory records."""
+ObjectiveOutput = Losses
+"""What ``qmf_objective`` and ``QMFLoss`` return."""
 
 
 def fusion_weights(uncertainty: Tensor, alpha: Coefficient = -0.1, beta: Coefficient = 0.0) -> Tensor:
@@ -235,12 +217,10 @@ def qmf_objective(
     check_choice("backend", backend, BACKENDS)
     rows = normalize_rows(rows, check_logit_norm(normalize_logits))
     weighed = weigh_rows(rows, mask, options, constants[0], constants[1], unless_one(constants[2]))
-    return ObjectiveOutput(
-        *qmf_kernels.objective(
-            *(weighed.rows, target, kappa, weighed.present, weighed.weights, losses),
-            backend=backend,
-            return_logits=return_logits,
-        )
+    return qmf_kernels.objective(
+        *(weighed.rows, target, kappa, weighed.present, weighed.weights, losses),
+        backend=backend,
+        return_logits=return_logits,
     )
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling as compiling
 
 from qmf_kernels import BACKENDS, LossRule
 
@@ -122,29 +121,24 @@ class QMFLoss(nn.Module):
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.
         learns = self.training and torch.is_grad_enabled()
-        ranks = index is not None and bool(self.ranking_weight)
-        kappa = past = None
-        if index is not None and not compiling():  # a compiled graph may not write to a history inside
+        past = None
+        if index is not None:
+            ranks = bool(self.ranking_weight)
             past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=learns)
-        elif index is not None and ranks:
-            kappa = trajectory.kappa_checked(index, self.ranking.rescale)
         rows = fusion.prepare(rows)
-        losses = fusion.rule.objective(
-            *(rows, target, kappa, mask, options),
+        out = fusion.rule.objective(
+            *(rows, target, None, mask, options),
             plain=self.training,
             past=past,
             backend=self.backend,
             return_logits=self.return_logits,
         )
-        out = ObjectiveOutput(*losses)
-        if learns and index is not None and past is None:
-            trajectory.record_checked(out.sample_losses, index)
         if learns:
             fusion.rule.observe(rows, target, mask, self.ignore_index)
         if fusion.class_dim != -1 and self.return_logits:
             # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
             fused = out.logits.movedim(-1, fusion.class_dim)
-            return ObjectiveOutput(*losses[:4], fused, out.weights, out.energy, out.sample_losses)
+            return ObjectiveOutput(*out[:4], fused, *out[5:])
         return out
 
     def _check_devices(self, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .eager import history
 from .operators import below_autograd, ops, rule_takes_triton, triton_kernels
 from .rules import (
+    NAMES,
     FuseOptions,
     Losses,
     LossRule,
@@ -22,7 +23,6 @@ from .rules import (
     RuleGrads,
     WeightRule,
     flatten,
-    names,
     unflatten,
 )
 
@@ -56,26 +56,20 @@ def objective(
 ) -> Losses:
     """Eq. 18 of M tensors ``[B, *, K]``, targets ``[B, *]``, kappa ``[M, B]`` and present ``[M, B, *]`` or None each.
 
-    With ``past``, kappa comes from the history and the batch goes into it, in the kernels' own launches where they run.
+    With ``past``, kappa comes from the history and the batch goes into it: in the kernels' own launches where they run,
+    but for torch.compile, whose graph may not write to a history inside of a differentiable operator.
     Arguments are not checked here.
     """
-    options = ObjectiveOptions(target, kappa, present, weight_rule, loss_rule, return_logits, backend)
-    if past is None or _in_launches(logits, weight_rule, backend):
-        return Losses(*_Objective.apply(past, *flatten(options), *logits))
-    if past.ranks:
+    # No operator's schema says that the kernels read and write the history too: only for plain tensors.
+    inside = past is not None and rule_takes_triton(logits[0].device, weight_rule, backend) and _are_plain(logits)
+    if past is not None and past.ranks and not inside:
         kappa = history.kappa(past.history, past.low, past.span, past.samples, past.minmax)
-        options = options._replace(kappa=kappa)
-    out = Losses(*_Objective.apply(None, *flatten(options), *logits))
-    if past.records:
-        ops.record.default(
-            past.history, past.low, past.span, past.visits, past.start_epoch, out.sample_losses, past.samples
-        )
+    options = flatten(ObjectiveOptions(target, kappa, present, weight_rule, loss_rule, return_logits, backend))
+    out = Losses(*_Objective.apply(past if inside else None, *options, *logits))
+    if past is not None and past.records and not inside:
+        tensors = (past.history, past.low, past.span, past.visits)
+        ops.record.default(*tensors, past.start_epoch, out.sample_losses, past.samples)
     return out
-
-
-def _in_launches(logits: Sequence[Tensor], rule: WeightRule, backend: str | None) -> bool:
-    """Whether the kernels read and write the history too. No operator's schema says so: only for plain tensors."""
-    return rule_takes_triton(logits[0].device, rule, backend) and _are_plain(logits)
 
 
 def _are_plain(logits: Sequence[Tensor]) -> bool:
@@ -116,7 +110,7 @@ def _saved(ctx: Any) -> tuple[Sequence[Tensor], list[Any], Sequence[Tensor]]:
 def _option_grads(record: type, options: Sequence[Any], d_rule: Sequence[Tensor] | None) -> list[Tensor | None]:
     """What ``backward`` returns for flat options: the operators' ``RuleGrads`` where they are tensors, else None."""
     grads = dict(zip(RuleGrads._fields, d_rule or (), strict=False))
-    parts = zip(names(record), options, strict=True)
+    parts = zip(NAMES[record], options, strict=True)
     return [grads.get(name) if isinstance(x, Tensor) else None for name, x in parts]
 
 
@@ -142,7 +136,7 @@ class _Fuse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        size = len(names(FuseOptions))
+        size = len(NAMES[FuseOptions])
         options, logits = inputs[:size], inputs[size:]
         fused_logits, weights, energy = ops.fuse.default(logits, *options)
         ctx.rule_gradients = any(ctx.needs_input_grad[:size])
@@ -162,7 +156,7 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, past: Past | None, *inputs: Any) -> tuple[Tensor, ...]:
-        size = len(names(ObjectiveOptions))
+        size = len(NAMES[ObjectiveOptions])
         options, logits = inputs[:size], inputs[size:]
         given: ObjectiveOptions = unflatten(ObjectiveOptions, options)
         gradients, ctx.rule_gradients = any(ctx.needs_input_grad), any(ctx.needs_input_grad[: size + 1])
@@ -170,11 +164,13 @@ class _Objective(torch.autograd.Function):
         if ctx.triton:  # which makes them in the forward where that takes one launch for all, and else in the backward
             gradients = gradients and not ctx.rule_gradients and _are_plain(logits)
             gradients = gradients and triton_kernels().is_small(logits, given.loss_rule.pairs)
+        ctx.d_rule = None
         if past is None:
             out = ops.objective.default(logits, *options, gradients, ctx.rule_gradients)
+            *losses, ctx.d_logits, ctx.d_rule, ctx.kept = out
         else:
-            out = _step(logits, given, gradients, past)
-        *losses, ctx.d_logits, ctx.d_rule, ctx.kept = out
+            step = below_autograd(triton_kernels().objective)
+            losses, ctx.d_logits, _, ctx.kept = step(logits, given, gradients, False, past)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses[-1])
         _save(ctx, logits, options)
@@ -198,13 +194,3 @@ class _Objective(torch.autograd.Function):
             made = (d_logits or [], d_rule or [], ctx.kept)
             d_logits, d_rule = ops.objective_backward.default(*of_losses, logits, *options, ctx.rule_gradients, *made)
         return None, *_option_grads(ObjectiveOptions, options, d_rule), *d_logits
-
-
-@below_autograd
-def _step(logits: Sequence[Tensor], given: ObjectiveOptions, gradients: bool, past: Past) -> tuple[Any, ...]:
-    """kappa, objective and record in the launches of the objective."""
-    losses, d_logits, _, kept = triton_kernels().objective(
-        *(logits, given.target, None, given.present, given.weight_rule, given.loss_rule),
-        *(gradients, False, given.return_logits, past),
-    )
-    return *losses, d_logits, [], kept

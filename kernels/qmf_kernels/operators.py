@@ -1,8 +1,8 @@
 """The operators in the namespace ``qmf``: schemas, fakes, and which implementation a call takes.
 
-On CUDA and ROCm tensors they run the Triton kernels, elsewhere and without Triton plain PyTorch; ``backend`` forces
-one. ``autograd`` makes them differentiable. Loaded twice in one process (from two paths), the second copy registers
-under a name of its own.
+On CUDA and ROCm tensors fusion and objective run the Triton kernels, elsewhere and without Triton plain PyTorch;
+``backend`` forces one. Ranking and history on their own are plain PyTorch everywhere. ``autograd`` makes them
+differentiable. Loaded twice in one process (from two paths), the second copy registers under a name of its own.
 """
 
 import functools
@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,7 @@ from torch import Tensor
 from .eager import fusion, history, objective
 from .eager.fusion import accumulate_dtype
 from .eager.ranking import ranking
-from .rules import (
-    FuseOptions,
-    Losses,
-    LossGrads,
-    ObjectiveOptions,
-    RuleGrads,
-    WeightRule,
-    schema,
-    unflatten,
-)
+from .rules import FuseOptions, Losses, LossGrads, ObjectiveOptions, RuleGrads, WeightRule, schema, unflatten
 
 _OPERATORS = ("fuse", "fuse_backward", "objective", "objective_backward", "ranking", "record")
 
@@ -124,6 +115,18 @@ def _define(signature: str, implementation: Callable[..., Any], fake: Callable[.
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
+def _given(record: Any, device: torch.device, rest: Iterable[Any]) -> tuple[Any, ...]:
+    """The options at the start of ``rest``, whether Triton's kernels take them, and what follows."""
+    following = iter(rest)
+    options = unflatten(record, following)
+    return options, rule_takes_triton(device, options.weight_rule, options.backend), *following
+
+
+def _as_list(grads: RuleGrads | None, like: Tensor) -> list[Tensor]:
+    """As a schema's ``Tensor[]``, which holds no None: empty where the rule has no such tensor."""
+    return [like.new_empty((0,)) if grad is None else grad for grad in grads or ()]
+
+
 # What fakes say: shapes, dtypes and strides of results.
 
 
@@ -137,51 +140,28 @@ def _fake_like(x: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
     return torch.empty_like(x, dtype=dtype) if triton else x.new_empty(x.shape, dtype=dtype)
 
 
-def _fake_rule_grads(rows: Tensor, rule: WeightRule) -> list[Tensor]:
-    def new(wanted: bool, shape: Sequence[int]) -> Tensor:
-        return rows.new_empty(shape if wanted else (0,))
-
-    grads = RuleGrads(
-        uncertainty=new(rule.uncertainty is not None, rows.shape),
-        alpha=new(True, rows.shape[:1]),
-        beta=new(True, rows.shape[:1]),
-        temperature=new(rule.temperature is not None, rows.shape[:1]),
-        fused=None if rule.fused is None else new(True, rule.fused.shape),
-    )
-    return _as_list(grads, rows)
+def _fake_gradients(
+    logits: Sequence[Tensor], rule: WeightRule, triton: bool, rule_gradients: bool, dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the logits, in ``dtype`` or each in its own; and of the rule's tensors, where asked for."""
+    d_logits = [_fake_like(x, dtype or x.dtype, triton) for x in logits]
+    rows = per_row(logits)
+    shapes = {"uncertainty": rows.shape, "fused": logits[0].shape}  # of the others: [M]
+    wanted = [shapes.get(n, rows.shape[:1]) if getattr(rule, n) is not None else (0,) for n in RuleGrads._fields]
+    return d_logits, [rows.new_empty(shape) for shape in wanted if rule_gradients]
 
 
-def _as_list(grads: RuleGrads, like: Tensor) -> list[Tensor]:
-    """As a schema's ``Tensor[]``, which holds no None: empty where the rule has no such tensor."""
-    return [like.new_empty((0,)) if grad is None else grad for grad in grads]
-
-
-# Ranking (Eq. 15 to 17)
-
-
-def _ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tensor, Tensor]:
-    run = triton_kernels().ranking if takes_triton(weights.device, None) else ranking
-    return run(weights, kappa, form, pairs)
-
+# Ranking (Eq. 15 to 17) and the loss history (Eq. 14), which on their own are not worth a kernel.
 
 _define(
     "ranking(Tensor weights, Tensor kappa, str form, str pairs) -> (Tensor, Tensor)",
-    _ranking,
+    ranking,
     lambda weights, *_: (weights.new_empty(()), weights.new_empty(weights.shape)),
 )
-
-
-# The loss history (Eq. 14)
-
-
-def _record(*inputs: Any) -> None:
-    (triton_kernels() if takes_triton(inputs[0].device, None) else history).record(*inputs)
-
-
 _define(
     "record(Tensor(a!) history, Tensor(b!) low, Tensor(c!) span, Tensor(d!)? visits, int start_epoch, Tensor losses, "
     "Tensor index) -> ()",
-    _record,
+    history.record,
     lambda *_: None,
 )
 
@@ -190,41 +170,32 @@ _define(
 
 
 def _fuse(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    present, rule, backend = unflatten(FuseOptions, rest)
-    run = triton_kernels() if rule_takes_triton(logits[0].device, rule, backend) else fusion
-    return run.fuse(logits, present, rule)
+    given, triton = _given(FuseOptions, logits[0].device, rest)
+    return (triton_kernels() if triton else fusion).fuse(logits, given.present, given.weight_rule)
 
 
 def _fuse_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    _, rule, backend = unflatten(FuseOptions, rest)
-    row = per_row(logits)
-    triton = rule_takes_triton(row.device, rule, backend)
-    return _fake_like(logits[0], row.dtype, triton), row, row.new_empty(row.shape)
+    _, triton = _given(FuseOptions, logits[0].device, rest)
+    rows = per_row(logits)
+    return _fake_like(logits[0], rows.dtype, triton), rows, rows.new_empty(rows.shape)
 
 
 def _fuse_backward(
     grad_fused: Tensor, grad_weights: Tensor, grad_energy: Tensor, energy: Tensor, logits: Sequence[Tensor], *rest: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    following = iter(rest)
-    present, rule, backend = unflatten(FuseOptions, following)
-    (rule_gradients,) = following
+    given, triton, rule_gradients = _given(FuseOptions, energy.device, rest)
     grads = (grad_fused, grad_weights, grad_energy)
-    if rule_takes_triton(energy.device, rule, backend):
-        d_logits, d_rule = triton_kernels().fuse_backward(grads, energy, logits, rule, rule_gradients)
+    if triton:
+        d_logits, d_rule = triton_kernels().fuse_backward(grads, energy, logits, given.weight_rule, rule_gradients)
     else:
-        d_logits, d_rule = fusion.fuse_backward(grads, logits, present, rule)
+        d_logits, d_rule = fusion.fuse_backward(grads, logits, given.present, given.weight_rule)
     return d_logits, _as_list(d_rule, energy) if rule_gradients else []
 
 
-def _fuse_backward_fake(
-    _: Tensor, __: Tensor, ___: Tensor, energy: Tensor, logits: Sequence[Tensor], *rest: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    following = iter(rest)
-    _, rule, backend = unflatten(FuseOptions, following)
-    (rule_gradients,) = following
-    triton = rule_takes_triton(energy.device, rule, backend)
-    d_logits = [_fake_like(x, x.dtype, triton) for x in logits]
-    return d_logits, _fake_rule_grads(energy, rule) if rule_gradients else []
+def _fuse_backward_fake(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    _, _, _, energy, logits, *rest = inputs
+    given, triton, rule_gradients = _given(FuseOptions, energy.device, rest)
+    return _fake_gradients(logits, given.weight_rule, triton, rule_gradients)
 
 
 _define(f"fuse(Tensor[] logits, {schema(FuseOptions)}) -> (Tensor, Tensor, Tensor)", _fuse, _fuse_fake)
@@ -242,70 +213,52 @@ _define(
 
 
 def _objective(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
-    following = iter(rest)
-    given: ObjectiveOptions = unflatten(ObjectiveOptions, following)
-    gradients, rule_gradients = following
-    inputs = (logits, given.target, given.kappa, given.present, given.weight_rule, given.loss_rule)
-    kept: list[Tensor] = []
-    if rule_takes_triton(logits[0].device, given.weight_rule, given.backend):
-        losses, d_logits, d_rule, kept = triton_kernels().objective(
-            *inputs, gradients, rule_gradients, given.return_logits
-        )
-    else:
-        losses, d_logits, d_rule = objective.objective(*inputs, gradients, rule_gradients)
-        if not given.return_logits:
-            losses = losses._replace(fused=losses.fused.new_empty((0,)))
-    return *losses, d_logits, [] if d_rule is None else _as_list(d_rule, losses.energy), kept
+    given, triton, *asked = _given(ObjectiveOptions, logits[0].device, rest)
+    losses, d_logits, d_rule, *kept = (triton_kernels() if triton else objective).objective(logits, given, *asked)
+    return *losses, d_logits, _as_list(d_rule, losses.energy), kept[0] if triton else []
 
 
 def _objective_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
-    following = iter(rest)
-    given: ObjectiveOptions = unflatten(ObjectiveOptions, following)
-    gradients, rule_gradients = following
-    num, shape = len(logits), logits[0].shape
+    given, triton, gradients, rule_gradients = _given(ObjectiveOptions, logits[0].device, rest)
     rows = per_row(logits)
-    new = rows.new_empty
-    triton = rule_takes_triton(rows.device, given.weight_rule, given.backend)
+    new, num = rows.new_empty, len(logits)
     out = Losses(
         loss=new(()),
         fused_loss=new(()),
         unimodal_losses=new((num,)),
-        ranking=new(()),
-        fused=_fake_like(logits[0], rows.dtype, triton) if given.return_logits else new((0,)),
+        ranking_loss=new(()),
+        logits=_fake_like(logits[0], rows.dtype, triton) if given.return_logits else new((0,)),
         weights=rows,
         energy=new(rows.shape),
-        sample_losses=new((num, shape[0])),
+        sample_losses=new((num, logits[0].shape[0])),
     )
-    d_logits = [_fake_like(x, rows.dtype, triton) for x in logits if gradients]
-    d_rule = _fake_rule_grads(rows, given.weight_rule) if gradients and rule_gradients else []
+    made: tuple[list[Tensor], list[Tensor]] = [], []
+    if gradients:
+        made = _fake_gradients(logits, given.weight_rule, triton, rule_gradients, rows.dtype)
     kept = []
     if triton:
-        kept = triton_kernels().fake_kept(rows, given.kappa is not None, given.weight_rule, given.loss_rule)
-    return *out, d_logits, d_rule, kept
+        kept = triton_kernels().new_kept(rows, given.kappa is not None, given.weight_rule, given.loss_rule)
+    return *out, *made, kept
 
 
 def _objective_backward(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     following = iter(inputs)
     grads: LossGrads = unflatten(LossGrads, following)
     logits: Sequence[Tensor] = next(following)
-    given: ObjectiveOptions = unflatten(ObjectiveOptions, following)
-    rule_gradients, d_logits, d_rule, kept = following
-    if grads.fused is not None and not grads.fused.numel():
-        grads = grads._replace(fused=None)  # under torch.compile, fused logits that were left out have a gradient too
-    others = (grads.fused_loss, grads.unimodal_losses, grads.ranking, grads.fused, grads.weights, grads.energy)
-    inputs = (logits, given.target, given.kappa, given.present, given.weight_rule, given.loss_rule)
-    if d_logits and grads.loss is not None and not any(_may_differ_from_zero(grad) for grad in others):
+    given, triton, rule_gradients, d_logits, d_rule, kept = _given(ObjectiveOptions, logits[0].device, following)
+    if grads.logits is not None and not grads.logits.numel():
+        grads = grads._replace(logits=None)  # under torch.compile, fused logits that were left out have a gradient too
+    if d_logits and grads.loss is not None and not any(map(_may_differ_from_zero, grads._replace(loss=None))):
         d_logits, d_rule = [d * grads.loss for d in d_logits], [d * grads.loss for d in d_rule]
-    elif rule_takes_triton(logits[0].device, given.weight_rule, given.backend):
-        kernels = triton_kernels()
-        kept = kept or kernels.objective(*inputs, False, False, False)[3]
-        d_logits, grads_of_rule = kernels.objective_backward(
-            grads, kept, logits, given.target, given.weight_rule, given.loss_rule, rule_gradients
-        )
-        d_rule = [] if grads_of_rule is None else _as_list(grads_of_rule, per_row(logits))
     else:
-        d_logits, grads_of_rule = objective.objective_backward(grads, *inputs)
-        d_rule = _as_list(grads_of_rule, per_row(logits))
+        if triton:
+            kernels = triton_kernels()
+            if not kept:
+                *_, kept = kernels.objective(logits, given._replace(return_logits=False), False, False)
+            d_logits, found = kernels.objective_backward(grads, kept, logits, given, rule_gradients)
+        else:
+            d_logits, found = objective.objective_backward(grads, logits, given)
+        d_rule = _as_list(found, per_row(logits))
     return [grad.to(x.dtype) for grad, x in zip(d_logits, logits, strict=True)], d_rule if rule_gradients else []
 
 
@@ -318,11 +271,8 @@ def _objective_backward_fake(*inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     following = iter(inputs)
     unflatten(LossGrads, following)
     logits: Sequence[Tensor] = next(following)
-    given: ObjectiveOptions = unflatten(ObjectiveOptions, following)
-    rule_gradients = next(following)
-    triton = rule_takes_triton(logits[0].device, given.weight_rule, given.backend)
-    d_rule = _fake_rule_grads(per_row(logits), given.weight_rule) if rule_gradients else []
-    return [_fake_like(x, x.dtype, triton) for x in logits], d_rule
+    given, triton, rule_gradients, *_ = _given(ObjectiveOptions, logits[0].device, following)
+    return _fake_gradients(logits, given.weight_rule, triton, rule_gradients)
 
 
 _define(

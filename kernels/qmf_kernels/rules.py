@@ -48,24 +48,24 @@ class LossRule(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What Eq. 18 is made of."""
+    """What Eq. 18 is made of; every field but ``sample_losses`` can be differentiated."""
 
     loss: Tensor
-    """Scalar: ``fused_loss + unimodal_losses.sum() + ranking_weight * ranking``."""
+    """Scalar: ``fused_loss + unimodal_losses.sum() + ranking_weight * ranking_loss``."""
     fused_loss: Tensor
-    """Scalar: mean cross-entropy of the fused logits."""
+    """Scalar: the cross-entropy of the fused logits."""
     unimodal_losses: Tensor
-    """``[M]``: each modality's mean cross-entropy."""
-    ranking: Tensor
-    """Scalar (Eq. 17), before its coefficient."""
-    fused: Tensor
-    """``[B, *, K]``; empty, ``[0]``, where not asked for."""
+    """``[M]``: each modality's own cross-entropy; 0 for one that is absent throughout."""
+    ranking_loss: Tensor
+    """Scalar: mean over pairs, summed over modalities (Eq. 17)."""
+    logits: Tensor
+    """Fused logits ``[B, *, K]``; empty, ``[0]``, where they were not asked for."""
     weights: Tensor
     """``[M, B, *]``."""
     energy: Tensor
     """``[M, B, *]``."""
     sample_losses: Tensor
-    """``[M, B]``: what the history records; NaN where a modality does not count. Without a gradient."""
+    """``[M, B]``: each sample's plain cross-entropy per modality, NaN where absent; what a trajectory records."""
 
 
 class Past(NamedTuple):
@@ -100,8 +100,8 @@ class LossGrads(NamedTuple):
     loss: Tensor | None = None
     fused_loss: Tensor | None = None
     unimodal_losses: Tensor | None = None
-    ranking: Tensor | None = None
-    fused: Tensor | None = None
+    ranking_loss: Tensor | None = None
+    logits: Tensor | None = None
     weights: Tensor | None = None
     energy: Tensor | None = None
 
@@ -110,7 +110,7 @@ class FuseOptions(NamedTuple):
     """What ``qmf::fuse`` takes beside the logits."""
 
     present: Tensor | None
-    rule: WeightRule
+    weight_rule: WeightRule
     backend: str | None
 
 
@@ -122,8 +122,8 @@ class ObjectiveOptions(NamedTuple):
     present: Tensor | None
     weight_rule: WeightRule
     loss_rule: LossRule
-    return_logits: bool
-    backend: str | None
+    return_logits: bool = True
+    backend: str | None = None
 
 
 def _is_record(kind: Any) -> bool:
@@ -147,7 +147,7 @@ def _all_names(record: Any) -> tuple[str, ...]:
     return tuple(n for name, inner in parts for n in ((name,) if inner is None else _all_names(inner)))
 
 
-_NAMES = {record: _all_names(record) for record in _INNER}
+NAMES = {record: _all_names(record) for record in _INNER}  # the fields' names in the order of ``flatten``
 
 
 def flatten(record: Any) -> list[Any]:
@@ -162,11 +162,6 @@ def unflatten(record: Any, values: Iterable[Any]) -> Any:
     """``record(...)`` from ``values`` in the order of ``flatten``; takes an iterator no further than it needs."""
     following = iter(values)
     return record(*[next(following) if inner is None else unflatten(inner, following) for inner in _INNER[record]])
-
-
-def names(record: type) -> tuple[str, ...]:
-    """The fields' names in the order of ``flatten``."""
-    return _NAMES[record]
 
 
 def schema(record: type) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
 from qmf_kernels.benchmarks.measure import capture
 
 from . import gpu
@@ -86,12 +86,26 @@ def test_one_launch_for_a_small_batch_and_one_for_its_scale(shape: tuple[int, in
     assert gpu.ours(found) == {"single": 1, "scale": 1}, found.names
 
 
-def test_dense_prediction_takes_one_launch_more() -> None:
+def test_dense_prediction_takes_three_launches() -> None:
+    """And PyTorch's, for each sample's means, which wait for nothing."""
     criterion = QMFLoss(QualityAwareFusion(2, class_dim=1).to(gpu.DEVICE), 50, return_logits=False).to(gpu.DEVICE)
     rows = [torch.randn(4, 7, 33, 20, device=gpu.DEVICE, requires_grad=True) for _ in range(2)]
     target, index = torch.randint(7, (4, 33, 20), device=gpu.DEVICE), torch.arange(4, device=gpu.DEVICE)
     found = gpu.launches_of(lambda: train(criterion, rows, target, index))
-    assert gpu.ours(found) == {"forward": 1, "positions": 1, "bookkeeping": 1, "backward": 1}, found.names
+    assert gpu.ours(found) == {"forward": 1, "bookkeeping": 1, "backward": 1}, found.names
+    with gpu.no_waiting():
+        train(criterion, rows, target, index)
+
+
+@pytest.mark.parametrize("pairs", ["adjacent", "all"])
+@pytest.mark.parametrize("start_epoch", [1, 2])
+def test_ranking_and_history_alone_wait_for_nothing(pairs: str, start_epoch: int) -> None:
+    rank = TrajectoryRankingLoss(50, 2, pairs=pairs, start_epoch=start_epoch).to(gpu.DEVICE)
+    weights, losses = (torch.rand(2, 16, device=gpu.DEVICE).requires_grad_() for _ in range(2))
+    index = torch.arange(16, device=gpu.DEVICE)
+    with gpu.no_waiting():
+        for _ in range(3):
+            rank(weights, losses, index).backward()
 
 
 def test_fusion_alone_takes_one_launch_each_way() -> None:

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from qmf_kernels import find_range, kappa, ops, record
+from qmf_kernels import PAIRS, find_range, kappa, ops, record
 from qmf_kernels.eager import history as module
+from qmf_kernels.eager.ranking import ranking
 
 
 @pytest.fixture(params=["scanned", "kept"])
@@ -61,6 +62,16 @@ def test_first_visits_are_left_out():
         record(*state, visits, 2, torch.tensor([[loss]]), torch.tensor([1]))
     assert visits.tolist() == [0, 3, 0]
     assert state[0][:, 0, 1].tolist() == [3.0, 2.0]
+
+
+@pytest.mark.parametrize("visits", [None, torch.zeros(5, dtype=torch.int64, device="meta")])
+def test_no_value_on_a_device_is_looked_at(visits):
+    """Which would mean waiting for it; a meta tensor has none."""
+    state = [torch.empty(shape, dtype=torch.float64, device="meta") for shape in ((2, 2, 5), (2, 1), (2, 1))]
+    losses, index = torch.empty(2, 3, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    module.record(*state, visits, 2, losses, index)
+    for pairs in PAIRS:
+        ranking(losses, module.kappa(*state, index, True).float(), "paper", pairs)
 
 
 def test_opcheck():

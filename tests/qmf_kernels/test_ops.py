@@ -44,8 +44,6 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, None]
 # opcheck's comparison of outputs under AOTDispatcher takes no NaN for equal, and an absent modality's loss is one;
 # tests of torch.compile compare those.
 WITH_NAN = ("test_schema", "test_autograd_registration", "test_faketensor")
-RULES = pytest.mark.parametrize(("rule", "dtype"), [(i, dtype) for i in range(5) for dtype in DTYPES[i % 2 :: 2]])
-PRESENT = pytest.mark.parametrize("present", [None, MASK], ids=["all", "masked"])
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,10 +51,19 @@ NEEDS_TRITON = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interp
 BACKENDS = pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=NEEDS_TRITON)])
 
 
-@RULES
-@PRESENT
-@BACKENDS
-def test_opcheck_fuse(rule, dtype, present, backend):
+# In the interpreter, where each takes seconds, every rule with one mask and one loss's options; the others are slow.
+FUSIONS = [
+    pytest.param(i, dtype, masked, backend, marks=marks)
+    for i in range(5)
+    for dtype in DTYPES[i % 2 :: 2]
+    for masked in (False, True)
+    for backend, marks in ((None, ()), ("triton", (NEEDS_TRITON, *[pytest.mark.slow] * (masked != (i % 2 == 0)))))
+]
+
+
+@pytest.mark.parametrize(("rule", "dtype", "masked", "backend"), FUSIONS)
+def test_opcheck_fuse(rule, dtype, masked, backend):
+    present = MASK if masked else None
     options = flatten(FuseOptions(present, rules(dtype)[rule], backend))
     torch.library.opcheck(ops.fuse.default, (logits(dtype), *options))
     fused, weights, energy = ops.fuse(logits(dtype), *options)
@@ -66,7 +73,6 @@ def test_opcheck_fuse(rule, dtype, present, backend):
         torch.library.opcheck(ops.fuse_backward.default, inputs)
 
 
-# In the interpreter, where each takes seconds, every rule with one mask and one loss's options.
 OBJECTIVES = [
     pytest.param(i, dtype, masked, smooth, backend, marks=marks)
     for i in range(5)
@@ -142,9 +148,9 @@ def test_gradients_are_those_of_autograd(ready, backend):
     losses = [torch.nn.functional.cross_entropy(x, target) for x in (*leaves, row)]
     gap, other = ((x.roll(-1, 1) - x) for x in (weights, kappa))
     ranking = (gap.sign() * (gap + other)).relu().mean(1).sum()  # form "paper", pairs (i, i + 1)
-    expected = {"loss": sum(losses) + 0.3 * ranking, "weights": weights, "energy": energy, "fused": row}
-    for name in ("loss", "fused_loss", "weights", "energy", "fused", "ranking"):
-        value = {**expected, "fused_loss": losses[-1], "ranking": ranking}[name]
+    expected = {"loss": sum(losses) + 0.3 * ranking, "weights": weights, "energy": energy, "logits": row}
+    for name in ("loss", "fused_loss", "weights", "energy", "logits", "ranking_loss"):
+        value = {**expected, "fused_loss": losses[-1], "ranking_loss": ranking}[name]
         torch.testing.assert_close(getattr(out, name), value)
         pair = [
             torch.autograd.grad(x.sin().sum(), given, retain_graph=True, allow_unused=True, materialize_grads=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rules import Losses, LossGrads, LossRule, RuleGrads, WeightRule
+from ..rules import Losses, LossGrads, LossRule, ObjectiveOptions, RuleGrads
 from .fusion import (
     Fusion,
     add,
@@ -43,50 +43,31 @@ class _Kept(NamedTuple):
 
 
 def objective(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    kappa: Tensor | None,
-    present: Tensor | None,
-    weight_rule: WeightRule,
-    loss_rule: LossRule,
-    gradients: bool,
-    rule_gradients: bool,
+    logits: Sequence[Tensor], given: ObjectiveOptions, gradients: bool, rule_gradients: bool
 ) -> tuple[Losses, list[Tensor], RuleGrads | None]:
     """The losses, and where asked the gradients of ``loss`` with respect to the logits (in the accumulating dtype) and
     to the rule's tensors.
     """
-    out, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
+    out, kept = _forward(logits, given)
     if not gradients:
         return out, [], None
-    d_logits, d_rule = _backward(None, kept, weight_rule, loss_rule, rule_gradients)
+    d_logits, d_rule = _backward(None, kept, given, rule_gradients)
     return out, d_logits, d_rule
 
 
 def objective_backward(
-    grads: LossGrads,
-    logits: Sequence[Tensor],
-    target: Tensor,
-    kappa: Tensor | None,
-    present: Tensor | None,
-    weight_rule: WeightRule,
-    loss_rule: LossRule,
+    grads: LossGrads, logits: Sequence[Tensor], given: ObjectiveOptions
 ) -> tuple[list[Tensor], RuleGrads]:
     """From gradients of the losses to those of the logits and of the rule's tensors."""
-    _, kept = _forward(logits, target, kappa, present, weight_rule, loss_rule)
-    d_logits, d_rule = _backward(grads, kept, weight_rule, loss_rule, True)
+    _, kept = _forward(logits, given)
+    d_logits, d_rule = _backward(grads, kept, given, True)
     assert d_rule is not None
     return d_logits, d_rule
 
 
-def _forward(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    kappa: Tensor | None,
-    present: Tensor | None,
-    weight_rule: WeightRule,
-    loss_rule: LossRule,
-) -> tuple[Losses, _Kept]:
-    fusion = fuse_rows(logits, present, weight_rule)
+def _forward(logits: Sequence[Tensor], given: ObjectiveOptions) -> tuple[Losses, _Kept]:
+    target, kappa, loss_rule = given.target, given.kappa, given.loss_rule
+    fusion = fuse_rows(logits, given.present, given.weight_rule)
     rows = fusion.rows
     fused_probs, fused_lse = softmax_lse(fusion.logits)
     num_classes = fusion.logits.shape[-1]
@@ -108,13 +89,13 @@ def _forward(
     hard, soft = _coefficients(lse, counted, label, loss_rule, num_classes)
     losses = _mean_losses(groups, lse, entropies, counted, hard, soft, loss_rule)
 
-    sample_losses = _sample_means(entropies[:-1], None if counted is None else counted[:-1])
+    sample_losses = sample_means(entropies[:-1], None if counted is None else counted[:-1])
     loss = losses.sum()
     ranking_grad = None
     if kappa is None:
         ranking_loss = losses.new_zeros(())
     else:
-        sample_weights, kappa = _sample_means(fusion.weights, rows.counted), kappa.to(loss.dtype)
+        sample_weights, kappa = sample_means(fusion.weights, rows.counted), kappa.to(loss.dtype)
         if counted is not None:
             left_out = torch.isnan(sample_losses)
             sample_weights = torch.where(left_out, 0, sample_weights)
@@ -125,8 +106,8 @@ def _forward(
         loss=loss,
         fused_loss=losses[-1].clone(),
         unimodal_losses=losses[:-1].clone(),
-        ranking=ranking_loss,
-        fused=fusion.logits,
+        ranking_loss=ranking_loss,
+        logits=fusion.logits if given.return_logits else fusion.logits.new_empty((0,)),
         weights=fusion.weights.squeeze(-1),
         energy=fusion.energy.squeeze(-1),
         sample_losses=sample_losses,
@@ -156,10 +137,11 @@ def _mean_losses(
 
 
 def _backward(
-    grads: LossGrads | None, kept: _Kept, weight_rule: WeightRule, loss_rule: LossRule, rule_gradients: bool
+    grads: LossGrads | None, kept: _Kept, given: ObjectiveOptions, rule_gradients: bool
 ) -> tuple[list[Tensor], RuleGrads | None]:
     """``grads`` None is 1 for the loss and nothing else. May use up ``kept``'s softmaxes."""
     fusion, sizes = kept.fusion, kept.fusion.finite
+    weight_rule, loss_rule = given.weight_rule, given.loss_rule
     scale = None if grads is None else _loss_scale(grads, kept.hard)
     share = hard = kept.hard if scale is None else kept.hard * scale
     soft = None
@@ -169,7 +151,7 @@ def _backward(
 
     d_fused = kept.fused_probs.mul_(share[-1])
     _subtract_labels(d_fused.unsqueeze(0), kept.label, hard[-1:], None if soft is None else soft[-1:], loss_rule)
-    d_fused = forget_ruled_out(add(d_fused, None if grads is None else grads.fused), fusion)
+    d_fused = forget_ruled_out(add(d_fused, None if grads is None else grads.logits), fusion)
 
     d_weights = None if grads is None or grads.weights is None else grads.weights.unsqueeze(-1)
     d_energy = None if grads is None or grads.energy is None else grads.energy.unsqueeze(-1)
@@ -202,7 +184,7 @@ def _ranking_scale(grads: LossGrads | None, ranking_weight: float) -> Tensor | f
     if grads is None:
         return ranking_weight
     through_loss = 0.0 if grads.loss is None else grads.loss * ranking_weight
-    return through_loss if grads.ranking is None else grads.ranking + through_loss
+    return through_loss if grads.ranking_loss is None else grads.ranking_loss + through_loss
 
 
 def valid_targets(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
@@ -267,18 +249,17 @@ def _loss_scale(grads: LossGrads, like: Tensor) -> Tensor:
     return per_modality(scale if grads.loss is None else scale + grads.loss, like)
 
 
-def _sample_means(values: Tensor, counted: Tensor | None) -> Tensor:
-    """``[M, B, *, 1]`` to ``[M, B]``, the mean over the positions that count; NaN where none does."""
-    if values.dim() == 3:
-        values = values.squeeze(-1)
-        return values if counted is None else torch.where(counted.squeeze(-1), values, torch.nan)
+def sample_means(values: Tensor, counted: Tensor | None) -> Tensor:
+    """``[M, B, ...]`` to ``[M, B]``, the mean over the positions that count; NaN where none does."""
+    values = values.flatten(2)
     if counted is None:
-        return values.flatten(2).mean(2)
-    return torch.where(counted, values, 0).flatten(2).sum(2) / counted.flatten(2).sum(2)
+        return values.squeeze(2) if values.shape[2] == 1 else values.mean(2)
+    counted = counted.flatten(2)
+    return torch.where(counted, values, 0).sum(2) / counted.sum(2)
 
 
 def _spread(grad: Tensor, counted: Tensor | None, weights: Tensor) -> Tensor:
-    """Backward of ``_sample_means``: ``[M, B]`` to ``[M, B, *, 1]``."""
+    """Backward of ``sample_means`` of the weights: ``[M, B]`` to ``[M, B, *, 1]``."""
     if weights.dim() == 3:
         return grad.unsqueeze(-1)
     if counted is None:

@@ -2,27 +2,23 @@
 absent.
 
 ``forward`` and ``backward`` walk rows of logits (``rows``, ``weights``, ``cross_entropy``); ``bookkeeping`` stands
-between them, with ``ranking`` and ``history`` and, in dense prediction, ``positions`` before it; ``single`` is all of
-it in one launch. ``step`` launches what a training step takes. ``config`` is what a kernel is compiled for, ``tiling``
+between them, with ``ranking`` and ``history``; ``single`` is all of it in one launch. ``step`` launches what a training
+step takes. ``config`` is what a kernel is compiled for, ``tiling``
 how much of the logits one program takes.
 """
 
 from .backward import fuse_backward, objective_backward
 from .forward import fuse
-from .history import record
-from .memory import new_kept as fake_kept
-from .ranking import ranking
+from .memory import new_kept
 from .single import scale_gradients
 from .step import is_small, objective
 
 __all__ = [
-    "fake_kept",
     "fuse",
     "fuse_backward",
     "is_small",
+    "new_kept",
     "objective",
     "objective_backward",
-    "ranking",
-    "record",
     "scale_gradients",
 ]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..eager.fusion import accumulate_dtype
-from ..rules import LossGrads, LossRule, RuleGrads, WeightRule
+from ..rules import LossGrads, ObjectiveOptions, RuleGrads, WeightRule
 from . import tiling
 from .config import Config, make_config, number
 from .cross_entropy import Labels, class_weights, label_logits, loss_coefficients, make_labels, read_labels
@@ -58,7 +58,7 @@ def backward_rows(
     rows, _ = weigh_rows(row, inputs, rule, memory, num_rows, num_classes, True, CONFIG)
     zero = tl.where(rows.inside, 0.0, 0.0).to(CONFIG.ACC)
     through = (zero,) * M  # what the fused row's gradient is to each weight
-    if grads.fused is not None and not CONFIG.detach:
+    if grads.logits is not None and not CONFIG.detach:
         through = _fused_products(through, rows, inputs, grads, CONFIG)
     y, fused_top, fused_log, losses = row * 0 - 1, zero, zero, ()
     if CONFIG.losses:
@@ -100,7 +100,7 @@ def _read_fused(column, in_tile, rows, inputs, grads, CONFIG: tl.constexpr):
     M: tl.constexpr = CONFIG.M
     offset = row_offset(rows.row, inputs.sizes, inputs.strides[M], CONFIG)
     place = tile_offsets(offset, inputs.strides[M], column, CONFIG)
-    return tl.load(grads.fused + place, in_tile, other=0.0).to(CONFIG.ACC)
+    return tl.load(grads.logits + place, in_tile, other=0.0).to(CONFIG.ACC)
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def _weight_grads(through, rows, grads, memory, positions, CONFIG: tl.constexpr)
             grad += tl.load(grads.weights + m * rows.num_rows + rows.row, rows.inside, other=0.0)
         if memory.ranking_grad is not None:
             scale = _loss_grad(grads, CONFIG) * number(memory.ranking_weight, CONFIG.ACC)
-            scale += _scalar(grads.ranking, 0.0, CONFIG)
+            scale += _scalar(grads.ranking_loss, 0.0, CONFIG)
             place = m * (rows.num_rows // positions) + rows.row // positions
             grad += scale * tl.load(memory.ranking_grad + place, rows.inside, other=0.0)
         if not CONFIG.detach:
@@ -206,7 +206,7 @@ def _write_tile(logs, tile, rows, terms, inputs, rule, labels, grads, out, CONFI
         probs = tl.exp((f - terms.fused_top[:, None]) - terms.fused_log[:, None])
         probs = tl.where(probs == probs, probs, 0.0)
         fused_grad = _cross_entropy_grad(probs, M, column, terms, rows, labels, CONFIG)
-    if grads.fused is not None:
+    if grads.logits is not None:
         fused_grad += _read_fused(column, in_tile, rows, inputs, grads, CONFIG)
     fused_grad = tl.where(f == -float("inf"), 0.0, fused_grad)
     updated, out_grads = (), ()
@@ -250,7 +250,7 @@ def fuse_backward(
     rule's tensors: one launch, and one more to sum up the latter.
     """
     fused, weights, of_energies = grads
-    incoming = LossGrads(fused=fused, weights=weights, energy=of_energies)
+    incoming = LossGrads(logits=fused, weights=weights, energy=of_energies)
     config = make_config(len(logits), accumulate_dtype(logits), rule)
     return launch_backward(incoming, Memory(energy=energies.contiguous()), logits, None, rule, rule_gradients, config)
 
@@ -259,17 +259,15 @@ def objective_backward(
     grads: LossGrads,
     kept: Sequence[Tensor],
     logits: Sequence[Tensor],
-    target: Tensor,
-    weight_rule: WeightRule,
-    loss_rule: LossRule,
+    given: ObjectiveOptions,
     rule_gradients: bool,
 ) -> tuple[list[Tensor], RuleGrads | None]:
     """From the gradients of the losses to those of the logits and, where asked for, of the rule's tensors: one launch,
     and one more to sum up the latter. ``kept`` is what ``objective`` returned.
     """
-    memory, labels = recall(kept, loss_rule), make_labels(target, loss_rule)
-    config = make_config(len(logits), accumulate_dtype(logits), weight_rule, loss_rule)
-    return launch_backward(grads, memory, logits, labels, weight_rule, rule_gradients, config)
+    memory, labels = recall(kept, given.loss_rule), make_labels(given.target, given.loss_rule)
+    config = make_config(len(logits), accumulate_dtype(logits), given.weight_rule, given.loss_rule)
+    return launch_backward(grads, memory, logits, labels, given.weight_rule, rule_gradients, config)
 
 
 def launch_backward(
@@ -285,7 +283,7 @@ def launch_backward(
     """``grad_dtype``: of the logits' gradients; default: the logits' own."""
     num, first = len(logits), logits[0]
     d_logits = [torch.empty_like(x, dtype=grad_dtype) for x in logits]
-    inputs, others = lay_out(logits, None, d_logits if grads.fused is None else [grads.fused, *d_logits])
+    inputs, others = lay_out(logits, None, d_logits if grads.logits is None else [grads.logits, *d_logits])
     fused, written = others[:-num], others[-num:]
     num_rows, num_classes = inputs.num_rows, inputs.num_classes
     tile = tiling.tile(num, num_classes, num_rows, config.ACC == tl.float64)
@@ -298,7 +296,7 @@ def launch_backward(
             sums=first.new_empty((2 if rule.temperature is None else 3, num, programs), dtype=dtype),
         )
     inputs = inputs._replace(strides=inputs.strides[:-num])
-    grads = contiguous(grads._replace(fused=None))._replace(fused=fused[0] if fused else None)
+    grads = contiguous(grads._replace(logits=None))._replace(logits=fused[0] if fused else None)
     arguments = (inputs, contiguous(rule), labels, grads, memory, out)
     sizes = (num_rows, num_classes, num_rows // first.shape[0])
     config = config._replace(DIMS=len(inputs.sizes), tile=tile)
@@ -306,8 +304,5 @@ def launch_backward(
     put_back(written, d_logits)
     if not rule_gradients:
         return d_logits, None
-    alpha, beta, *rest = (x.clone() for x in out.sums.sum(2))
-    d_temperature = rest[0] if rest else None
-    return d_logits, RuleGrads(
-        uncertainty=out.uncertainty, alpha=alpha, beta=beta, temperature=d_temperature, fused=None
-    )
+    alpha, beta, temperature = (*(x.clone() for x in out.sums.sum(2)), None)[:3]
+    return d_logits, RuleGrads(uncertainty=out.uncertainty, alpha=alpha, beta=beta, temperature=temperature, fused=None)

@@ -39,37 +39,21 @@ def book_samples(program, programs, memory, trajectory, batch, CONFIG: tl.conste
     if memory.ranking_grad is not None:
         pairs = count_pairs(batch, CONFIG).to(CONFIG.ACC)
         for m in range(CONFIG.M):
-            total, grad = rank_samples(memory.weights, memory.past, memory.losses, m, sample, batch, CONFIG)
+            total, grad = rank_samples(memory, m, sample, batch, CONFIG)
             hinges += total
-            grad = grad / pairs
-            if memory.positions is not None:
-                count = tl.load(memory.positions + m * batch + sample, inside, other=1.0)
-                grad = grad / tl.where(count > 0, count, 1.0)
-            tl.store(memory.ranking_grad + m * batch + sample, grad, inside)
+            tl.store(memory.ranking_grad + m * batch + sample, grad / pairs, inside)
     tl.store(memory.partial + program, hinges)
     if CONFIG.records:
         for m in range(CONFIG.M):
-            moved = record_samples(trajectory, memory.past, memory.losses, m, sample, batch, CONFIG)
+            moved = record_samples(trajectory, memory, m, sample, batch, CONFIG)
             tl.store(memory.partial + (1 + m) * programs + program, moved.to(tl.float64))
         count_visits(trajectory, sample, batch)
     for m in range(CONFIG.M + 1):
-        numerator, denominator = _shares(memory, m, sample, inside, batch, CONFIG)
-        place = memory.partial + (1 + CONFIG.M + m) * programs + program
-        tl.store(place, numerator)
-        tl.store(place + (CONFIG.M + 1) * programs, denominator)
-
-
-@triton.jit
-def _shares(memory, m, sample, inside, batch, CONFIG: tl.constexpr):
-    """A block's sums of numerators and denominators, float64."""
-    if memory.numerator is not None:
         numerator = tl.load(memory.numerator + m * batch + sample, inside, other=0.0)
         denominator = tl.load(memory.denominator + m * batch + sample, inside, other=0.0)
-    else:
-        loss = tl.load(memory.losses + m * batch + sample, inside, other=float("nan"))
-        numerator = tl.where(loss == loss, loss, 0.0)
-        denominator = tl.where(loss == loss, 1.0, 0.0)
-    return tl.sum(numerator.to(tl.float64), 0), tl.sum(denominator.to(tl.float64), 0)
+        place = memory.partial + (1 + CONFIG.M + m) * programs + program
+        tl.store(place, tl.sum(numerator.to(tl.float64), 0))
+        tl.store(place + (CONFIG.M + 1) * programs, tl.sum(denominator.to(tl.float64), 0))
 
 
 @triton.jit
@@ -88,7 +72,7 @@ def finish_sums(memory, trajectory, programs, batch, CONFIG: tl.constexpr):
             tl.store(memory.fused_loss, mean.to(CONFIG.ACC))
         cross_entropies += mean
     ranking = _sum_programs(memory.partial, 0, programs, CONFIG) / count_pairs(batch, CONFIG)
-    tl.store(memory.ranking, ranking.to(CONFIG.ACC))
+    tl.store(memory.ranking_loss, ranking.to(CONFIG.ACC))
     tl.store(memory.loss, objective_loss(cross_entropies, ranking, memory).to(CONFIG.ACC))
     if CONFIG.records:
         for m in range(CONFIG.M):

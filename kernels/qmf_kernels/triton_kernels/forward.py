@@ -69,7 +69,7 @@ def forward_rows(row, inputs, rule, labels, trajectory, memory, num_rows, num_cl
         # Before anybody records: a sample may stand in the batch twice.
         sample = row // positions
         first = rows.inside & (row % positions == 0)
-        read_history(trajectory, memory.past, sample, first, rows.num_rows // positions, CONFIG)
+        read_history(trajectory, memory, sample, first, rows.num_rows // positions, CONFIG)
 
 
 @triton.jit
@@ -128,8 +128,6 @@ def _write_losses(rows, sums, inputs, labels, memory, CONFIG: tl.constexpr):
     nlls, fused_top, fused_log = cross_entropies(label, ruled, valid, rows, sums.top, sums.total, CONFIG)
     _keep(memory, CONFIG.slots.top, M, rows, fused_top)
     _keep(memory, CONFIG.slots.log, M, rows, fused_log)
-    for m in tl.static_range(M + 1):
-        tl.store(memory.losses + m * rows.num_rows + rows.row, nlls[m], rows.inside)
     if labels.smoothing is not None:
         _keep(memory, CONFIG.slots.mass, 0, rows, sums.mass)
     total = tl.where(sums.total > 0, sums.total, 1.0)
@@ -138,15 +136,16 @@ def _write_losses(rows, sums, inputs, labels, memory, CONFIG: tl.constexpr):
         _keep(memory, CONFIG.slots.product, m, rows, product)
         if labels.smoothing is not None:
             _keep(memory, CONFIG.slots.ruled, m, rows, sums.ruled[m])
-    if memory.numerator is not None:
-        for m in tl.static_range(M + 1):
-            if m < M:
-                lse, class_sum = rows.tops[m] + rows.logs[m], sums.logits[m]
-            else:
-                lse, class_sum = fused_top + fused_log, sums.fused
-            share = share_in_mean(nlls[m], lse, class_sum, sums.mass, y, labels, rows.num_classes, CONFIG)
-            tl.store(memory.numerator + m * rows.num_rows + rows.row, share[0], rows.inside)
-            tl.store(memory.denominator + m * rows.num_rows + rows.row, share[1], rows.inside)
+    for m in tl.static_range(M + 1):
+        if m < M:
+            lse, class_sum = rows.tops[m] + rows.logs[m], sums.logits[m]
+        else:
+            lse, class_sum = fused_top + fused_log, sums.fused
+        share = share_in_mean(nlls[m], lse, class_sum, sums.mass, y, labels, rows.num_classes, CONFIG)
+        place = m * rows.num_rows + rows.row
+        tl.store(memory.losses + place, nlls[m], rows.inside)
+        tl.store(memory.numerator + place, share[0], rows.inside)
+        tl.store(memory.denominator + place, share[1], rows.inside)
 
 
 @triton.jit

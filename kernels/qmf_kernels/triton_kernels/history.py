@@ -6,16 +6,11 @@ visits so far are too few for this one to be recorded.
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..rules import Past
-from .config import TYPES, Config
-from .launch import launch
 from .rows import widen
-from .tiling import Block
 
 
 class Trajectory(NamedTuple):
@@ -43,8 +38,8 @@ def make_trajectory(past: Past) -> Trajectory:
 
 
 @triton.jit
-def read_history(trajectory, past, sample, wanted, batch, CONFIG: tl.constexpr):
-    """Write ``past`` of the samples ``[ROWS]`` that are ``wanted``."""
+def read_history(trajectory, memory, sample, wanted, batch, CONFIG: tl.constexpr):
+    """Write the memory's ``past`` of the samples ``[ROWS]`` that are ``wanted``."""
     M: tl.constexpr = CONFIG.M
     index = tl.load(trajectory.index + sample, wanted, other=0)
     within = (index >= 0) & (index < trajectory.num_samples)
@@ -55,48 +50,23 @@ def read_history(trajectory, past, sample, wanted, batch, CONFIG: tl.constexpr):
         mean = tl.where(count > 0, total / tl.where(count > 0, count, 1.0), float("nan"))
         if CONFIG.minmax:
             mean = (mean - tl.load(trajectory.low + m)) / tl.load(trajectory.span + m)
-        tl.store(past + m * batch + sample, mean, wanted)
+        tl.store(memory.past + m * batch + sample, mean, wanted)
         if CONFIG.records:
             if trajectory.visits is not None:
                 visits = tl.load(trajectory.visits + index, there, other=0)
                 count = tl.where(visits >= trajectory.start_epoch - 1, count, float("nan"))
-            tl.store(past + (CONFIG.M + m) * batch + sample, count, wanted)
-
-
-@triton.jit(debug=True, do_not_specialize=["batch"])
-def record_kernel(trajectory, losses, past, batch, CONFIG: tl.constexpr):
-    """One program: everything is read before anything is recorded."""
-    batch = widen(batch)
-    lane = tl.arange(0, CONFIG.block.samples).to(tl.int64)
-    start = tl.zeros((), tl.int64)
-    while start < batch:
-        read_history(trajectory, past, start + lane, start + lane < batch, batch, CONFIG)
-        start += CONFIG.block.samples
-    tl.debug_barrier()
-    for m in range(CONFIG.M):
-        moved = tl.zeros((), tl.int32)
-        start = tl.zeros((), tl.int64)
-        while start < batch:
-            moved = tl.maximum(moved, record_samples(trajectory, past, losses, m, start + lane, batch, CONFIG))
-            start += CONFIG.block.samples
-        if moved > 0:
-            tl.debug_barrier()
-            find_range(trajectory, m, CONFIG)
-    start = tl.zeros((), tl.int64)
-    while start < batch:
-        count_visits(trajectory, start + lane, batch)
-        start += CONFIG.block.samples
+            tl.store(memory.past + (CONFIG.M + m) * batch + sample, count, wanted)
 
 
 @triton.jit
-def record_samples(trajectory, past, losses, m, sample, batch, CONFIG: tl.constexpr):
+def record_samples(trajectory, memory, m, sample, batch, CONFIG: tl.constexpr):
     """Record a modality's losses of the samples ``[SAMPLES]``, and say whether its means' range may have moved (int32,
     0 or 1).
     """
     index, there = _read_index(trajectory, sample, batch)
-    kappa = tl.load(past + m * batch + sample, there, other=0.0)
-    count_before = tl.load(past + (CONFIG.M + m) * batch + sample, there, other=0.0)
-    loss = tl.load(losses + m * batch + sample, there, other=0.0).to(tl.float64)
+    kappa = tl.load(memory.past + m * batch + sample, there, other=0.0)
+    count_before = tl.load(memory.past + (CONFIG.M + m) * batch + sample, there, other=0.0)
+    loss = tl.load(memory.losses + m * batch + sample, there, other=0.0).to(tl.float64)
     low, span = tl.load(trajectory.low + m), tl.load(trajectory.span + m)
     finite = (loss == loss) & (tl.abs(loss) < float("inf"))
     adds = there & finite & (count_before == count_before)
@@ -156,17 +126,3 @@ def find_range(trajectory, m, CONFIG: tl.constexpr):
     span = tl.max(most, 0) - low
     tl.store(trajectory.low + m, low)
     tl.store(trajectory.span + m, tl.where(span > tiny, span, tiny))
-
-
-def record(
-    history: Tensor, low: Tensor, span: Tensor, visits: Tensor | None, start_epoch: int, losses: Tensor, index: Tensor
-) -> None:
-    """``eager.history.record``: one launch of one program."""
-    num, batch = losses.shape
-    past = history.new_empty((2, num, batch))
-    flags = {"minmax": True, "ranks": False, "records": True}
-    trajectory = make_trajectory(Past(history, low, span, visits, index, start_epoch, **flags))
-    block = Block(samples=1024, partners=1, warps=8)
-    config = Config(M=num, ACC=TYPES[torch.float64], block=block, minmax=True, records=True)
-    arguments = (trajectory, losses.contiguous(), past, batch)
-    launch(record_kernel, 1, block.warps, history.device, *arguments, config=config)

@@ -13,23 +13,22 @@ from .config import plan_slots, split_number
 class Memory(NamedTuple):
     """Pointers (and one number) that kernels share; None where they are not needed.
 
-    First those of rows, which in the bookkeeping of dense prediction are samples' means; then those of the batch. What
-    is M + 1 has the fused row after the modalities.
+    First those of rows, which in the bookkeeping of dense prediction are each sample's means (and sums of numerators
+    and denominators); then those of the batch. What is M + 1 has the fused row after the modalities.
     """
 
     weights: Any = None  # [M, R]
     energy: Any = None  # [M, R]
     fused: Any = None  # [R, K], with strides after the M heads'
     losses: Any = None  # [M + 1, R], NaN where there is none
-    numerator: Any = None  # [M + 1, R], the rows' shares in their mean losses; None: the losses themselves
+    numerator: Any = None  # [M + 1, R], the rows' shares in their mean losses
     denominator: Any = None
     stats: Any = None  # [slots, R], see ``config.Slots``
-    positions: Any = None  # [M, B], how many of a sample count; None: it has but one
     past: Any = None  # [2, M, B], see ``history``; or kappa [M, B], where there is no history
     loss: Any = None
     fused_loss: Any = None
     unimodal_losses: Any = None  # [M]
-    ranking: Any = None
+    ranking_loss: Any = None
     inverse: Any = None  # [M + 1], one over each mean's denominator
     ranking_grad: Any = None  # [M, B]; None: without ranking
     ranking_weight: Any = None  # in two parts
@@ -37,29 +36,19 @@ class Memory(NamedTuple):
     counter: Any = None  # int32, of the programs that have finished
 
 
-def allocate(
-    logits: Sequence[Tensor], rule: WeightRule, loss_rule: LossRule, dtype: torch.dtype, ranks: bool, programs: int
-) -> Memory:
-    """For an objective whose bookkeeping takes so many programs."""
-    num, shape = len(logits), logits[0].shape
-    energy = logits[0].new_empty((num, *shape[:-1]), dtype=dtype)
-    new, num_rows = energy.new_empty, energy[0].numel()
-    shares = loss_rule.class_weight is not None or bool(loss_rule.label_smoothing)
-    stats, inverse, ranking_grad = new_kept(energy, ranks, rule, loss_rule)
-    return Memory(
-        weights=new(energy.shape),
-        energy=energy,
+def allocate(kept: Sequence[Tensor], rows: Tensor, loss_rule: LossRule, programs: int) -> Memory:
+    """For an objective that leaves ``kept`` and whose bookkeeping takes so many programs."""
+    new, num, num_rows = rows.new_empty, len(rows), rows[0].numel()
+    return recall(kept, loss_rule)._replace(
+        weights=new(rows.shape),
+        energy=new(rows.shape),
         losses=new((num + 1, num_rows)),
-        numerator=new((num + 1, num_rows)) if shares else None,
-        denominator=new((num + 1, num_rows)) if shares else None,
-        stats=stats,
+        numerator=new((num + 1, num_rows)),
+        denominator=new((num + 1, num_rows)),
         loss=new(()),
         fused_loss=new(()),
         unimodal_losses=new((num,)),
-        ranking=new(()),
-        inverse=inverse,
-        ranking_grad=ranking_grad if ranks else None,
-        ranking_weight=split_number(float(loss_rule.ranking_weight)),
+        ranking_loss=new(()),
         partial=new((3 * num + 3, programs), dtype=torch.float64),
         counter=new((1,), dtype=torch.int32),
     )

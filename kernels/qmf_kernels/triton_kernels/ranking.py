@@ -4,29 +4,8 @@ For each sample of a block its partners are read from memory, so that its gradie
 one order. A NaN in kappa or in the sample's loss, or a weight that is not finite, takes a sample out of every pair.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from . import tiling
-from .config import TYPES, Config
-from .launch import launch
-from .rows import widen
-
-
-@triton.jit(do_not_specialize=["batch"])
-def ranking_kernel(weights, kappas, grad_out, partial, batch, CONFIG: tl.constexpr):
-    """The ranking alone: SAMPLES samples per program, whose share of the loss goes into ``partial`` ``[programs]``."""
-    batch = widen(batch)
-    sample = widen(tl.program_id(0)) * CONFIG.block.samples + tl.arange(0, CONFIG.block.samples)
-    pairs = count_pairs(batch, CONFIG)
-    hinges = tl.zeros((), tl.float64)
-    for m in range(CONFIG.M):
-        total, grad = rank_samples(weights, kappas, None, m, sample, batch, CONFIG)
-        hinges += total
-        tl.store(grad_out + m * batch + sample, grad / pairs.to(CONFIG.ACC), sample < batch)
-    tl.store(partial + tl.program_id(0), hinges / pairs)
 
 
 @triton.jit
@@ -39,41 +18,41 @@ def count_pairs(batch, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def rank_samples(weights, kappas, losses, m, sample, batch, CONFIG: tl.constexpr):
+def rank_samples(memory, m, sample, batch, CONFIG: tl.constexpr):
     """A modality's hinges over the pairs of the samples ``[SAMPLES]``, each pair of the batch once over all programs:
-    their sum, float64, and its gradient ``[SAMPLES]``. ``losses``, NaN where a sample has none, may be None.
+    their sum, float64, and its gradient ``[SAMPLES]``.
     """
     if CONFIG.pairs == "adjacent":
-        return _rank_adjacent(weights, kappas, losses, m, sample, batch, CONFIG)
+        return _rank_adjacent(memory, m, sample, batch, CONFIG)
     else:
-        return _rank_all(weights, kappas, losses, m, sample, batch, CONFIG)
+        return _rank_all(memory, m, sample, batch, CONFIG)
 
 
 @triton.jit
-def _rank_adjacent(weights, kappas, losses, m, sample, batch, CONFIG: tl.constexpr):
+def _rank_adjacent(memory, m, sample, batch, CONFIG: tl.constexpr):
     """The pairs (i, i + 1) around the batch."""
     inside = sample < batch
-    order, score = _order_and_score(weights, kappas, losses, m, sample, inside, batch, CONFIG)
+    order, score = _order_and_score(memory, m, sample, inside, batch, CONFIG)
     after = tl.where(sample + 1 == batch, 0, sample + 1)
     before = tl.where(sample == 0, batch - 1, sample - 1)
-    other_order, other_score = _order_and_score(weights, kappas, losses, m, after, inside, batch, CONFIG)
+    other_order, other_score = _order_and_score(memory, m, after, inside, batch, CONFIG)
     loss, grad = _hinge(order, score, other_order, other_score)
-    other_order, other_score = _order_and_score(weights, kappas, losses, m, before, inside, batch, CONFIG)
+    other_order, other_score = _order_and_score(memory, m, before, inside, batch, CONFIG)
     _, slope = _hinge(order, score, other_order, other_score)
     return tl.sum(tl.where(inside, loss, 0.0).to(tl.float64), 0), grad + slope
 
 
 @triton.jit
-def _rank_all(weights, kappas, losses, m, sample, batch, CONFIG: tl.constexpr):
+def _rank_all(memory, m, sample, batch, CONFIG: tl.constexpr):
     """Every unordered pair; each is met from both of its samples, hence half the sum."""
     inside = sample < batch
-    order, score = _order_and_score(weights, kappas, losses, m, sample, inside, batch, CONFIG)
+    order, score = _order_and_score(memory, m, sample, inside, batch, CONFIG)
     total = tl.zeros((), tl.float64)
     grad = tl.zeros_like(score)
     start = tl.zeros((), tl.int64)
     while start < batch:
         other = start + tl.arange(0, CONFIG.block.partners)
-        other_order, other_score = _order_and_score(weights, kappas, losses, m, other, other < batch, batch, CONFIG)
+        other_order, other_score = _order_and_score(memory, m, other, other < batch, batch, CONFIG)
         loss, slope = _hinge(order[:, None], score[:, None], other_order[None, :], other_score[None, :])
         loss = tl.sum(tl.where(inside[:, None], loss, 0.0), 1)
         total += tl.sum(loss.to(tl.float64), 0)
@@ -83,14 +62,13 @@ def _rank_all(weights, kappas, losses, m, sample, batch, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def _order_and_score(weights, kappas, losses, m, sample, inside, batch, CONFIG: tl.constexpr):
+def _order_and_score(memory, m, sample, inside, batch, CONFIG: tl.constexpr):
     """What orders a pair and what is compared, NaN where a sample takes part in none."""
     place = m * batch + sample
-    weight = tl.load(weights + place, inside, other=float("nan")).to(CONFIG.ACC)
-    kappa = tl.load(kappas + place, inside, other=float("nan")).to(CONFIG.ACC)
-    if losses is not None:
-        loss = tl.load(losses + place, inside, other=float("nan"))
-        kappa = tl.where(loss == loss, kappa, float("nan"))
+    weight = tl.load(memory.weights + place, inside, other=float("nan")).to(CONFIG.ACC)
+    kappa = tl.load(memory.past + place, inside, other=float("nan")).to(CONFIG.ACC)
+    loss = tl.load(memory.losses + place, inside, other=float("nan"))
+    kappa = tl.where(loss == loss, kappa, float("nan"))
     score = weight - kappa if CONFIG.form == "released" else weight + kappa
     finite = tl.abs(score) < float("inf")
     order = tl.where(finite, weight if CONFIG.form == "paper" else kappa, float("nan"))
@@ -105,21 +83,3 @@ def _hinge(order, score, other_order, other_score):
     gap = sign * (score - other_score)
     positive = (gap > 0) & (sign != 0)
     return tl.where(positive, gap, 0.0), tl.where(positive, sign, 0.0)
-
-
-def ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tensor, Tensor]:
-    """The ranking loss and its gradient with respect to ``weights`` ``[M, B]``: one launch, and one for the sum."""
-    num, batch = weights.shape
-    block = tiling.sample_block(batch, pairs)
-    programs = -(-batch // block.samples)
-    weights = weights.contiguous()
-    grad, partial = torch.empty_like(weights), weights.new_empty((programs,), dtype=torch.float64)
-    launch(
-        ranking_kernel,
-        programs,
-        block.warps,
-        weights.device,
-        *(weights, kappa.contiguous(), grad, partial, batch),
-        config=Config(M=num, ACC=TYPES[weights.dtype], block=block, form=form, pairs=pairs),
-    )
-    return partial.sum().to(weights.dtype), grad

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from qmf_kernels import triton_kernels
-from qmf_kernels.rules import LossGrads, LossRule, Past, WeightRule
+from qmf_kernels.rules import LossGrads, LossRule, ObjectiveOptions, Past, WeightRule
 
 WARPS = {"cuda": 32, "hip": 64}
 
@@ -124,20 +124,19 @@ def step(
     )
     present = meta(num, *rows, dtype=torch.bool) if options else None
     loss_rule = LossRule(meta(classes) if options else None, label_smoothing=0.1 if options else 0.0, pairs=pairs)
+    given = ObjectiveOptions(target, None, present, rule, loss_rule, return_logits=False)
     past = Past(
         meta(2, num, samples), meta(num, 1), meta(num, 1), None, meta(rows[0], dtype=torch.int64), 1, *[True] * 3
     )
-    out, d_logits, _, kept = triton_kernels.objective(
-        heads, target, None, present, rule, loss_rule, single, False, False, past
-    )
+    out, d_logits, _, kept = triton_kernels.objective(heads, given, single, False, past)
     if d_logits:
         triton_kernels.scale_gradients(d_logits, out.loss, heads)
     elif backward:
         grads = LossGrads(loss=out.loss)
         if every:
-            grads = LossGrads(*out[:7])._replace(fused=meta(*rows, classes, dtype=out.loss.dtype))
+            grads = LossGrads(*out[:7])._replace(logits=meta(*rows, classes, dtype=out.loss.dtype))
         rule_gradients = options or every or ready
-        triton_kernels.objective_backward(grads, kept, heads, target, rule, loss_rule, rule_gradients)
+        triton_kernels.objective_backward(grads, kept, heads, given, rule_gradients)
 
 
 def fuse(num: int, rows: tuple[int, ...], classes: int, dtype: str = "float32") -> None:
@@ -146,14 +145,6 @@ def fuse(num: int, rows: tuple[int, ...], classes: int, dtype: str = "float32") 
     rule = WeightRule(None, meta(num), meta(num), meta(num), normalize=True)
     out = triton_kernels.fuse(heads, None, rule)
     triton_kernels.fuse_backward(out, out[2], heads, rule, True)
-
-
-def alone(num: int, batch: int, samples: int) -> None:
-    """The ranking and the history, each on its own."""
-    losses, index = meta(num, batch, dtype=torch.float32), meta(batch, dtype=torch.int64)
-    for pairs in ("adjacent", "all"):
-        triton_kernels.ranking(losses, losses, "paper", pairs)
-    triton_kernels.record(meta(2, num, samples), meta(num, 1), meta(num, 1), None, 1, losses, index)
 
 
 # DESIGN.md's data sets (nyud2, sunrgbd, food101, mvsa) and the multi-view ones, one launch each; then large ones.
@@ -184,7 +175,6 @@ OPTIONS = {
     "fusion": lambda: fuse(3, (65_536,), 1000),
     "nyud2 in three": lambda: step(2, (256,), 10, 795),
     "six views": lambda: step(6, (200,), 10, 1600),
-    "alone": lambda: alone(3, 4096, 100_000),
 }
 MANY = {
     "eight modalities": lambda: step(8, (65_536,), 1000, 100_000),
@@ -201,7 +191,6 @@ BRIEF = {
     "nyud2": SMALL["nyud2"],
     "dense": LARGE["dense"],
     "everything": OPTIONS["everything"],
-    "alone": OPTIONS["alone"],
 }
 SUITES = {"brief": BRIEF, "small": SMALL, "large": LARGE, "options": OPTIONS, "many": MANY}
 

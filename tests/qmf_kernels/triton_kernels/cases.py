@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 from qmf_kernels.eager.fusion import accumulate_dtype
-from qmf_kernels.rules import FORMS, PAIRS, LossRule, WeightRule
+from qmf_kernels.rules import FORMS, PAIRS, LossRule, ObjectiveOptions, WeightRule
 
 
 def bounded(examples: int) -> settings:
@@ -64,6 +64,11 @@ class Case(NamedTuple):
     def __repr__(self) -> str:
         heads = [(str(x.dtype), tuple(x.shape), x.stride()) for x in self.logits]
         return f"Case({heads}, {self.present is not None=}, {self.kappa is not None=}, {self.rule}, {self.loss_rule})"
+
+    @property
+    def given(self) -> ObjectiveOptions:
+        """What the objective takes beside the logits."""
+        return ObjectiveOptions(self.target, self.kappa, self.present, self.rule, self.loss_rule)
 
     @property
     def wide(self) -> "Case":

@@ -10,7 +10,7 @@ import torch
 
 from qmf_kernels import triton_kernels
 from qmf_kernels.eager import history
-from qmf_kernels.rules import FORMS, Losses, LossRule, Past, WeightRule
+from qmf_kernels.rules import FORMS, Losses, LossRule, ObjectiveOptions, Past, WeightRule
 from qmf_kernels.triton_kernels import tiling
 
 from .cases import backwards, few_and_many, fill, poisoned, same
@@ -44,14 +44,12 @@ def step(past, heads, target, loss_rule, single, poison):
     num = len(heads)
     rule = WeightRule(None, -0.1 - torch.arange(num) / 10, torch.full((num,), 0.5), None)
     with poisoned(poison):
-        out, d_logits, _, kept = triton_kernels.objective(
-            heads, target, None, None, rule, loss_rule, single, False, False, past=past
-        )
+        given = ObjectiveOptions(target, None, None, rule, loss_rule, return_logits=False)
+        out, d_logits, _, kept = triton_kernels.objective(heads, given, single, False, past)
     assert bool(d_logits) == single
-    kappa = None
     if past.ranks:
-        kappa = history.kappa(past.history, past.low, past.span, past.samples, past.minmax)
-    return out, kept[2], (heads, target, kappa, None, rule, loss_rule, single, False, False)
+        given = given._replace(kappa=history.kappa(past.history, past.low, past.span, past.samples, past.minmax))
+    return out, kept[2], (heads, given, single, False)
 
 
 def steps(how, rows, num, samples, start_epoch, minmax, flags, values, pairs, seed):

@@ -11,7 +11,7 @@ import torch
 from qmf_kernels import triton_kernels
 from qmf_kernels.eager import objective
 from qmf_kernels.eager.fusion import accumulate_dtype
-from qmf_kernels.rules import LossGrads, LossRule, WeightRule
+from qmf_kernels.rules import LossGrads, LossRule, ObjectiveOptions, WeightRule
 from qmf_kernels.triton_kernels import tiling
 
 from ...qmf_fusion import reference
@@ -60,20 +60,16 @@ def to(grads, dtype):
 
 
 def run(case, grads, gradients=False):
-    inputs = (case.logits, case.target, case.kappa, case.present, case.rule, case.loss_rule)
-    out, d_logits, _, kept = triton_kernels.objective(*inputs, gradients, False, True)
+    out, d_logits, _, kept = triton_kernels.objective(case.logits, case.given, gradients, False)
     grads = to(grads, accumulate_dtype(case.logits))
-    d_rows, d_rule = triton_kernels.objective_backward(
-        grads, kept, case.logits, case.target, case.rule, case.loss_rule, True
-    )
+    d_rows, d_rule = triton_kernels.objective_backward(grads, kept, case.logits, case.given, True)
     return named(out, d_rows, d_rule), d_logits
 
 
 def compute(case: Case, grads):
     """The same in PyTorch."""
-    inputs = (case.logits, case.target, case.kappa, case.present, case.rule, case.loss_rule)
-    out, _, _ = objective.objective(*inputs, False, False)
-    return named(out, *objective.objective_backward(to(grads, case.logits[0].dtype), *inputs))
+    out, _, _ = objective.objective(case.logits, case.given, False, False)
+    return named(out, *objective.objective_backward(to(grads, case.logits[0].dtype), case.logits, case.given))
 
 
 def named(losses, d_rows, d_rule):
@@ -178,15 +174,14 @@ def test_equals_autograd_through_the_equations(single, form, masked):
     alpha, beta, temperature = coefficients
     rule = WeightRule(None, alpha, beta, temperature, nonnegative=True)
     loss_rule = LossRule(weight, 0.1, ranking_weight=0.7, form=form, pairs="all")
-    out, d_logits, _, kept = triton_kernels.objective(
-        heads, target, kappa, present, rule, loss_rule, single, False, True
-    )
+    given = ObjectiveOptions(target, kappa, present, rule, loss_rule)
+    out, d_logits, _, kept = triton_kernels.objective(heads, given, single, False)
     for ours, name in zip(
         out, ("loss", "fused_loss", "unimodal_losses", "ranking_loss", "logits", "weights"), strict=False
     ):
         torch.testing.assert_close(ours, expected[name].detach(), rtol=1e-12, atol=1e-12)
     one = LossGrads(loss=torch.ones((), dtype=torch.float64))
-    d_rows, d_rule = triton_kernels.objective_backward(one, kept, heads, target, rule, loss_rule, True)
+    d_rows, d_rule = triton_kernels.objective_backward(one, kept, heads, given, True)
     assert len(d_logits) == 3 * single
     torch.testing.assert_close([*d_rows, *d_rule[1:4]], list(grads), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(d_logits, list(grads[: 3 * single]), rtol=1e-11, atol=1e-12)
@@ -197,10 +192,10 @@ def test_gradients_of_a_batch_that_is_not_small():
     heads = [torch.randn(3, 5, 2, 4).movedim(-1, 1).contiguous().movedim(1, -1) for _ in range(2)]
     target, kappa = torch.randint(4, (3, 5, 2)), torch.rand(2, 3)
     rule = WeightRule(None, torch.tensor([-0.1, -0.5]), torch.ones(2), torch.ones(2))
-    inputs = (heads, target, kappa, None, rule, LossRule())
-    _, d_logits, d_rule, kept = triton_kernels.objective(*inputs, True, True, False)
+    given = ObjectiveOptions(target, kappa, None, rule, LossRule(), return_logits=False)
+    _, d_logits, d_rule, kept = triton_kernels.objective(heads, given, True, True)
     one = LossGrads(loss=torch.ones(()))
-    expected = triton_kernels.objective_backward(one, kept, heads, target, rule, LossRule(), True)
+    expected = triton_kernels.objective_backward(one, kept, heads, given, True)
     assert all(same(x, y) for x, y in zip([*d_logits, *d_rule], [*expected[0], *expected[1]], strict=True))
 
 
@@ -210,8 +205,9 @@ def test_everything_that_is_kept_is_written(options):
     heads, target = [torch.randn(5, 2, 4) for _ in range(2)], torch.randint(4, (5, 2))
     rule = WeightRule(None, torch.tensor([-0.1, -0.5]), torch.ones(2), torch.ones(2) if options else None)
     loss_rule = LossRule(torch.rand(4) if options else None, label_smoothing=0.1 if options else 0.0)
+    given = ObjectiveOptions(target, torch.rand(2, 5), None, rule, loss_rule)
     with poisoned(12345):
-        *_, kept = triton_kernels.objective(heads, target, torch.rand(2, 5), None, rule, loss_rule, False, False, True)
+        *_, kept = triton_kernels.objective(heads, given, False, False)
     assert not any((x == 12345).any() for x in kept)
 
 
@@ -237,10 +233,10 @@ def test_samples_without_any_modality_leave_the_others_as_they_were():
     one = LossGrads(loss=torch.ones(()))
     for single in (False, True):
         ours, d_logits = run(none, one, gradients=single)
-        assert ours["loss"] == ours["ranking"] == 0
+        assert ours["loss"] == ours["ranking_loss"] == 0
         assert ours["sample_losses"].isnan().all()
         assert not any(d.any() for d in (*d_logits, *(ours[f"d_logits[{m}]"] for m in range(2))))
-        assert (ours["fused"] == 0).all()
+        assert (ours["logits"] == 0).all()
         assert (ours["energy"] == torch.inf).all()
         broken = [heads[0].clone(), heads[1]]
         broken[0][2], broken[0][4, 1] = torch.nan, torch.inf

@@ -1,4 +1,4 @@
-"""The ranking's kernel in the interpreter against PyTorch's sums, which know each pair once, and brute force."""
+"""The ranking in the objective's launches, in the interpreter, against PyTorch's sums and brute force."""
 
 import math
 from unittest import mock
@@ -9,11 +9,23 @@ import torch
 
 from qmf_kernels import triton_kernels
 from qmf_kernels.eager.ranking import ranking
-from qmf_kernels.rules import FORMS, PAIRS
+from qmf_kernels.rules import FORMS, PAIRS, LossRule, ObjectiveOptions, WeightRule
 from qmf_kernels.triton_kernels import tiling
 
 from ...qmf_fusion import reference
 from .cases import assert_errors_close, backwards, few_and_many, poisoned, same
+
+
+def rank(weights, kappa, form, pairs):
+    """The ranking loss of these weights, and its gradient: that of ready uncertainties with alpha 1 and beta 0."""
+    num, batch = weights.shape
+    heads = [torch.zeros(batch, 2, dtype=weights.dtype) for _ in range(num)]
+    rule = WeightRule(weights, torch.ones(num), torch.zeros(num), None)
+    target, loss_rule = torch.zeros(batch, dtype=torch.int64), LossRule(form=form, pairs=pairs)
+    out, *_, kept = triton_kernels.objective(
+        heads, ObjectiveOptions(target, kappa, None, rule, loss_rule), False, False
+    )
+    return out.ranking_loss, kept[2]
 
 
 def loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
@@ -29,9 +41,9 @@ def loss_and_gradient(batch, num, form, pairs, dtype, kind, several, seed):
     before = weights.clone(), kappa.clone()
     with mock.patch.object(tiling, "sample_block", return_value=block):
         with poisoned(math.nan):
-            loss, grad = triton_kernels.ranking(weights, kappa, form, pairs)
+            loss, grad = rank(weights, kappa, form, pairs)
         with poisoned(12345), backwards():
-            again = triton_kernels.ranking(weights, kappa, form, pairs)
+            again = rank(weights, kappa, form, pairs)
     truth, slope = ranking(weights.double(), kappa.double(), form, pairs)
     eager, eager_slope = ranking(weights, kappa, form, pairs)
     assert_errors_close("loss", loss, eager, truth)
@@ -64,7 +76,7 @@ test_loss_and_gradient, test_loss_and_gradient_widely = few_and_many(
 def test_a_weight_that_is_not_finite_is_in_no_pair(pairs, value):
     weights, kappa = torch.rand(1, 6), torch.rand(1, 6)
     weights[0, 2] = value
-    loss, grad = triton_kernels.ranking(weights, kappa, "paper", pairs)
+    loss, grad = rank(weights, kappa, "paper", pairs)
     kappa[0, 2], weights[0, 2] = math.nan, 0.0
     expected, slope = ranking(weights, kappa, "paper", pairs)
     torch.testing.assert_close((loss, grad), (expected, slope))
