@@ -1,12 +1,9 @@
-"""Calibrating to Theorem 2 on held-out data: what is found, the data that it comes from, and Eq. 6 with its way out.
+"""Calibrating to Theorem 2 (``theory``) on held-out data: what is found, from which data, and Eq. 6 with its way out.
 
-Theorem 2: dynamic fusion generalizes at least as well as static fusion, in the sense of Theorem 1's bound, if each
-modality's weight has the mean of its static weight, ``E(w_m) = w_static_m`` (Eq. 5), and does not correlate positively
-with that modality's loss, ``r(w_m, loss_m) <= 0`` (Eq. 6). Each rule says itself how it meets Eq. 5 (``lemma_1``).
+Eq. 5 is ``E(w_m) = w_static_m``, which each rule meets in its own way (``lemma_1``); Eq. 6 ``r(w_m, loss_m) <= 0``.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
@@ -145,18 +142,6 @@ def hold_until_eq_6(
             break
         held = torch.where(free if together else wrong, static, held)
     calibration.set(static, held)
-
-
-def warn_of_held(held: Tensor, names: Sequence[str], confidence: float) -> None:
-    """Warn whoever called ``QualityAwareFusion.calibrate``."""
-    wrong = [name for name, value in zip(names, held.tolist(), strict=True) if value]
-    if wrong:
-        warnings.warn(
-            f"the weights of {wrong} correlate positively with their loss (Eq. 6 fails at confidence {confidence}): "
-            "held at their static weights",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The layer: weight each modality per sample by how certain it is (Eq. 9), and add up (Eq. 11)."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineOptions, AffineRule
-from .calibration import Calibration, CleanData, check_fit, clean_data, restored_on_failure, warn_of_held
+from .calibration import Calibration, CleanData, check_fit, clean_data, restored_on_failure
 from .checks import Logits, check_batch, check_logit_norm, check_logits, check_present, modality_names
 from .coefficients import Coefficient, own_coefficient
 from .logit_norm import normalize_rows
@@ -272,7 +273,14 @@ class QualityAwareFusion(nn.Module):
         with restored_on_failure(self.rule):
             self.rule.reset_calibration()
             self.rule.calibrate(data, static_weights, fit, confidence)
-            warn_of_held(self.calibration.held, self.names, confidence)
+            held = [name for name, value in zip(self.names, self.calibration.held.tolist(), strict=True) if value]
+            if held:
+                warnings.warn(
+                    f"the weights of {held} correlate positively with their loss (Eq. 6 fails at confidence "
+                    f"{confidence}): held at their static weights",
+                    UserWarning,
+                    stacklevel=3,  # no_grad's wrapper lies between this and the caller
+                )
         return self
 
     def reset_calibration(self) -> Self:

@@ -6,7 +6,7 @@ from torch.compiler import is_compiling as compiling
 
 from qmf_kernels import BACKENDS, LossRule
 
-from .checks import Logits, check_batch, check_choice, check_index
+from .checks import Logits, check_batch, check_choice
 from .functional import ObjectiveOutput, check_loss_rule
 from .fusion import QualityAwareFusion
 from .ranking import TrajectoryRankingLoss
@@ -117,7 +117,7 @@ class QMFLoss(nn.Module):
             check_loss_rule(options, rows[0].shape[-1])
 
         if index is not None:
-            index = check_index(index, len(target), trajectory.num_samples)
+            index = trajectory.check_index(index, len(target))
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from qmf_kernels import FORMS, PAIRS
 
 from . import functional
-from .checks import check_choice, check_floating, check_index
+from .checks import check_choice, check_floating
 from .trajectory import RESCALES, LossTrajectory
 
 
@@ -83,14 +83,16 @@ class TrajectoryRankingLoss(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, shape, dtype or range.
         """
-        num = self.trajectory.num_modalities
+        num, device = self.trajectory.num_modalities, self.trajectory.history.device
         for name, x in (("weights", weights), ("losses", losses)):
             check_floating(name, x)
             if x.dim() != 2 or len(x) != num or x.shape != weights.shape:
                 raise ValueError(f"{name} must be [{num}, B], the same B for both, got {tuple(x.shape)}")
+            if x.device != device:
+                raise ValueError(f"{name} must be on the trajectory's device {device}, got {x.device}")
         if weights.shape[1] == 0:
             raise ValueError("weights must not be empty: the batch has no samples")
-        index = check_index(index, weights.shape[1], self.num_samples)
+        index = self.trajectory.check_index(index, weights.shape[1])
         # A modality that is absent from a sample, or broken, has no finite loss there and takes part in no pair.
         kappa = torch.where(torch.isfinite(losses), self.trajectory.kappa_checked(index, self.rescale), torch.nan)
         loss = functional.ranking_loss(weights, kappa, form=self.form, pairs=self.pairs)

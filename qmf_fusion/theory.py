@@ -24,9 +24,8 @@ from torch import Tensor
 
 from .checks import Logits
 from .coefficients import Coefficient, own_coefficient
-from .correlation import co_moments, pearson, pearson_of, spearman
+from .correlation import Correlation, WeightLossCorrelation, co_moments, pearson, spearman
 from .fusion import QualityAwareFusion
-from .streaming import Correlation, WeightLossCorrelation
 
 __all__ = ["Correlation", "FusionReport", "ModalityReport", "WeightLossCorrelation", "fusion_report", "spearman"]
 
@@ -93,19 +92,8 @@ class FusionReport:
         return shown
 
     def __str__(self) -> str:
-        titles = [
-            "modality",
-            "n",
-            "E(w)",
-            "static",
-            "r(w, loss)",
-            "interval",
-            "Spearman",
-            "Term-L",
-            "static",
-            "Term-Cov",
-        ]
-        table = [[*titles, "Eq. 5", "Eq. 6"]]
+        titles = "modality|n|E(w)|static|r(w, loss)|interval|Spearman|Term-L|static|Term-Cov|Eq. 5|Eq. 6"
+        table = [titles.split("|")]
         for m in self.modalities:
             interval = f"[{m.interval[0]:+.3f}, {m.interval[1]:+.3f}]"
             weights = [m.name, str(m.samples), f"{m.mean_weight:.4f}", f"{m.static_weight:.4f}"]
@@ -237,9 +225,8 @@ def _describe(
         sentence = f"{name} never counts in this data."
         undecided = ("undecided", "undecided", sentence)
         return ModalityReport(name, 0, nan, static, nan, (nan, nan), nan, (nan, nan), nan, nan, nan, nan, *undecided)
-    moments = co_moments(w.double(), loss.double())
-    n, (_, mean, mean_loss, *_, products) = len(w), moments.tolist()
-    r, covariance = float(pearson_of(moments)), products / n
+    n, found = len(w), Correlation.of(co_moments(w.double(), loss.double()))
+    _, mean, mean_loss, covariance, r = (float(x) for x in found)
     mean_interval, interval = _bootstrap(w, loss, confidence, resamples, seed)
     close = abs(mean - static) <= 1e-6
     within = all(abs(x - static) <= MARGIN * abs(static) for x in mean_interval)
@@ -261,8 +248,8 @@ def _describe(
     if eq5 == "fails":
         side = "above" if mean > static else "below"
         sentence += f" Its mean weight {mean:.3g} is {side} its static weight {static:.3g} (Eq. 5): calibrate()."
-    found = (n, mean, static, mean_loss, mean_interval, r, interval, spearman(w, loss), covariance)
-    return ModalityReport(name, *found, mean * mean_loss, static * mean_loss, eq5, eq6, sentence)
+    numbers = (n, mean, static, mean_loss, mean_interval, r, interval, spearman(w, loss), covariance)
+    return ModalityReport(name, *numbers, mean * mean_loss, static * mean_loss, eq5, eq6, sentence)
 
 
 def _bootstrap(

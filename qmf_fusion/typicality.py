@@ -25,9 +25,7 @@ class Statistics(NamedTuple):
     whiten: Tensor  # ``[M, K, K]``: ``|(x - mean) @ whiten|^2`` is the squared distance in the within-class covariance
     centre: Tensor  # ``[M, K, K]``: the class means, whitened; row y is class y's
     seen: Tensor  # ``[M, K]`` bool: whether the class has a mean
-    scale: (
-        Tensor  # ``[M]``: mean squared distance of a sample to its own class; 0 where nothing is known of the modality
-    )
+    scale: Tensor  # ``[M]``: mean squared distance of a sample to its own class; 0 for a modality not known
     norm: Tensor  # ``[M, 2]``: mean and standard deviation of ``log |x|``
     distance: Tensor  # ``[M, 2]``: mean and standard deviation of the log squared distance to the nearest class
     prior: Tensor  # ``[K]``: class frequencies, ``(n_y + 1) / (N + K)``
