@@ -120,9 +120,7 @@ class Coefficients(KeepsPrecision):
     def calibrated(self) -> Constants:
         """The constants as calibrated."""
         alpha, beta, temperature = self.given()
-        scale, keep, shift, temper = self.scale, self.keep, self.shift, self.temper
-        if alpha.dtype != scale.dtype:
-            scale, keep, shift, temper = (x.to(alpha.dtype) for x in (scale, keep, shift, temper))
+        scale, keep, shift, temper = (x.to(alpha.dtype) for x in (self.scale, self.keep, self.shift, self.temper))
         return Constants(alpha * scale, torch.addcmul(shift, beta, keep), temperature * temper)
 
     def correct(self, *, scale: Tensor, shift: Tensor, temper: Tensor) -> None:

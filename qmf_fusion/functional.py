@@ -182,7 +182,7 @@ def qmf_objective(
 ) -> ObjectiveOutput:
     """The whole objective, ``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18).
 
-    The options are those of ``QualityAwareFusion``, with its defaults, and of ``QMFLoss``.
+    Options have the names, the meaning and the defaults that they have in ``QualityAwareFusion`` and ``QMFLoss``.
 
     Args:
         logits: M tensors ``[B, *, K]``: a sequence, a mapping or stacked; None for an absent modality.
@@ -191,21 +191,20 @@ def qmf_objective(
         ranking_weight: lambda.
         form: see ``ranking_loss``.
         pairs: see ``ranking_loss``.
-        alpha: Eq. 9; negative, a number or ``[M]``, which may have a gradient.
-        beta: Eq. 9; at least 0, the same.
-        temperature: Eq. 13; positive, the same.
+        alpha: Eq. 9; a number or ``[M]``, which may have a gradient.
+        beta: Eq. 9; the same.
+        temperature: Eq. 13; the same.
         uncertainty: a name in ``qmf_fusion.uncertainty.UNCERTAINTIES``.
         present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; an absent modality counts in no loss.
-        normalize: see ``QualityAwareFusion``, as for the next two.
-        nonnegative: weights are at least 0.
-        detach_weights: the fused logits send no gradient to the weights.
+        normalize: see ``QualityAwareFusion``, as for the next four.
+        nonnegative: clamps weights at 0.
+        detach_weights: stops the fused logits' gradient at the weights.
         combine: ``"logits"`` or ``"probabilities"``.
-        normalize_logits: see ``QualityAwareFusion``.
-        class_weight: ``[K]``, finite and at least 0, as ``weight`` in ``torch.nn.CrossEntropyLoss``, for every
-            cross-entropy. On a device its values are not looked at, for that would wait for it at every step.
-        label_smoothing: as there.
-        ignore_index: as there; but where nothing is left to average, the loss is 0 rather than NaN.
-        return_logits: False leaves the fused logits out, which training needs not: on a GPU that saves writing them.
+        normalize_logits: LogitNorm's temperature.
+        class_weight: ``QMFLoss``'s ``weight``. On a device its values are not looked at, for that would wait for it.
+        label_smoothing: see ``QMFLoss``, as for the next two.
+        ignore_index: a target that does not count.
+        return_logits: False leaves the fused logits out.
         backend: None lets the device choose: Triton's kernels on CUDA and ROCm, PyTorch elsewhere; ``"torch"`` or
             ``"triton"`` forces one. Triton takes CPU tensors only in its interpreter (``TRITON_INTERPRET=1``).
 

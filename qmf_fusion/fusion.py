@@ -196,9 +196,6 @@ class QualityAwareFusion(nn.Module):
                 or a mapping for a modality that is absent from the whole batch.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
 
-        Returns:
-            FusionOutput.
-
         Raises:
             TypeError, ValueError: arguments of the wrong kind, count, shape, dtype or device, naming them.
         """
@@ -252,9 +249,6 @@ class QualityAwareFusion(nn.Module):
                 factor for all, by the fused likelihood under Eq. 5).
             confidence: from 0 to 1, of the one-sided test of Eq. 6 by Fisher's z; 0.5 takes the correlation's sign.
             ignore_index: a target that does not count.
-
-        Returns:
-            The layer.
 
         Raises:
             TypeError, ValueError: arguments of the wrong kind, shape or range, or static weights that cannot be met.

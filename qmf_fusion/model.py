@@ -77,9 +77,6 @@ class FusionModel(nn.Module):
             inputs: by modality's name; missing or None for one that is absent from the whole batch.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
 
-        Returns:
-            FusionOutput.
-
         Raises:
             TypeError, ValueError: inputs that are no mapping, hold an unknown name or no modality at all; a head that
                 returns no logits; whatever ``QualityAwareFusion`` raises.
@@ -91,7 +88,7 @@ class FusionModel(nn.Module):
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
         logits = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
         if self.dropout is not None and self.training:
-            present = self._drop(self.dropout, logits, present, self.fusion.class_dim)
+            present = self._drop(self.dropout, logits, present)
         out = self.fusion(logits, present)
         if out.present is None:
             return out
@@ -103,9 +100,8 @@ class FusionModel(nn.Module):
         # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
         return FusionOutput(out.logits, out.weights, out.energy, tuple(shown), out.present)
 
-    @staticmethod
-    def _drop(dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None, class_dim: int) -> Tensor:
-        rows, there = check_logits(logits, class_dim=class_dim)
+    def _drop(self, dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None) -> Tensor:
+        rows, there = check_logits(logits, class_dim=self.fusion.class_dim)
         if there is None:
             there = torch.ones(len(rows), dtype=torch.bool, device=rows[0].device)
         mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device)

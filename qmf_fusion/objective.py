@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling as compiling
 
+import qmf_kernels
 from qmf_kernels import BACKENDS, LossRule
 
 from .checks import Logits, check_batch, check_choice
@@ -129,9 +130,9 @@ class QMFLoss(nn.Module):
         elif index is not None and ranks:
             kappa = trajectory.kappa_checked(index, self.ranking.rescale)
         rows = fusion.prepare(rows)
-        losses = fusion.rule.objective(
-            *(rows, target, kappa, mask, options),
-            plain=self.training,
+        weighed = fusion.rule.weigh(rows, mask, plain=self.training)
+        losses = qmf_kernels.objective(
+            *(weighed.rows, target, kappa, weighed.present, weighed.weights, options),
             past=past,
             backend=self.backend,
             return_logits=self.return_logits,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qmf_kernels
-from qmf_kernels import Losses, LossRule, Past, WeightRule
+from qmf_kernels import WeightRule
 
 from .calibration import Calibration, CleanData
 from .coefficients import Constants
@@ -95,25 +95,3 @@ class Rule(nn.Module):
         """Fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``."""
         weighed = self.weigh(rows, present)
         return qmf_kernels.fuse(weighed.rows, weighed.present, weighed.weights)
-
-    def objective(
-        self,
-        rows: list[Tensor],
-        target: Tensor,
-        kappa: Tensor | None,
-        present: Tensor | None,
-        options: LossRule,
-        *,
-        plain: bool,
-        past: Past | None = None,
-        backend: str | None = None,
-        return_logits: bool = True,
-    ) -> Losses:
-        """Eq. 18 of a batch. With ``past``, kappa comes from the history, and the batch goes into it."""
-        weighed = self.weigh(rows, present, plain=plain)
-        return qmf_kernels.objective(
-            *(weighed.rows, target, kappa, weighed.present, weighed.weights, options),
-            past=past,
-            backend=backend,
-            return_logits=return_logits,
-        )

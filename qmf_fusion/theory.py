@@ -207,9 +207,11 @@ def fusion_report(
     verdict = _worst([eq5, eq6])
     better = "dynamic" if term_l + term_cov <= bound_static else "static"
     sides = f"{term_l + term_cov:.3g} dynamic, {bound_static:.3g} static"
+    failing = {n: [m.name for m in described if getattr(m, f"eq{n}") == "fails"] for n in (5, 6)}
+    where = "; ".join(f"Eq. {n} fails for {', '.join(names)}" for n, names in failing.items() if names)
     sentence = {
         "holds": "Theorem 2 applies: dynamic fusion is at least as good as static fusion here, in the paper's bound.",
-        "fails": f"Theorem 2 does not apply ({_failing(described)}). The bound favours the {better} rule: {sides}.",
+        "fails": f"Theorem 2 does not apply ({where}). The bound favours the {better} rule: {sides}.",
         "undecided": "Undecided: this data neither confirms nor refutes Theorem 2's conditions; use more of it.",
     }[verdict]
     points = [(w[:: -(-len(w) // _MOST_SHOWN) or 1], v[:: -(-len(v) // _MOST_SHOWN) or 1]) for w, v in pairs]
@@ -272,12 +274,3 @@ def _bootstrap(
 
 def _worst(verdicts: Sequence[str]) -> str:
     return max(verdicts, key=VERDICTS.index)
-
-
-def _failing(modalities: Sequence[ModalityReport]) -> str:
-    parts = []
-    for equation in ("eq5", "eq6"):
-        names = [m.name for m in modalities if getattr(m, equation) == "fails"]
-        if names:
-            parts.append(f"Eq. {equation[-1]} fails for {', '.join(names)}")
-    return "; ".join(parts)

@@ -132,10 +132,5 @@ def agree(got: Tensor, expected: Tensor, what: str, given: Sequence[Tensor], siz
     )
 
 
-def same(x: Tensor, y: Tensor) -> bool:
-    both = (torch.nan_to_num(x, nan=0.5), torch.nan_to_num(y, nan=0.5))
-    return torch.equal(x.isnan(), y.isnan()) and torch.equal(*both)
-
-
 def show(given: Sequence[Tensor]) -> list[Any]:
     return [x.tolist() for x in given]
