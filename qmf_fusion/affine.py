@@ -172,7 +172,14 @@ class AffineRule(Rule):
             return self.fuse(data.rows, data.counted)[1]
 
         clamp = self.options.clamp
-        static = self._default_static(data, weigh()) if static is None else static.to(data.losses)
+        if static is None:
+            weights = weigh()
+            # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.
+            mean = weights[data.counted].mean() if clamp.normalize else data.mean(weights).mean()
+            if not mean > 0:
+                raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(mean)}")
+            static = mean.expand(len(weights))
+        static = static.to(data.losses)
         static = check_shares(static, data) if clamp.normalize else static
         scale, shift, temper = torch.ones_like(static), torch.zeros_like(static), torch.ones_like(static)
         if "temperature" in fit:
@@ -187,14 +194,6 @@ class AffineRule(Rule):
         shift = find_shift(slope + beta, data, static, clamp)
         self.coefficients.correct(scale=scale, shift=shift, temper=temper)
         hold_until_eq_6(self.calibration, weigh, data, confidence, static, together=clamp.normalize)
-
-    def _default_static(self, data: CleanData, weights: Tensor) -> Tensor:
-        # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.
-        mean = weights[data.counted].mean() if self.options.normalize else data.mean(weights).mean()
-        static = mean.expand(len(weights))
-        if not bool((static > 0).all()):
-            raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(static[0])}")
-        return static
 
     def reset_calibration(self) -> None:
         super().reset_calibration()

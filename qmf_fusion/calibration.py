@@ -4,13 +4,12 @@ Eq. 5 is ``E(w_m) = w_static_m``, which each rule meets in its own way (``lemma_
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmf_kernels.eager.objective import valid_targets
 
@@ -94,13 +93,6 @@ def clean_data(
     return CleanData(list(x), target, counted & valid, losses)
 
 
-def check_fit(fit: Sequence[str], confidence: float) -> None:
-    if isinstance(fit, str) or not set(fit) <= set(FITTABLE):
-        raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-
-
 def positive_correlation(weights: Tensor, data: CleanData, confidence: float) -> Tensor:
     """``[M]`` bool: Pearson's r is above 0, one-sided, by Fisher's z (never with fewer than 4 samples)."""
     least = NormalDist().inv_cdf(confidence)
@@ -142,15 +134,3 @@ def hold_until_eq_6(
             break
         held = torch.where(free if together else wrong, static, held)
     calibration.set(static, held)
-
-
-@contextmanager
-def restored_on_failure(module: nn.Module) -> Iterator[None]:
-    """Put a module's buffers back as they were if anything raises within."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    try:
-        yield
-    except BaseException:
-        for buffer, value in zip(module.buffers(), before, strict=True):
-            buffer.copy_(value)
-        raise

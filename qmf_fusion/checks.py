@@ -84,22 +84,15 @@ def check_logits(
             if not -x.dim() <= class_dim < x.dim():
                 raise ValueError(f"logits[{label}] has no class dimension {class_dim}: its shape is {tuple(x.shape)}")
             continue
+        if x.dim() == first.dim() and x.shape[class_dim] != first.shape[class_dim]:
+            counts = f"logits[{first_label}] has {first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
+            raise ValueError(f"logits must agree in their number of classes: {counts}")
         if x.shape != first.shape:
-            same_dim = x.dim() == first.dim()
-            if same_dim and x.shape[class_dim] != first.shape[class_dim]:
-                raise ValueError(
-                    f"logits must agree in their number of classes: logits[{first_label}] has "
-                    f"{first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
-                )
-            raise ValueError(
-                f"logits must agree in shape: logits[{first_label}] is {tuple(first.shape)}, "
-                f"logits[{label}] is {tuple(x.shape)}"
-            )
+            shapes = f"logits[{first_label}] is {tuple(first.shape)}, logits[{label}] is {tuple(x.shape)}"
+            raise ValueError(f"logits must agree in shape: {shapes}")
         if x.device != first.device:
-            raise ValueError(
-                f"logits must be on one device: logits[{first_label}] is on {first.device}, "
-                f"logits[{label}] on {x.device}"
-            )
+            devices = f"logits[{first_label}] is on {first.device}, logits[{label}] on {x.device}"
+            raise ValueError(f"logits must be on one device: {devices}")
     if first.numel() == 0:
         raise ValueError(f"logits must not be empty: the shape is {tuple(first.shape)}")
     rows = [torch.zeros_like(first) if x is None else x for x in given]

@@ -109,17 +109,14 @@ class Coefficients(KeepsPrecision):
             self.register_buffer(name, torch.ones_like(a))
         self.register_buffer("shift", torch.zeros_like(a))
 
-    def given(self) -> Constants:
-        """The constants before calibration."""
-        if not self.learnable:
-            return Constants(self.fixed_alpha, self.fixed_beta, self.fixed_temperature)
-        # |b| with slope 1 at 0, so that a beta that starts at 0 can leave it.
-        beta = torch.where(self.signed_beta >= 0, self.signed_beta, -self.signed_beta)
-        return Constants(-self.log_minus_alpha.exp(), beta, self.log_temperature.exp())
-
     def calibrated(self) -> Constants:
         """The constants as calibrated."""
-        alpha, beta, temperature = self.given()
+        if self.learnable:
+            alpha, temperature = -self.log_minus_alpha.exp(), self.log_temperature.exp()
+            # |b| with slope 1 at 0, so that a beta that starts at 0 can leave it.
+            beta = torch.where(self.signed_beta >= 0, self.signed_beta, -self.signed_beta)
+        else:
+            alpha, beta, temperature = self.fixed_alpha, self.fixed_beta, self.fixed_temperature
         scale, keep, shift, temper = (x.to(alpha.dtype) for x in (self.scale, self.keep, self.shift, self.temper))
         return Constants(alpha * scale, torch.addcmul(shift, beta, keep), temperature * temper)
 

@@ -118,10 +118,8 @@ class WeightLossCorrelation(KeepsPrecision):
             ValueError: shapes that differ, or another number of modalities.
         """
         if weights.shape != losses.shape or len(weights) != len(self.moments):
-            raise ValueError(
-                f"weights and losses must both be [{len(self.moments)}, *], got {tuple(weights.shape)} and "
-                f"{tuple(losses.shape)}"
-            )
+            got = f"{tuple(weights.shape)} and {tuple(losses.shape)}"
+            raise ValueError(f"weights and losses must both be [{len(self.moments)}, *], got {got}")
         c = torch.isfinite(weights) & torch.isfinite(losses)
         c = (c if counted is None else c & counted).flatten(1).to(self.moments.device)
         w, v = (x.flatten(1).to(self.moments) for x in (weights, losses))

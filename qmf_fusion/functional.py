@@ -222,13 +222,18 @@ def qmf_objective(
     options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
     losses = LossRule(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
     rows, target, mask = check_batch(logits, target, present)
-    _check_kappa(kappa, len(rows), target)
+    if not (kappa is None or isinstance(kappa, Tensor)):
+        raise TypeError(f"kappa must be a tensor or None, got {type(kappa).__name__}")
+    if kappa is not None and kappa.device != target.device:
+        raise ValueError(f"kappa must be on the logits' device {target.device}, got {kappa.device}")
+    wanted = (len(rows), len(target))
+    if kappa is not None and tuple(kappa.shape) != wanted:
+        raise ValueError(f"kappa must be {wanted}, one per modality and sample, got {tuple(kappa.shape)}")
     check_loss_rule(losses, rows[0].shape[-1])
     options.check()
     alpha, beta = options.defaults(alpha, beta)
-    num, device = len(rows), target.device
     constants = [
-        check_coefficient(name, value, num, device)
+        check_coefficient(name, value, len(rows), target.device)
         for name, value in (("alpha", alpha), ("beta", beta), ("temperature", temperature))
     ]
     check_choice("backend", backend, BACKENDS)
@@ -241,17 +246,6 @@ def qmf_objective(
             return_logits=return_logits,
         )
     )
-
-
-def _check_kappa(kappa: Tensor | None, num: int, target: Tensor) -> None:
-    if kappa is None:
-        return
-    if not isinstance(kappa, Tensor):
-        raise TypeError(f"kappa must be a tensor or None, got {type(kappa).__name__}")
-    if kappa.device != target.device:
-        raise ValueError(f"kappa must be on the logits' device {target.device}, got {kappa.device}")
-    if tuple(kappa.shape) != (num, len(target)):
-        raise ValueError(f"kappa must be {(num, len(target))}, one per modality and sample, got {tuple(kappa.shape)}")
 
 
 def check_loss_rule(options: LossRule, num_classes: int | None = None, once: bool = False) -> None:

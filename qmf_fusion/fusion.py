@@ -1,5 +1,6 @@
 """The layer: weight each modality per sample by how certain it is (Eq. 9), and add up (Eq. 11)."""
 
+import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineOptions, AffineRule
-from .calibration import Calibration, CleanData, check_fit, clean_data, restored_on_failure
+from .calibration import FITTABLE, Calibration, CleanData, clean_data
 from .checks import Logits, check_batch, check_logit_norm, check_logits, check_present, modality_names
 from .coefficients import Coefficient, own_coefficient
 from .logit_norm import normalize_rows
@@ -259,12 +260,16 @@ class QualityAwareFusion(nn.Module):
             >>> fusion(logits).weights.mean(1)
             tensor([0.5000, 0.5000])
         """
-        check_fit(fit, confidence)
+        if isinstance(fit, str) or not set(fit) <= set(FITTABLE):
+            raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
         if static_weights is not None:
             static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
         data = self.clean_data(logits, target, present, ignore_index)
         data.check_every_modality(self.names)
-        with restored_on_failure(self.rule):
+        before = copy.deepcopy(self.rule.state_dict())
+        try:
             self.rule.reset_calibration()
             self.rule.calibrate(data, static_weights, fit, confidence)
             held = [name for name, value in zip(self.names, self.calibration.held.tolist(), strict=True) if value]
@@ -275,6 +280,9 @@ class QualityAwareFusion(nn.Module):
                     UserWarning,
                     stacklevel=3,  # no_grad's wrapper lies between this and the caller
                 )
+        except BaseException:
+            self.rule.load_state_dict(before)
+            raise
         return self
 
     def reset_calibration(self) -> Self:

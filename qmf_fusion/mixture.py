@@ -115,10 +115,9 @@ class ContaminatedProduct(Rule):
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
         self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
         self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor
-        if not 1e-30 <= self.plain_odds <= 1e30:  # so that float32 holds them
-            raise ValueError(
-                f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {self.plain_odds}"
-            )
+        plain = odds * (1 + math.exp(min(min(0.0, ceiling) - onset, 700.0)))
+        if not 1e-30 <= plain <= 1e30:  # so that float32 holds them
+            raise ValueError(f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {plain}")
         self.num_classes, self.gather = num_classes, gather
         self.running = RunningStatistics(num_modalities, num_classes, spread, everywhere)
         self.fitted = ClassStatistics(num_modalities, num_classes, spread)
@@ -159,11 +158,6 @@ class ContaminatedProduct(Rule):
         sees = {"norm": self.typicality_norm, "distance": self.typicality_distance}
         return ratio, untypicality(logits, distances, statistics, **sees, floor=self.floor)
 
-    @property
-    def plain_odds(self) -> float:
-        """The odds of a modality that is not untypical, as all are without statistics."""
-        return self.odds * (1 + math.exp(min(min(0.0, self.ceiling) - self.onset, 700.0)))
-
     def odds_of(self, u: Tensor) -> Tensor:
         """rho, broken : clean before the others are heard, which rises with the untypicality u."""
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
@@ -201,11 +195,9 @@ class ContaminatedProduct(Rule):
         return Weighed(rows, counted, ready(weights, fused))
 
     def _check(self, rows: Sequence[Tensor]) -> None:
-        if rows[0].shape[-1] != self.num_classes:
-            raise ValueError(
-                f"logits must have the {self.num_classes} classes of the statistics of robust(), "
-                f"got {rows[0].shape[-1]}"
-            )
+        known, got = self.num_classes, rows[0].shape[-1]
+        if got != known:
+            raise ValueError(f"logits must have the {known} classes of the statistics of robust(), got {got}")
 
     def uncertainties(self, rows: list[Tensor]) -> Tensor:
         """The untypicality, which the odds rise with: 0 everywhere without statistics."""

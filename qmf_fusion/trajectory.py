@@ -96,11 +96,9 @@ class LossTrajectory(KeepsPrecision):
         if can_look(index):
             # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
             values = index.tolist() if len(index) <= 128 else [x.item() for x in torch.aminmax(index)]
-            low, high = min(values), max(values)
-            if low < 0 or high >= self.num_samples:
-                raise IndexError(
-                    f"index must be within the trajectory's {self.num_samples} samples, got {low} to {high}"
-                )
+            low, high, num = min(values), max(values), self.num_samples
+            if low < 0 or high >= num:
+                raise IndexError(f"index must be within the trajectory's {num} samples, got {low} to {high}")
         return index.long()
 
     def record(self, losses: Tensor, index: Tensor) -> None:

@@ -101,7 +101,7 @@ def test_other_rules_fail_where_they_are_broken():
     for layer in of_every_rule():
         layer.__class__ = BrokenRule
         with pytest.raises(AssertionError):
-            testing.check_all(layer, settings=UNSHRUNK)
+            testing.check_all(layer, settings=UNSHRUNK, exclude=["weight_monotonicity", "permutation", "absent"])
 
 
 def test_robust_whose_odds_fall_with_u_fails():
