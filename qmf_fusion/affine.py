@@ -47,11 +47,7 @@ class AffineOptions(NamedTuple):
 
 
 def measure(uncertainty: str | Uncertainty, rows: Sequence[Tensor], temperature: Tensor | None) -> Tensor:
-    """``u`` of Eq. 9, ``[M, *]`` in float32 or float64, of M rows ``[*, K]`` divided by T ``[M]``, where None is 1.
-
-    Raises:
-        ValueError: a callable that returns something else than ``[*]``.
-    """
+    """``u`` of Eq. 9, ``[M, *]`` in float32 or float64, of M rows ``[*, K]`` divided by T ``[M]``, where None is 1."""
     dtype = wide_dtype(rows)
     scaled = [x.to(dtype) for x in rows]
     if temperature is not None:
@@ -129,19 +125,9 @@ def pool_probabilities(logits: Tensor, weights: Tensor, counted: Tensor | None) 
 class AffineRule(Rule):
     """``w[m] = alpha[m] * u[m] + beta[m]`` (Eq. 9) and what the weights add up: see ``QualityAwareFusion``."""
 
-    def __init__(
-        self,
-        num_modalities: int,
-        options: AffineOptions,
-        alpha: Coefficient | None = None,
-        beta: Coefficient | None = None,
-        temperature: Coefficient = 1.0,
-        learnable: bool = False,
-    ) -> None:
+    def __init__(self, num_modalities: int, options: AffineOptions, coefficients: Coefficients) -> None:
         super().__init__(num_modalities)
-        options.check()
-        self.options = options
-        self.coefficients = Coefficients(num_modalities, *options.defaults(alpha, beta), temperature, learnable)
+        self.options, self.coefficients = options, coefficients
 
     def constants(self) -> Constants:
         return self.coefficients.calibrated()

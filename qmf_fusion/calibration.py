@@ -77,11 +77,7 @@ class CleanData(NamedTuple):
 def clean_data(
     rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int, logit_norm: float | None
 ) -> CleanData:
-    """Held-out data from what ``check_batch`` returns.
-
-    Raises:
-        IndexError: a target that is no class.
-    """
+    """Held-out data from what ``check_batch`` returns; an IndexError for a target that is no class."""
     wide = torch.float32 if target.device.type == "mps" else torch.float64
     rows = normalize_rows([row.detach().to(wide) for row in rows], logit_norm)
     x, counted = stack_rows(rows, present)

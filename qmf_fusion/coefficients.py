@@ -25,9 +25,6 @@ def check_coefficient(name: str, value: Coefficient, num: int, device: torch.dev
     """``value`` as ``[num]`` on ``device``: float64 from numbers, a tensor in its own dtype, gradient and all.
 
     The argument's name says its sign. The values of a tensor on a device are not looked at, which would wait for it.
-
-    Raises:
-        TypeError, ValueError: a value of another kind, size or sign.
     """
     demand, holds = _DEMANDS[name]
     if isinstance(value, int | float):
@@ -72,9 +69,6 @@ class Coefficients(KeepsPrecision):
 
     Where they are learnable, they are parameters in the default dtype, whose signs hold by construction
     (``alpha = -exp(a)``, ``beta = |b|``, ``T = exp(t)``), rather than float64 buffers.
-
-    Raises:
-        TypeError, ValueError: a value of another kind, size or sign.
     """
 
     fixed_alpha: Tensor

@@ -114,8 +114,7 @@ class WeightLossCorrelation(KeepsPrecision):
     def update(self, weights: Tensor, losses: Tensor, counted: Tensor | None = None) -> None:
         """Weights and losses ``[M, *]``, and where they count, bool ``[M, *]``; what is not finite never does.
 
-        Raises:
-            ValueError: shapes that differ, or another number of modalities.
+        Shapes that differ, or another number of modalities, are a ValueError.
         """
         if weights.shape != losses.shape or len(weights) != len(self.moments):
             got = f"{tuple(weights.shape)} and {tuple(losses.shape)}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .affine import AffineOptions, AffineRule
 from .calibration import FITTABLE, Calibration, CleanData, clean_data
 from .checks import Logits, check_batch, check_logit_norm, check_logits, check_present, modality_names
-from .coefficients import Coefficient, own_coefficient
+from .coefficients import Coefficient, Coefficients, own_coefficient
 from .logit_norm import normalize_rows
 from .mixture import ContaminatedProduct
 from .rule import Rule
@@ -108,7 +108,9 @@ class QualityAwareFusion(nn.Module):
         self.class_dim = class_dim
         if isinstance(combine, str):
             options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
-            combine = AffineRule(len(self.names), options, alpha, beta, temperature, learnable)
+            options.check()
+            constants = Coefficients(len(self.names), *options.defaults(alpha, beta), temperature, learnable)
+            combine = AffineRule(len(self.names), options, constants)
         elif not isinstance(combine, Rule):
             raise TypeError(f"combine must be a string or a Rule, got {type(combine).__name__}")
         elif combine.num_modalities != len(self.names):

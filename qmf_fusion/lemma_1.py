@@ -62,11 +62,7 @@ def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) ->
 
 
 def check_shares(static: Tensor, data: CleanData) -> Tensor:
-    """Static weights of normalised weights ``[M]``, rounded to the sum that each row's shares have.
-
-    Raises:
-        ValueError: another sum.
-    """
+    """Static weights of normalised weights ``[M]``, rounded to the sum of a row's shares; a ValueError for others."""
     # Each row's shares sum to 1, so the static weights do too where every modality is in every row.
     often = data.counted.flatten(1).sum(1).to(static) / data.counted.any(0).sum()
     total = float((often * static).sum())

@@ -127,8 +127,7 @@ class FusionModel(nn.Module):
     def freeze(self, *names: str) -> Self:
         """Stop training these heads (all of them, if none is named): no gradients, and evaluation mode for good.
 
-        Raises:
-            ValueError: a name that is no head's.
+        A name that is no head's is a ValueError.
         """
         for name in self._known(names or self.names):
             off = self._turned_off()
@@ -140,10 +139,8 @@ class FusionModel(nn.Module):
     def unfreeze(self, *names: str) -> Self:
         """Train these heads again (all of them, if none is named).
 
-        Parameters that were frozen before ``freeze`` stay so, and so does what a head that is still frozen shares.
-
-        Raises:
-            ValueError: a name that is no head's.
+        Parameters that were frozen before ``freeze`` stay so, and so does what a head that is still frozen shares. A
+        name that is no head's is a ValueError.
         """
         chosen = self._known(names or self.names)
         took = {name: self._frozen.pop(name) for name in dict.fromkeys(chosen) if name in self._frozen}

@@ -95,8 +95,10 @@ class QMFLoss(nn.Module):
     def forward(
         self, logits: Logits, target: Tensor, index: Tensor | None = None, present: Tensor | None = None
     ) -> ObjectiveOutput:
-        """The objective of a batch; in training mode, with gradients on, it is learned from: its unimodal losses are
-        recorded, and the rule may observe it.
+        """The objective of a batch, its fused logits laid out as the inputs are.
+
+        In training mode, with gradients on, it is learned from: its unimodal losses are recorded, and the rule may
+        observe it.
 
         Args:
             logits: the M heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
@@ -104,9 +106,6 @@ class QMFLoss(nn.Module):
             index: int ``[B]``, the dataset index of each sample. May be None outside of training or where
                 ``ranking_weight`` is 0: no ranking then, and nothing is recorded.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
-
-        Returns:
-            ObjectiveOutput, with fused logits laid out as the inputs are.
 
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, count, shape, dtype, device or range.

@@ -22,8 +22,7 @@ class TrajectoryRankingLoss(nn.Module):
         rescale: ``"minmax"`` scales kappa to [0, 1] over the samples seen so far, per modality; None leaves the losses.
         start_epoch: ``T_s`` of Eq. 14, counted from 1, in a sample's own visits.
 
-    The released code scales over all N samples, those not yet seen at 0 included, and so starts with 0 / 0; here a
-    sample without a history is in no pair that counts.
+    A sample without a history is in no pair that counts.
 
     Raises:
         ValueError: an option out of the above.
@@ -70,15 +69,12 @@ class TrajectoryRankingLoss(nn.Module):
         return self.trajectory.kappa(index, self.rescale)
 
     def forward(self, weights: Tensor, losses: Tensor, index: Tensor) -> Tensor:
-        """The ranking loss of a batch; in training mode, with gradients on, its losses are recorded afterwards.
+        """The ranking loss of a batch, a scalar; in training mode, with gradients on, its losses are recorded after it.
 
         Args:
             weights: ``[M, B]``, floating point.
             losses: ``[M, B]``, each sample's loss in each modality; no gradient flows into them.
             index: int ``[B]``, dataset indices from 0 to N - 1.
-
-        Returns:
-            Scalar: mean over pairs, summed over modalities.
 
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, shape, dtype or range.

@@ -114,11 +114,7 @@ class FusionReport:
     def plot(self, path: str | None = None) -> Any:
         """Weight against loss, one panel a modality, Eq. 6's verdict in its title; a matplotlib figure.
 
-        Args:
-            path: where to save it too.
-
-        Raises:
-            ImportError: matplotlib is not installed.
+        It is saved at ``path`` too, if one is given. An ImportError says where matplotlib is not installed.
         """
         try:
             figures = importlib.import_module("matplotlib.figure")
@@ -224,8 +220,7 @@ def _describe(
 ) -> ModalityReport:
     nan = float("nan")
     if len(w) == 0:
-        sentence = f"{name} never counts in this data."
-        undecided = ("undecided", "undecided", sentence)
+        undecided = ("undecided", "undecided", f"{name} never counts in this data.")
         return ModalityReport(name, 0, nan, static, nan, (nan, nan), nan, (nan, nan), nan, nan, nan, nan, *undecided)
     n, found = len(w), Correlation.of(co_moments(w.double(), loss.double()))
     _, mean, mean_loss, covariance, r = (float(x) for x in found)

@@ -172,11 +172,7 @@ class LossTrajectory(KeepsPrecision):
         qmf_kernels.find_range(self.history, self.low, self.span)
 
     def resize(self, num_samples: int) -> None:
-        """Grow to ``num_samples``, with no history for the new ones.
-
-        Raises:
-            ValueError: fewer samples than there are.
-        """
+        """Grow to ``num_samples``, with no history for the new ones; a ValueError for fewer than there are."""
         check_count("num_samples", num_samples)
         added = num_samples - self.num_samples
         if added < 0:

@@ -201,12 +201,11 @@ def check_equations(
     """Scaling and shifting do what the equations say.
 
     Eq. 11: ``f = sum_m w[m] * x[m]``, or the mean of probabilities for ``combine="probabilities"``; with LogitNorm, of
-    normalised logits. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less
-    energy. For a ``QualityAwareFusion`` or a ``FusionModel`` also: logits and temperature times s are energy times s
-    (Eq. 13), and ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). What does
-    not apply is left out: LogitNorm undoes scales and changes shifts; ``robust`` has neither Eq. 9, Eq. 11 nor a
-    temperature, and is checked to return log-probabilities and weights from 0 to 1. Arguments as in
-    ``check_weight_monotonicity``.
+    normalised logits. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less energy. For a
+    ``QualityAwareFusion`` or a ``FusionModel`` also: logits and temperature times s are energy times s (Eq. 13), and
+    ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). What does not apply is left out: LogitNorm undoes
+    scales and changes shifts; ``robust`` has neither Eq. 9, Eq. 11 nor a temperature, and is checked to return
+    log-probabilities and weights from 0 to 1. Arguments as in ``check_weight_monotonicity``.
 
     Example:
         >>> check_equations(QualityAwareFusion(2, temperature=2.0))
