@@ -47,11 +47,7 @@ class AffineOptions(NamedTuple):
 
 
 def measure(uncertainty: str | Uncertainty, rows: Sequence[Tensor], temperature: Tensor | None) -> Tensor:
-    """``u`` of Eq. 9, ``[M, *]`` in float32 or float64, of M rows ``[*, K]`` divided by T ``[M]``, where None is 1.
-
-    Raises:
-        ValueError: a callable that returns something else than ``[*]``.
-    """
+    """``u`` of Eq. 9, ``[M, *]`` in float32 or float64, of M rows ``[*, K]`` divided by T ``[M]``, where None is 1."""
     dtype = wide_dtype(rows)
     scaled = [x.to(dtype) for x in rows]
     if temperature is not None:
@@ -129,19 +125,9 @@ def pool_probabilities(logits: Tensor, weights: Tensor, counted: Tensor | None) 
 class AffineRule(Rule):
     """``w[m] = alpha[m] * u[m] + beta[m]`` (Eq. 9) and what the weights add up: see ``QualityAwareFusion``."""
 
-    def __init__(
-        self,
-        num_modalities: int,
-        options: AffineOptions,
-        alpha: Coefficient | None = None,
-        beta: Coefficient | None = None,
-        temperature: Coefficient = 1.0,
-        learnable: bool = False,
-    ) -> None:
+    def __init__(self, num_modalities: int, options: AffineOptions, coefficients: Coefficients) -> None:
         super().__init__(num_modalities)
-        options.check()
-        self.options = options
-        self.coefficients = Coefficients(num_modalities, *options.defaults(alpha, beta), temperature, learnable)
+        self.options, self.coefficients = options, coefficients
 
     def constants(self) -> Constants:
         return self.coefficients.calibrated()
@@ -172,7 +158,14 @@ class AffineRule(Rule):
             return self.fuse(data.rows, data.counted)[1]
 
         clamp = self.options.clamp
-        static = self._default_static(data, weigh()) if static is None else static.to(data.losses)
+        if static is None:
+            weights = weigh()
+            # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.
+            mean = weights[data.counted].mean() if clamp.normalize else data.mean(weights).mean()
+            if not mean > 0:
+                raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(mean)}")
+            static = mean.expand(len(weights))
+        static = static.to(data.losses)
         static = check_shares(static, data) if clamp.normalize else static
         scale, shift, temper = torch.ones_like(static), torch.zeros_like(static), torch.ones_like(static)
         if "temperature" in fit:
@@ -187,14 +180,6 @@ class AffineRule(Rule):
         shift = find_shift(slope + beta, data, static, clamp)
         self.coefficients.correct(scale=scale, shift=shift, temper=temper)
         hold_until_eq_6(self.calibration, weigh, data, confidence, static, together=clamp.normalize)
-
-    def _default_static(self, data: CleanData, weights: Tensor) -> Tensor:
-        # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.
-        mean = weights[data.counted].mean() if self.options.normalize else data.mean(weights).mean()
-        static = mean.expand(len(weights))
-        if not bool((static > 0).all()):
-            raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(static[0])}")
-        return static
 
     def reset_calibration(self) -> None:
         super().reset_calibration()

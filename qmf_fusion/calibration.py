@@ -1,19 +1,15 @@
-"""Calibrating to Theorem 2 on held-out data: what is found, the data that it comes from, and Eq. 6 with its way out.
+"""Calibrating to Theorem 2 (``theory``) on held-out data: what is found, from which data, and Eq. 6 with its way out.
 
-Theorem 2: dynamic fusion generalizes at least as well as static fusion, in the sense of Theorem 1's bound, if each
-modality's weight has the mean of its static weight, ``E(w_m) = w_static_m`` (Eq. 5), and does not correlate positively
-with that modality's loss, ``r(w_m, loss_m) <= 0`` (Eq. 6). Each rule says itself how it meets Eq. 5 (``lemma_1``).
+Eq. 5 is ``E(w_m) = w_static_m``, which each rule meets in its own way (``lemma_1``); Eq. 6 ``r(w_m, loss_m) <= 0``.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmf_kernels.eager.objective import valid_targets
 
@@ -81,11 +77,7 @@ class CleanData(NamedTuple):
 def clean_data(
     rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int, logit_norm: float | None
 ) -> CleanData:
-    """Held-out data from what ``check_batch`` returns.
-
-    Raises:
-        IndexError: a target that is no class.
-    """
+    """Held-out data from what ``check_batch`` returns; an IndexError for a target that is no class."""
     wide = torch.float32 if target.device.type == "mps" else torch.float64
     rows = normalize_rows([row.detach().to(wide) for row in rows], logit_norm)
     x, counted = stack_rows(rows, present)
@@ -95,13 +87,6 @@ def clean_data(
     target = torch.where(valid, target, 0)
     losses = -torch.log_softmax(x, -1).gather(-1, target.expand(counted.shape).unsqueeze(-1)).squeeze(-1)
     return CleanData(list(x), target, counted & valid, losses)
-
-
-def check_fit(fit: Sequence[str], confidence: float) -> None:
-    if isinstance(fit, str) or not set(fit) <= set(FITTABLE):
-        raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
 
 
 def positive_correlation(weights: Tensor, data: CleanData, confidence: float) -> Tensor:
@@ -145,27 +130,3 @@ def hold_until_eq_6(
             break
         held = torch.where(free if together else wrong, static, held)
     calibration.set(static, held)
-
-
-def warn_of_held(held: Tensor, names: Sequence[str], confidence: float) -> None:
-    """Warn whoever called ``QualityAwareFusion.calibrate``."""
-    wrong = [name for name, value in zip(names, held.tolist(), strict=True) if value]
-    if wrong:
-        warnings.warn(
-            f"the weights of {wrong} correlate positively with their loss (Eq. 6 fails at confidence {confidence}): "
-            "held at their static weights",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-@contextmanager
-def restored_on_failure(module: nn.Module) -> Iterator[None]:
-    """Put a module's buffers back as they were if anything raises within."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    try:
-        yield
-    except BaseException:
-        for buffer, value in zip(module.buffers(), before, strict=True):
-            buffer.copy_(value)
-        raise

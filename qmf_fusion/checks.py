@@ -47,7 +47,7 @@ def unpack_logits(logits: Logits, names: Sequence[str] | None = None) -> list[Te
         return [logits[name] for name in names]
     if isinstance(logits, Tensor):
         if logits.dim() < 2:
-            raise ValueError(f"logits must be stacked [M, *, K] when given as one tensor, got {_shape(logits)}")
+            raise ValueError(f"logits must be stacked [M, *, K] when given as one tensor, got {tuple(logits.shape)}")
         given: list[Tensor | None] = list(logits.unbind(0))
     elif isinstance(logits, Sequence):
         given = list(logits)
@@ -82,25 +82,19 @@ def check_logits(
             raise TypeError(f"logits[{label}] must be floating point, got {x.dtype}")
         if x is first:
             if not -x.dim() <= class_dim < x.dim():
-                raise ValueError(f"logits[{label}] has no class dimension {class_dim}: its shape is {_shape(x)}")
+                raise ValueError(f"logits[{label}] has no class dimension {class_dim}: its shape is {tuple(x.shape)}")
             continue
+        if x.dim() == first.dim() and x.shape[class_dim] != first.shape[class_dim]:
+            counts = f"logits[{first_label}] has {first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
+            raise ValueError(f"logits must agree in their number of classes: {counts}")
         if x.shape != first.shape:
-            same_dim = x.dim() == first.dim()
-            if same_dim and x.shape[class_dim] != first.shape[class_dim]:
-                raise ValueError(
-                    f"logits must agree in their number of classes: logits[{first_label}] has "
-                    f"{first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
-                )
-            raise ValueError(
-                f"logits must agree in shape: logits[{first_label}] is {_shape(first)}, logits[{label}] is {_shape(x)}"
-            )
+            shapes = f"logits[{first_label}] is {tuple(first.shape)}, logits[{label}] is {tuple(x.shape)}"
+            raise ValueError(f"logits must agree in shape: {shapes}")
         if x.device != first.device:
-            raise ValueError(
-                f"logits must be on one device: logits[{first_label}] is on {first.device}, "
-                f"logits[{label}] on {x.device}"
-            )
+            devices = f"logits[{first_label}] is on {first.device}, logits[{label}] on {x.device}"
+            raise ValueError(f"logits must be on one device: {devices}")
     if first.numel() == 0:
-        raise ValueError(f"logits must not be empty: the shape is {_shape(first)}")
+        raise ValueError(f"logits must not be empty: the shape is {tuple(first.shape)}")
     rows = [torch.zeros_like(first) if x is None else x for x in given]
     if class_dim not in (-1, first.dim() - 1):
         rows = [x.movedim(class_dim, -1) for x in rows]
@@ -136,7 +130,7 @@ def check_present(
             got = present.dtype if isinstance(present, Tensor) else type(present).__name__
             raise TypeError(f"present must be a bool tensor, got {got}")
         if present.dim() == 0 or tuple(present.shape) != tuple(shape[: present.dim()]):
-            raise ValueError(f"present must be {tuple(shape)} or its first dimensions, got {_shape(present)}")
+            raise ValueError(f"present must be {tuple(shape)} or its first dimensions, got {tuple(present.shape)}")
         if present.device != device:
             raise ValueError(f"present must be on the logits' device {device}, got {present.device}")
     masks = [mask for mask in (present, there) if mask is not None]
@@ -152,36 +146,22 @@ def check_floating(name: str, x: Tensor, kind: str = "tensor") -> None:
         raise TypeError(f"{name} must be a floating point {kind}, got {got}")
 
 
+def check_integers(name: str, x: Tensor, kind: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise TypeError(f"{name} must hold {kind} indices (an integer dtype), got {x.dtype}")
+
+
 def check_target(target: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
     """``target`` as int64, of the logits' shape without their classes."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise TypeError(f"target must hold class indices (an integer dtype), got {target.dtype}")
-    if tuple(target.shape) != tuple(shape):
-        raise ValueError(f"target must have the logits' shape without classes, {tuple(shape)}, got {_shape(target)}")
+    check_integers("target", target, "class")
+    got = tuple(target.shape)
+    if got != tuple(shape):
+        raise ValueError(f"target must have the logits' shape without classes, {tuple(shape)}, got {got}")
     if target.device != device:
         raise ValueError(f"target must be on the logits' device {device}, got {target.device}")
     return target.long()
-
-
-def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
-    """``index`` as int64 ``[B]``, within the trajectory."""
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index must be a tensor, got {type(index).__name__}")
-    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
-        raise TypeError(f"index must hold dataset indices (an integer dtype), got {index.dtype}")
-    if tuple(index.shape) != (batch,):
-        raise ValueError(f"index must be [{batch}], one dataset index per sample, got {_shape(index)}")
-    if batch == 0:
-        raise ValueError("index must not be empty: the batch has no samples")
-    if can_look(index):
-        # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
-        values = index.tolist() if batch <= 128 else [x.item() for x in torch.aminmax(index)]
-        low, high = min(values), max(values)
-        if low < 0 or high >= num_samples:
-            raise IndexError(f"index must be within the trajectory's {num_samples} samples, got {low} to {high}")
-    return index.long()
 
 
 def check_class_weight(weight: Tensor | None, num_classes: int | None = None, once: bool = False) -> None:
@@ -221,7 +201,3 @@ def check_logit_norm(temperature: float | None) -> float | None:
 def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
-
-
-def _shape(x: Tensor) -> str:
-    return str(tuple(x.shape))

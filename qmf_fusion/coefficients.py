@@ -25,9 +25,6 @@ def check_coefficient(name: str, value: Coefficient, num: int, device: torch.dev
     """``value`` as ``[num]`` on ``device``: float64 from numbers, a tensor in its own dtype, gradient and all.
 
     The argument's name says its sign. The values of a tensor on a device are not looked at, which would wait for it.
-
-    Raises:
-        TypeError, ValueError: a value of another kind, size or sign.
     """
     demand, holds = _DEMANDS[name]
     if isinstance(value, int | float):
@@ -72,9 +69,6 @@ class Coefficients(KeepsPrecision):
 
     Where they are learnable, they are parameters in the default dtype, whose signs hold by construction
     (``alpha = -exp(a)``, ``beta = |b|``, ``T = exp(t)``), rather than float64 buffers.
-
-    Raises:
-        TypeError, ValueError: a value of another kind, size or sign.
     """
 
     fixed_alpha: Tensor
@@ -109,20 +103,15 @@ class Coefficients(KeepsPrecision):
             self.register_buffer(name, torch.ones_like(a))
         self.register_buffer("shift", torch.zeros_like(a))
 
-    def given(self) -> Constants:
-        """The constants before calibration."""
-        if not self.learnable:
-            return Constants(self.fixed_alpha, self.fixed_beta, self.fixed_temperature)
-        # |b| with slope 1 at 0, so that a beta that starts at 0 can leave it.
-        beta = torch.where(self.signed_beta >= 0, self.signed_beta, -self.signed_beta)
-        return Constants(-self.log_minus_alpha.exp(), beta, self.log_temperature.exp())
-
     def calibrated(self) -> Constants:
         """The constants as calibrated."""
-        alpha, beta, temperature = self.given()
-        scale, keep, shift, temper = self.scale, self.keep, self.shift, self.temper
-        if alpha.dtype != scale.dtype:
-            scale, keep, shift, temper = (x.to(alpha.dtype) for x in (scale, keep, shift, temper))
+        if self.learnable:
+            alpha, temperature = -self.log_minus_alpha.exp(), self.log_temperature.exp()
+            # |b| with slope 1 at 0, so that a beta that starts at 0 can leave it.
+            beta = torch.where(self.signed_beta >= 0, self.signed_beta, -self.signed_beta)
+        else:
+            alpha, beta, temperature = self.fixed_alpha, self.fixed_beta, self.fixed_temperature
+        scale, keep, shift, temper = (x.to(alpha.dtype) for x in (self.scale, self.keep, self.shift, self.temper))
         return Constants(alpha * scale, torch.addcmul(shift, beta, keep), temperature * temper)
 
     def correct(self, *, scale: Tensor, shift: Tensor, temper: Tensor) -> None:

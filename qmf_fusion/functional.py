@@ -164,7 +164,7 @@ def qmf_objective(
 ) -> ObjectiveOutput:
     """The whole objective, ``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18).
 
-    The options are those of ``QualityAwareFusion``, with its defaults, and of ``QMFLoss``.
+    Options have the names, the meaning and the defaults that they have in ``QualityAwareFusion`` and ``QMFLoss``.
 
     Args:
         logits: M tensors ``[B, *, K]``: a sequence, a mapping or stacked; None for an absent modality.
@@ -173,21 +173,20 @@ def qmf_objective(
         ranking_weight: lambda.
         form: see ``ranking_loss``.
         pairs: see ``ranking_loss``.
-        alpha: Eq. 9; negative, a number or ``[M]``, which may have a gradient.
-        beta: Eq. 9; at least 0, the same.
-        temperature: Eq. 13; positive, the same.
+        alpha: Eq. 9; a number or ``[M]``, which may have a gradient.
+        beta: Eq. 9; the same.
+        temperature: Eq. 13; the same.
         uncertainty: a name in ``qmf_fusion.uncertainty.UNCERTAINTIES``.
         present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; an absent modality counts in no loss.
-        normalize: see ``QualityAwareFusion``, as for the next two.
-        nonnegative: weights are at least 0.
-        detach_weights: the fused logits send no gradient to the weights.
+        normalize: see ``QualityAwareFusion``, as for the next four.
+        nonnegative: clamps weights at 0.
+        detach_weights: stops the fused logits' gradient at the weights.
         combine: ``"logits"`` or ``"probabilities"``.
-        normalize_logits: see ``QualityAwareFusion``.
-        class_weight: ``[K]``, finite and at least 0, as ``weight`` in ``torch.nn.CrossEntropyLoss``, for every
-            cross-entropy. On a device its values are not looked at, for that would wait for it at every step.
-        label_smoothing: as there.
-        ignore_index: as there; but where nothing is left to average, the loss is 0 rather than NaN.
-        return_logits: False leaves the fused logits out, which training needs not: on a GPU that saves writing them.
+        normalize_logits: LogitNorm's temperature.
+        class_weight: ``QMFLoss``'s ``weight``. On a device its values are not looked at, for that would wait for it.
+        label_smoothing: see ``QMFLoss``, as for the next two.
+        ignore_index: a target that does not count.
+        return_logits: False leaves the fused logits out.
         backend: None lets the device choose: Triton's kernels on CUDA and ROCm, PyTorch elsewhere; ``"torch"`` or
             ``"triton"`` forces one. Triton takes CPU tensors only in its interpreter (``TRITON_INTERPRET=1``).
 
@@ -205,13 +204,18 @@ def qmf_objective(
     options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
     losses = LossRule(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
     rows, target, mask = check_batch(logits, target, present)
-    _check_kappa(kappa, len(rows), target)
+    if not (kappa is None or isinstance(kappa, Tensor)):
+        raise TypeError(f"kappa must be a tensor or None, got {type(kappa).__name__}")
+    if kappa is not None and kappa.device != target.device:
+        raise ValueError(f"kappa must be on the logits' device {target.device}, got {kappa.device}")
+    wanted = (len(rows), len(target))
+    if kappa is not None and tuple(kappa.shape) != wanted:
+        raise ValueError(f"kappa must be {wanted}, one per modality and sample, got {tuple(kappa.shape)}")
     check_loss_rule(losses, rows[0].shape[-1])
     options.check()
     alpha, beta = options.defaults(alpha, beta)
-    num, device = len(rows), target.device
     constants = [
-        check_coefficient(name, value, num, device)
+        check_coefficient(name, value, len(rows), target.device)
         for name, value in (("alpha", alpha), ("beta", beta), ("temperature", temperature))
     ]
     check_choice("backend", backend, BACKENDS)
@@ -222,17 +226,6 @@ def qmf_objective(
         backend=backend,
         return_logits=return_logits,
     )
-
-
-def _check_kappa(kappa: Tensor | None, num: int, target: Tensor) -> None:
-    if kappa is None:
-        return
-    if not isinstance(kappa, Tensor):
-        raise TypeError(f"kappa must be a tensor or None, got {type(kappa).__name__}")
-    if kappa.device != target.device:
-        raise ValueError(f"kappa must be on the logits' device {target.device}, got {kappa.device}")
-    if tuple(kappa.shape) != (num, len(target)):
-        raise ValueError(f"kappa must be {(num, len(target))}, one per modality and sample, got {tuple(kappa.shape)}")
 
 
 def check_loss_rule(options: LossRule, num_classes: int | None = None, once: bool = False) -> None:

@@ -1,5 +1,7 @@
 """The layer: weight each modality per sample by how certain it is (Eq. 9), and add up (Eq. 11)."""
 
+import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -7,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineOptions, AffineRule
-from .calibration import Calibration, CleanData, check_fit, clean_data, restored_on_failure, warn_of_held
+from .calibration import FITTABLE, Calibration, CleanData, clean_data
 from .checks import Logits, check_batch, check_logit_norm, check_logits, check_present, modality_names
-from .coefficients import Coefficient, own_coefficient
+from .coefficients import Coefficient, Coefficients, own_coefficient
 from .logit_norm import normalize_rows
 from .mixture import ContaminatedProduct
 from .rule import Rule
@@ -106,7 +108,9 @@ class QualityAwareFusion(nn.Module):
         self.class_dim = class_dim
         if isinstance(combine, str):
             options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
-            combine = AffineRule(len(self.names), options, alpha, beta, temperature, learnable)
+            options.check()
+            constants = Coefficients(len(self.names), *options.defaults(alpha, beta), temperature, learnable)
+            combine = AffineRule(len(self.names), options, constants)
         elif not isinstance(combine, Rule):
             raise TypeError(f"combine must be a string or a Rule, got {type(combine).__name__}")
         elif combine.num_modalities != len(self.names):
@@ -195,9 +199,6 @@ class QualityAwareFusion(nn.Module):
                 or a mapping for a modality that is absent from the whole batch.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
 
-        Returns:
-            FusionOutput.
-
         Raises:
             TypeError, ValueError: arguments of the wrong kind, count, shape, dtype or device, naming them.
         """
@@ -252,9 +253,6 @@ class QualityAwareFusion(nn.Module):
             confidence: from 0 to 1, of the one-sided test of Eq. 6 by Fisher's z; 0.5 takes the correlation's sign.
             ignore_index: a target that does not count.
 
-        Returns:
-            The layer.
-
         Raises:
             TypeError, ValueError: arguments of the wrong kind, shape or range, or static weights that cannot be met.
 
@@ -264,15 +262,29 @@ class QualityAwareFusion(nn.Module):
             >>> fusion(logits).weights.mean(1)
             tensor([0.5000, 0.5000])
         """
-        check_fit(fit, confidence)
+        if isinstance(fit, str) or not set(fit) <= set(FITTABLE):
+            raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
         if static_weights is not None:
             static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
         data = self.clean_data(logits, target, present, ignore_index)
         data.check_every_modality(self.names)
-        with restored_on_failure(self.rule):
+        before = copy.deepcopy(self.rule.state_dict())
+        try:
             self.rule.reset_calibration()
             self.rule.calibrate(data, static_weights, fit, confidence)
-            warn_of_held(self.calibration.held, self.names, confidence)
+            held = [name for name, value in zip(self.names, self.calibration.held.tolist(), strict=True) if value]
+            if held:
+                warnings.warn(
+                    f"the weights of {held} correlate positively with their loss (Eq. 6 fails at confidence "
+                    f"{confidence}): held at their static weights",
+                    UserWarning,
+                    stacklevel=3,  # no_grad's wrapper lies between this and the caller
+                )
+        except BaseException:
+            self.rule.load_state_dict(before)
+            raise
         return self
 
     def reset_calibration(self) -> Self:

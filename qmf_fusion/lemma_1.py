@@ -29,12 +29,10 @@ def find_shift(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Te
     """What to add to beta so that the mean weight is ``static``, ``[M]``, where it is ``raw`` ``[M, *]`` without."""
     if clamp.normalize:
         return _shift_shares(raw, data, static, clamp)
-    shift = static - data.mean(raw)
-    return _shift_clamped(raw, data, static, clamp, shift) if clamp.nonnegative else shift
-
-
-def _shift_clamped(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp, high: Tensor) -> Tensor:
-    """Of clamped weights, whose mean rises with the shift, from 0 on, and is at least the unclamped one: bisect."""
+    high = static - data.mean(raw)
+    if not clamp.nonnegative:
+        return high
+    # Clamped weights' mean rises with the shift, from 0 on, and is at least the unclamped one: bisect.
     spread = torch.where(data.counted, raw, 0).flatten(1).abs().amax(1) + static.abs() + 1
     low = torch.minimum(high, -spread)
     for _ in range(200):
@@ -64,11 +62,7 @@ def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) ->
 
 
 def check_shares(static: Tensor, data: CleanData) -> Tensor:
-    """Static weights of normalised weights ``[M]``, rounded to the sum that each row's shares have.
-
-    Raises:
-        ValueError: another sum.
-    """
+    """Static weights of normalised weights ``[M]``, rounded to the sum of a row's shares; a ValueError for others."""
     # Each row's shares sum to 1, so the static weights do too where every modality is in every row.
     often = data.counted.flatten(1).sum(1).to(static) / data.counted.any(0).sum()
     total = float((often * static).sum())

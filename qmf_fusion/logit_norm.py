@@ -12,14 +12,8 @@ def normalize_rows(rows: list[Tensor], temperature: float | None) -> list[Tensor
 def normalize_logits(logits: Tensor, temperature: float) -> Tensor:
     """``x / (temperature * |x|)`` over the classes; NaN where a row is not finite throughout. A row of zeros stays one.
 
-    A second time it changes nothing.
-
-    Args:
-        logits: ``[*, K]``, floating point.
-        temperature: positive.
-
-    Returns:
-        ``[*, K]``, float32, or float64 if the logits are.
+    Of ``[*, K]``, floating point, with a positive temperature; in float32, or float64 if the logits are. A second time
+    it changes nothing.
 
     Example:
         >>> normalize_logits(torch.tensor([3.0, 4.0]), 0.1)

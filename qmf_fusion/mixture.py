@@ -14,7 +14,6 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -25,14 +24,6 @@ from .checks import can_look
 from .rows import per_modality, stack_rows
 from .rule import Rule, Weighed, ready
 from .typicality import ClassStatistics, RunningStatistics, Statistics, class_distances, untypicality
-
-
-class Evidence(NamedTuple):
-    """What each modality says on its own."""
-
-    ratio: Tensor  # ``[M, *, K]``: the likelihood ratio r of each class; its mean over the prior is 1
-    untypical: Tensor  # ``[M, *]``: u, at least 0
-    odds: Tensor  # ``[M, *]``: rho, broken : clean, before the others are heard
 
 
 def _mixture(ratio: Tensor, odds: Tensor, log_prior: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,32 +115,34 @@ class ContaminatedProduct(Rule):
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
         self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
         self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor
-        if not 1e-30 <= self.plain_odds <= 1e30:  # so that float32 holds them
-            raise ValueError(
-                f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {self.plain_odds}"
-            )
+        plain = odds * (1 + math.exp(min(min(0.0, ceiling) - onset, 700.0)))
+        if not 1e-30 <= plain <= 1e30:  # so that float32 holds them
+            raise ValueError(f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {plain}")
         self.num_classes, self.gather = num_classes, gather
         self.running = RunningStatistics(num_modalities, num_classes, spread, everywhere)
         self.fitted = ClassStatistics(num_modalities, num_classes, spread)
 
-    def statistics(self) -> Statistics:
-        """The calibrated ones, else those gathered in training, else those of which nothing follows."""
-        fitted, running = self.fitted.statistics(), self.running.statistics()
-        if can_look(self.fitted.known):
-            return fitted if self.fitted.known > 0 else running
-        return Statistics(*(torch.where(self.fitted.known > 0, f, r) for f, r in zip(fitted, running, strict=True)))
+    def statistics(self) -> Statistics | None:
+        """The calibrated ones, else those gathered in training, else None.
 
-    def knows_nothing(self) -> bool:
-        """Whether there can be seen to be no statistics; False on a device, to ask which would be to wait for it."""
-        known = self.fitted.known + self.running.known
-        return can_look(known) and not known > 0
+        On a device, where to ask which would be to wait for it, those of which nothing follows stand for None.
+        """
+        fitted, running = self.fitted, self.running
+        if can_look(fitted.known):
+            chosen = fitted if fitted.known > 0 else running
+            return chosen.statistics() if chosen.known > 0 else None
+        pairs = zip(fitted.statistics(), running.statistics(), strict=True)
+        return Statistics(*(torch.where(fitted.known > 0, f, r) for f, r in pairs))
 
-    def evidence(self, logits: Tensor, statistics: Statistics | None) -> Evidence:
-        """What each modality says: logits ``[M, *, K]``, finite. Without statistics, r = K softmax and u = 0."""
+    def evidence(self, logits: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+        """What each modality says on its own, of logits ``[M, *, K]``, finite.
+
+        The likelihood ratio ``r`` of each class ``[M, *, K]``, whose mean over the prior is 1, and the untypicality
+        ``u`` ``[M, *]``, at least 0. Without statistics, r = K softmax and u = 0.
+        """
         probs = torch.softmax(logits, -1)
         if statistics is None:
-            u = torch.zeros_like(logits[..., 0])
-            return Evidence(probs * logits.shape[-1], u, self.odds_of(u))
+            return probs * logits.shape[-1], torch.zeros_like(logits[..., 0])
         prior = self.prior(logits, statistics)
         ratio = probs / prior
         distances = class_distances(logits, statistics)
@@ -162,23 +155,11 @@ class ContaminatedProduct(Rule):
             tail = torch.softmax(-self.sharpness * torch.log1p(finite / scale), -1)
             share = self.distance_evidence * usable
             ratio = (1 - share) * ratio + share * tail / (tail * prior).sum(-1, keepdim=True)
-        u = untypicality(
-            logits,
-            distances,
-            statistics,
-            norm=self.typicality_norm,
-            distance=self.typicality_distance,
-            floor=self.floor,
-        )
-        return Evidence(ratio, u, self.odds_of(u))
-
-    @property
-    def plain_odds(self) -> float:
-        """The odds of a modality that is not untypical, as all are without statistics."""
-        return self.odds * (1 + math.exp(min(min(0.0, self.ceiling) - self.onset, 700.0)))
+        sees = {"norm": self.typicality_norm, "distance": self.typicality_distance}
+        return ratio, untypicality(logits, distances, statistics, **sees, floor=self.floor)
 
     def odds_of(self, u: Tensor) -> Tensor:
-        """rho, which rises with the untypicality u."""
+        """rho, broken : clean before the others are heard, which rises with the untypicality u."""
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
 
     def prior(self, logits: Tensor, statistics: Statistics | None) -> Tensor:
@@ -194,8 +175,8 @@ class ContaminatedProduct(Rule):
         statistics make the plain form. A modality held by calibration has that constant weight, and the odds
         ``1 / weight - 1``.
         """
-        ratio, _, odds = self.evidence(logits, statistics)
-        held = None
+        ratio, u = self.evidence(logits, statistics)
+        odds, held = self.odds_of(u), None
         if not can_look(self.calibration.held) or any(self.calibration.held.tolist()):
             held = per_modality(self.calibration.held, odds)
             odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1) - 1).clamp_min(1e-6))
@@ -207,24 +188,22 @@ class ContaminatedProduct(Rule):
 
     def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
         self._check(rows)
-        statistics = None if plain or self.knows_nothing() else self.statistics()
+        statistics = None if plain else self.statistics()
         with torch.autocast(rows[0].device.type, enabled=False):
             x, counted = stack_rows(rows, present)
             fused, weights = self.posterior(x, counted, statistics)
         return Weighed(rows, counted, ready(weights, fused))
 
     def _check(self, rows: Sequence[Tensor]) -> None:
-        if rows[0].shape[-1] != self.num_classes:
-            raise ValueError(
-                f"logits must have the {self.num_classes} classes of the statistics of robust(), "
-                f"got {rows[0].shape[-1]}"
-            )
+        known, got = self.num_classes, rows[0].shape[-1]
+        if got != known:
+            raise ValueError(f"logits must have the {known} classes of the statistics of robust(), got {got}")
 
     def uncertainties(self, rows: list[Tensor]) -> Tensor:
         """The untypicality, which the odds rise with: 0 everywhere without statistics."""
         self._check(rows)
         x, finite = stack_rows(rows, None)
-        return torch.where(finite, self.evidence(x, self.statistics()).untypical, torch.nan)
+        return torch.where(finite, self.evidence(x, self.statistics())[1], torch.nan)
 
     def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int) -> None:
         """Count a batch in the running statistics, unless that is left to ``calibrate``."""
@@ -267,12 +246,5 @@ class ContaminatedProduct(Rule):
         return means
 
     def extra_repr(self) -> str:
-        names = (
-            "num_classes",
-            "typicality_norm",
-            "typicality_distance",
-            "distance_evidence",
-            "class_prior",
-            "agreement",
-        )
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        names = "num_classes typicality_norm typicality_distance distance_evidence class_prior agreement"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())

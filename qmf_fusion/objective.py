@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+import qmf_kernels
 from qmf_kernels import BACKENDS, LossRule
 
-from .checks import Logits, check_batch, check_choice, check_index
+from .checks import Logits, check_batch, check_choice
 from .functional import ObjectiveOutput, check_loss_rule
 from .fusion import QualityAwareFusion
 from .ranking import TrajectoryRankingLoss
@@ -93,8 +94,10 @@ class QMFLoss(nn.Module):
     def forward(
         self, logits: Logits, target: Tensor, index: Tensor | None = None, present: Tensor | None = None
     ) -> ObjectiveOutput:
-        """The objective of a batch; in training mode, with gradients on, it is learned from: its unimodal losses are
-        recorded, and the rule may observe it.
+        """The objective of a batch, its fused logits laid out as the inputs are.
+
+        In training mode, with gradients on, it is learned from: its unimodal losses are recorded, and the rule may
+        observe it.
 
         Args:
             logits: the M heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
@@ -102,9 +105,6 @@ class QMFLoss(nn.Module):
             index: int ``[B]``, the dataset index of each sample. May be None outside of training or where
                 ``ranking_weight`` is 0: no ranking then, and nothing is recorded.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
-
-        Returns:
-            ObjectiveOutput, with fused logits laid out as the inputs are.
 
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, count, shape, dtype, device or range.
@@ -116,7 +116,7 @@ class QMFLoss(nn.Module):
             check_loss_rule(options, rows[0].shape[-1])
 
         if index is not None:
-            index = check_index(index, len(target), trajectory.num_samples)
+            index = trajectory.check_index(index, len(target))
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.
@@ -126,9 +126,9 @@ class QMFLoss(nn.Module):
             ranks = bool(self.ranking_weight)
             past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=learns)
         rows = fusion.prepare(rows)
-        out = fusion.rule.objective(
-            *(rows, target, None, mask, options),
-            plain=self.training,
+        weighed = fusion.rule.weigh(rows, mask, plain=self.training)
+        out = qmf_kernels.objective(
+            *(weighed.rows, target, None, weighed.present, weighed.weights, options),
             past=past,
             backend=self.backend,
             return_logits=self.return_logits,

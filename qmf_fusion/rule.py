@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qmf_kernels
-from qmf_kernels import Losses, LossRule, Past, WeightRule
+from qmf_kernels import WeightRule
 
 from .calibration import Calibration, CleanData
 from .coefficients import Constants
@@ -31,9 +31,6 @@ class Rule(nn.Module):
     """What ``QualityAwareFusion`` asks; a subclass has at least ``weigh``, ``uncertainties`` and ``calibrate``.
 
     Rows are M tensors ``[*, K]``, checked, LogitNorm applied; ``present`` is bool ``[M, *]`` or None.
-
-    Args:
-        num_modalities: M.
     """
 
     num_classes: int | None = None
@@ -53,11 +50,7 @@ class Rule(nn.Module):
         raise NotImplementedError
 
     def constants(self) -> Constants:
-        """alpha, beta and the temperature as calibrated.
-
-        Raises:
-            AttributeError: the rule has none.
-        """
+        """alpha, beta and the temperature as calibrated; an AttributeError where the rule has none."""
         raise AttributeError(f"{type(self).__name__} has no alpha, beta and temperature")
 
     def uncertainties(self, rows: list[Tensor]) -> Tensor:
@@ -67,8 +60,7 @@ class Rule(nn.Module):
     def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
         """Make Theorem 2's conditions hold on data, starting from the uncalibrated rule.
 
-        Raises:
-            ValueError: static weights ``[M]`` or constants to ``fit`` that the rule does not have or cannot meet.
+        A ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet.
         """
         raise NotImplementedError
 
@@ -87,33 +79,9 @@ class Rule(nn.Module):
         """The weights ``[M, *]`` of uncertainties, where they alone decide them (Eq. 9); else None."""
 
     def logits_from(self, rows: list[Tensor], weights: Tensor) -> Tensor | None:
-        """The fused logits ``[*, K]`` that these weights make of rows (Eq. 11), all present; None where other things
-        count.
-        """
+        """The fused logits ``[*, K]`` that these weights make of rows, all present (Eq. 11); None where more counts."""
 
     def fuse(self, rows: list[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``."""
         weighed = self.weigh(rows, present)
         return qmf_kernels.fuse(weighed.rows, weighed.present, weighed.weights)
-
-    def objective(
-        self,
-        rows: list[Tensor],
-        target: Tensor,
-        kappa: Tensor | None,
-        present: Tensor | None,
-        options: LossRule,
-        *,
-        plain: bool,
-        past: Past | None = None,
-        backend: str | None = None,
-        return_logits: bool = True,
-    ) -> Losses:
-        """Eq. 18 of a batch. With ``past``, kappa comes from the history, and the batch goes into it."""
-        weighed = self.weigh(rows, present, plain=plain)
-        return qmf_kernels.objective(
-            *(weighed.rows, target, kappa, weighed.present, weighed.weights, options),
-            past=past,
-            backend=backend,
-            return_logits=return_logits,
-        )

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from .checks import Logits
 from .coefficients import Coefficient, own_coefficient
-from .correlation import co_moments, pearson, pearson_of, spearman
+from .correlation import Correlation, WeightLossCorrelation, co_moments, pearson, spearman
 from .fusion import QualityAwareFusion
-from .streaming import Correlation, WeightLossCorrelation
 
 __all__ = ["Correlation", "FusionReport", "ModalityReport", "WeightLossCorrelation", "fusion_report", "spearman"]
 
@@ -93,19 +92,8 @@ class FusionReport:
         return shown
 
     def __str__(self) -> str:
-        titles = [
-            "modality",
-            "n",
-            "E(w)",
-            "static",
-            "r(w, loss)",
-            "interval",
-            "Spearman",
-            "Term-L",
-            "static",
-            "Term-Cov",
-        ]
-        table = [[*titles, "Eq. 5", "Eq. 6"]]
+        titles = "modality|n|E(w)|static|r(w, loss)|interval|Spearman|Term-L|static|Term-Cov|Eq. 5|Eq. 6"
+        table = [titles.split("|")]
         for m in self.modalities:
             interval = f"[{m.interval[0]:+.3f}, {m.interval[1]:+.3f}]"
             weights = [m.name, str(m.samples), f"{m.mean_weight:.4f}", f"{m.static_weight:.4f}"]
@@ -126,11 +114,7 @@ class FusionReport:
     def plot(self, path: str | None = None) -> Any:
         """Weight against loss, one panel a modality, Eq. 6's verdict in its title; a matplotlib figure.
 
-        Args:
-            path: where to save it too.
-
-        Raises:
-            ImportError: matplotlib is not installed.
+        It is saved at ``path`` too, if one is given. An ImportError says where matplotlib is not installed.
         """
         try:
             figures = importlib.import_module("matplotlib.figure")
@@ -219,9 +203,11 @@ def fusion_report(
     verdict = _worst([eq5, eq6])
     better = "dynamic" if term_l + term_cov <= bound_static else "static"
     sides = f"{term_l + term_cov:.3g} dynamic, {bound_static:.3g} static"
+    failing = {n: [m.name for m in described if getattr(m, f"eq{n}") == "fails"] for n in (5, 6)}
+    where = "; ".join(f"Eq. {n} fails for {', '.join(names)}" for n, names in failing.items() if names)
     sentence = {
         "holds": "Theorem 2 applies: dynamic fusion is at least as good as static fusion here, in the paper's bound.",
-        "fails": f"Theorem 2 does not apply ({_failing(described)}). The bound favours the {better} rule: {sides}.",
+        "fails": f"Theorem 2 does not apply ({where}). The bound favours the {better} rule: {sides}.",
         "undecided": "Undecided: this data neither confirms nor refutes Theorem 2's conditions; use more of it.",
     }[verdict]
     points = [(w[:: -(-len(w) // _MOST_SHOWN) or 1], v[:: -(-len(v) // _MOST_SHOWN) or 1]) for w, v in pairs]
@@ -234,12 +220,10 @@ def _describe(
 ) -> ModalityReport:
     nan = float("nan")
     if len(w) == 0:
-        sentence = f"{name} never counts in this data."
-        undecided = ("undecided", "undecided", sentence)
+        undecided = ("undecided", "undecided", f"{name} never counts in this data.")
         return ModalityReport(name, 0, nan, static, nan, (nan, nan), nan, (nan, nan), nan, nan, nan, nan, *undecided)
-    moments = co_moments(w.double(), loss.double())
-    n, (_, mean, mean_loss, *_, products) = len(w), moments.tolist()
-    r, covariance = float(pearson_of(moments)), products / n
+    n, found = len(w), Correlation.of(co_moments(w.double(), loss.double()))
+    _, mean, mean_loss, covariance, r = (float(x) for x in found)
     mean_interval, interval = _bootstrap(w, loss, confidence, resamples, seed)
     close = abs(mean - static) <= 1e-6
     within = all(abs(x - static) <= MARGIN * abs(static) for x in mean_interval)
@@ -261,8 +245,8 @@ def _describe(
     if eq5 == "fails":
         side = "above" if mean > static else "below"
         sentence += f" Its mean weight {mean:.3g} is {side} its static weight {static:.3g} (Eq. 5): calibrate()."
-    found = (n, mean, static, mean_loss, mean_interval, r, interval, spearman(w, loss), covariance)
-    return ModalityReport(name, *found, mean * mean_loss, static * mean_loss, eq5, eq6, sentence)
+    numbers = (n, mean, static, mean_loss, mean_interval, r, interval, spearman(w, loss), covariance)
+    return ModalityReport(name, *numbers, mean * mean_loss, static * mean_loss, eq5, eq6, sentence)
 
 
 def _bootstrap(
@@ -285,12 +269,3 @@ def _bootstrap(
 
 def _worst(verdicts: Sequence[str]) -> str:
     return max(verdicts, key=VERDICTS.index)
-
-
-def _failing(modalities: Sequence[ModalityReport]) -> str:
-    parts = []
-    for equation in ("eq5", "eq6"):
-        names = [m.name for m in modalities if getattr(m, equation) == "fails"]
-        if names:
-            parts.append(f"Eq. {equation[-1]} fails for {', '.join(names)}")
-    return "; ".join(parts)

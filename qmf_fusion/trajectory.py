@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qmf_kernels
 
-from .checks import check_choice, check_count, check_index
+from .checks import can_look, check_choice, check_count, check_integers
 from .precision import KeepsPrecision
 from .processes import place_of_process
 
@@ -83,6 +83,24 @@ class LossTrajectory(KeepsPrecision):
         """How many losses are recorded, ``[M, N]`` float64."""
         return self.history[1]
 
+    def check_index(self, index: Tensor, batch: int | None = None) -> Tensor:
+        """``index`` as int64 ``[B]``, within the trajectory and on its device; ``batch`` is B, None for any."""
+        check_integers("index", index, "dataset")
+        if index.dim() != 1 or batch not in (None, len(index)):
+            wanted = "B" if batch is None else batch
+            raise ValueError(f"index must be [{wanted}], one dataset index per sample, got {tuple(index.shape)}")
+        if len(index) == 0:
+            raise ValueError("index must not be empty: the batch has no samples")
+        if index.device != self.history.device:
+            raise ValueError(f"index must be on the trajectory's device {self.history.device}, got {index.device}")
+        if can_look(index):
+            # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
+            values = index.tolist() if len(index) <= 128 else [x.item() for x in torch.aminmax(index)]
+            low, high, num = min(values), max(values), self.num_samples
+            if low < 0 or high >= num:
+                raise IndexError(f"index must be within the trajectory's {num} samples, got {low} to {high}")
+        return index.long()
+
     def record(self, losses: Tensor, index: Tensor) -> None:
         """Add a batch of losses ``[M, B]`` at the dataset indices ``[B]``, repeated ones each counted.
 
@@ -93,7 +111,7 @@ class LossTrajectory(KeepsPrecision):
         """
         if losses.dim() != 2 or len(losses) != self.num_modalities:
             raise ValueError(f"losses must be [{self.num_modalities}, B], got {tuple(losses.shape)}")
-        self.record_checked(losses.detach(), check_index(index, losses.shape[1], self.num_samples))
+        self.record_checked(losses.detach(), self.check_index(index, losses.shape[1]))
 
     def record_checked(self, losses: Tensor, index: Tensor) -> None:
         """``record`` without its checks."""
@@ -109,7 +127,7 @@ class LossTrajectory(KeepsPrecision):
             TypeError, ValueError, IndexError: an index of the wrong kind, shape or range.
         """
         check_choice("rescale", rescale, RESCALES)
-        return self.kappa_checked(check_index(index, len(index), self.num_samples), rescale)
+        return self.kappa_checked(self.check_index(index), rescale)
 
     def kappa_checked(self, index: Tensor, rescale: str | None) -> Tensor:
         """``kappa`` without its checks."""
@@ -141,7 +159,7 @@ class LossTrajectory(KeepsPrecision):
                 "the loss history was overwritten by another process's since the last sync(): leave QMFLoss out of "
                 "DistributedDataParallel, or pass broadcast_buffers=False (unless that was constructed anew since)",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,  # no_grad's wrapper lies between this and the caller
             )
         added = self.history - self.synced
         dist.all_reduce(added, group=group)
@@ -154,11 +172,7 @@ class LossTrajectory(KeepsPrecision):
         qmf_kernels.find_range(self.history, self.low, self.span)
 
     def resize(self, num_samples: int) -> None:
-        """Grow to ``num_samples``, with no history for the new ones.
-
-        Raises:
-            ValueError: fewer samples than there are.
-        """
+        """Grow to ``num_samples``, with no history for the new ones; a ValueError for fewer than there are."""
         check_count("num_samples", num_samples)
         added = num_samples - self.num_samples
         if added < 0:

@@ -25,9 +25,7 @@ class Statistics(NamedTuple):
     whiten: Tensor  # ``[M, K, K]``: ``|(x - mean) @ whiten|^2`` is the squared distance in the within-class covariance
     centre: Tensor  # ``[M, K, K]``: the class means, whitened; row y is class y's
     seen: Tensor  # ``[M, K]`` bool: whether the class has a mean
-    scale: (
-        Tensor  # ``[M]``: mean squared distance of a sample to its own class; 0 where nothing is known of the modality
-    )
+    scale: Tensor  # ``[M]``: mean squared distance of a sample to its own class; 0 for a modality not known
     norm: Tensor  # ``[M, 2]``: mean and standard deviation of ``log |x|``
     distance: Tensor  # ``[M, 2]``: mean and standard deviation of the log squared distance to the nearest class
     prior: Tensor  # ``[K]``: class frequencies, ``(n_y + 1) / (N + K)``
@@ -41,13 +39,9 @@ OF_CLASSES = ("prior", "count", "known")  # the buffers whose first dimension is
 class ClassStatistics(KeepsPrecision):
     """``Statistics`` as buffers, float64 throughout; without any data they are those of which nothing follows.
 
-    Flags are numbers, 1 and 0, as averages of models, which take every buffer, subtract no truth values.
-
-    Args:
-        num_modalities: M.
-        num_classes: K.
-        spread: the least within-class variance believed, as a share of the variance between the class means. The
-            logits of training samples collapse onto their class; those of test samples do not.
+    Flags are numbers, 1 and 0, as averages of models, which take every buffer, subtract no truth values. ``spread`` is
+    the least within-class variance believed, as a share of the variance between the class means: the logits of training
+    samples collapse onto their class; those of test samples do not.
     """
 
     _shapes: ClassVar[Mapping[str, str]] = _SHAPES
@@ -113,14 +107,8 @@ class RunningStatistics(ClassStatistics):
     """``Statistics`` gathered batch by batch in training, with exponential forgetting: no pass over the data.
 
     A sample is compared with the class means of *earlier* batches, so that none is measured against itself.
-
-    Args:
-        num_modalities: M.
-        num_classes: K.
-        spread: see ``ClassStatistics``.
-        everywhere: where ``torch.distributed`` is initialised, a step's batch is that of all its processes together.
-            Two collectives a step (the second for what the first's covariance measures) add up their sums, so that all
-            hold the statistics of one process that sees the same rows, to float64's rounding.
+    ``everywhere`` (see ``ContaminatedProduct``) takes two collectives a step, the second for what the first's
+    covariance measures; all processes then hold the statistics of one that sees the same rows, to float64's rounding.
     """
 
     _shapes: ClassVar[Mapping[str, str]] = {**_SHAPES, **_RUNNING}

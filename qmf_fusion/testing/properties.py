@@ -12,7 +12,7 @@ from ..fusion import QualityAwareFusion  # noqa: F401 - for the examples
 from ..model import FusionModel
 from ..uncertainty import Uncertainty
 from .strategies import logits, present_masks
-from .subject import Output, Subject, agree, same, show, size_of, tolerance, verify
+from .subject import Output, Subject, agree, show, size_of, tolerance, verify
 
 
 def check_weight_monotonicity(
@@ -201,12 +201,11 @@ def check_equations(
     """Scaling and shifting do what the equations say.
 
     Eq. 11: ``f = sum_m w[m] * x[m]``, or the mean of probabilities for ``combine="probabilities"``; with LogitNorm, of
-    normalised logits. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less
-    energy. For a ``QualityAwareFusion`` or a ``FusionModel`` also: logits and temperature times s are energy times s
-    (Eq. 13), and ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). What does
-    not apply is left out: LogitNorm undoes scales and changes shifts; ``robust`` has neither Eq. 9, Eq. 11 nor a
-    temperature, and is checked to return log-probabilities and weights from 0 to 1. Arguments as in
-    ``check_weight_monotonicity``.
+    normalised logits. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less energy. For a
+    ``QualityAwareFusion`` or a ``FusionModel`` also: logits and temperature times s are energy times s (Eq. 13), and
+    ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). What does not apply is left out: LogitNorm undoes
+    scales and changes shifts; ``robust`` has neither Eq. 9, Eq. 11 nor a temperature, and is checked to return
+    log-probabilities and weights from 0 to 1. Arguments as in ``check_weight_monotonicity``.
 
     Example:
         >>> check_equations(QualityAwareFusion(2, temperature=2.0))
@@ -321,10 +320,12 @@ def check_repeatable(
         first = [None if x is None else x.detach().clone() for x in subject(given)]
         second = subject(given)
         for m, (x, y) in enumerate(zip(given, copies, strict=True)):
-            assert same(x, y), f"the inputs must not change, but logits[{m}] went from {y.tolist()} to {x.tolist()}"
+            assert torch.allclose(x, y, rtol=0, atol=0, equal_nan=True), (
+                f"the inputs must not change, but logits[{m}] went from {y.tolist()} to {x.tolist()}"
+            )
         for name, a, b in zip(second._fields, first, second, strict=True):
             if a is not None and b is not None:
-                assert same(a, b), (
+                assert torch.allclose(a, b, rtol=0, atol=0, equal_nan=True), (
                     f"repeated calls must agree bit for bit, but {name} was {a.tolist()} and then {b.tolist()}: "
                     f"logits={show(given)}"
                 )

@@ -70,9 +70,7 @@ class Subject:
         return Subject(FusionModel({name: self.fusion.heads[name] for name in names}, layer))
 
     def fused(self, given: Sequence[Tensor], weights: Tensor) -> Tensor | None:
-        """What weights ``[M, *]`` make of the logits: Eq. 11, or what the layer's rule says; None where they do not
-        decide it.
-        """
+        """What weights ``[M, *]`` make of the logits: Eq. 11, or what the rule says; None where they do not decide."""
         if self.layer is None:
             return (weights.unsqueeze(-1) * torch.stack(list(given))).sum(0)
         return self.layer.rule.logits_from(self.layer.prepare(list(given)), weights)
@@ -110,8 +108,9 @@ def verify(
         raise AssertionError("repeated calls must agree: an example failed once and then passed") from error
 
 
-def tolerance(*values: Tensor) -> float:
-    size = max((float(x.detach().abs().max()) for x in values), default=0.0)
+def tolerance(*values: Tensor, size: float | None = None) -> float:
+    """What rounding may make of values, or of a sum of terms of this size."""
+    size = max(float(x.detach().abs().max()) for x in values) if size is None else size
     return 256 * max(torch.finfo(x.dtype).eps for x in values) * (1 + size)
 
 
@@ -125,16 +124,10 @@ def size_of(given: Sequence[Tensor], out: Output | None = None) -> float:
 def agree(got: Tensor, expected: Tensor, what: str, given: Sequence[Tensor], size: float = 0.0) -> None:
     got, expected = got.detach(), expected.detach()
     assert got.shape == expected.shape, f"{what}: the shape is {tuple(got.shape)}, not {tuple(expected.shape)}"
-    bound = max(torch.finfo(x.dtype).eps for x in (got, expected)) * 256 * (1 + size + size_of(given))
     error = (got - expected).abs().max()
-    assert error <= bound, (
+    assert error <= tolerance(got, expected, size=size + size_of(given)), (
         f"{what}: got {got.tolist()}, expected {expected.tolist()} (off by {float(error):.3g}), logits={show(given)}"
     )
-
-
-def same(x: Tensor, y: Tensor) -> bool:
-    both = (torch.nan_to_num(x, nan=0.5), torch.nan_to_num(y, nan=0.5))
-    return torch.equal(x.isnan(), y.isnan()) and torch.equal(*both)
 
 
 def show(given: Sequence[Tensor]) -> list[Any]:

@@ -71,8 +71,9 @@ def test_both_conditions_hold_afterwards(rule, seed, wrong, size):
 def test_a_violating_modality_is_held_with_a_warning(rule):
     logits, target = data(wrong=1)
     fusion = RULES[rule](3)
-    with pytest.warns(UserWarning, match=r"'1'.*Eq. 6"):
+    with pytest.warns(UserWarning, match=r"'1'.*Eq. 6") as told:
         fusion.calibrate(logits, target)
+    assert told[0].filename == __file__, "the warning points at the caller"
     if rule != "normalize":
         other, _ = data(seed=5)
         weights = fusion(other).weights
@@ -87,8 +88,9 @@ def test_robust_holds_a_modality_too():
     fusion.calibration.held[1] = 0.4
     out = fusion(logits)
     torch.testing.assert_close(out.weights[1], torch.full((200,), 0.4, dtype=torch.float64))
-    evidence = fusion.rule.evidence(logits, fusion.rule.statistics())
-    votes = torch.log1p(evidence.ratio / torch.stack([evidence.odds[0], torch.full((200,), 1.5)]).unsqueeze(-1))
+    ratio, u = fusion.rule.evidence(logits, fusion.rule.statistics())
+    odds = torch.stack([fusion.rule.odds_of(u)[0], torch.full((200,), 1.5)])
+    votes = torch.log1p(ratio / odds.unsqueeze(-1))
     expected = (fusion.rule.statistics().prior.log() + votes.sum(0)).log_softmax(-1)
     torch.testing.assert_close(out.logits, expected)
 

@@ -25,8 +25,9 @@ def fresh_compiler():
         ({"normalize": True}, "aot_eager"),
         ({"uncertainty": "msp", "class_dim": 1}, "aot_eager"),
         ({"uncertainty": "evidence", "class_dim": 1}, "aot_eager"),
-        ({"uncertainty": "entropy", "normalize": True}, "inductor"),
-        ({"learnable": True, "nonnegative": True, **COEFFICIENTS}, "inductor"),
+        ({"uncertainty": "entropy", "normalize": True}, "aot_eager"),
+        pytest.param({"uncertainty": "entropy", "normalize": True}, "inductor", marks=pytest.mark.slow),
+        pytest.param({"learnable": True, "nonnegative": True, **COEFFICIENTS}, "inductor", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -188,7 +188,7 @@ for copies in (False, True):
             for i in range(rank, 8, 2):
                 model(torch.ones(1, 1), torch.tensor([i]))
             model.module.trajectory.sync()
-    saved.append((model.module.trajectory.count, [str(warning.message) for warning in caught]))
+    saved.append((model.module.trajectory.count, [f"{warning.filename}: {warning.message}" for warning in caught]))
 torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
 # What is wrapped refers to itself; left to the end, it holds threads of the group that may abort the interpreter.
 del model
@@ -206,3 +206,4 @@ def test_a_history_that_ddp_overwrites_is_told(tmp_path: Path) -> None:
         assert not torch.equal(spoilt, count)
         assert len(some) == rank
         assert all("broadcast_buffers=False" in message for message in some)
+        assert not any("_contextlib.py" in message for message in some), "the warning points at the caller"

@@ -101,7 +101,7 @@ def test_other_rules_fail_where_they_are_broken():
     for layer in of_every_rule():
         layer.__class__ = BrokenRule
         with pytest.raises(AssertionError):
-            testing.check_all(layer, settings=UNSHRUNK)
+            testing.check_all(layer, settings=UNSHRUNK, exclude=["weight_monotonicity", "permutation", "absent"])
 
 
 def test_robust_whose_odds_fall_with_u_fails():
@@ -117,7 +117,7 @@ def test_uncertainty_of_robust_is_its_untypicality():
     assert not fusion.uncertainties(logits).any()
     fusion.calibrate(logits, target)
     u = fusion.uncertainties(logits.index_fill(0, torch.tensor([1]), torch.inf))
-    expected = fusion.rule.evidence(logits, fusion.rule.statistics()).untypical
+    _, expected = fusion.rule.evidence(logits, fusion.rule.statistics())
     assert torch.equal(u[[0, 2]], expected[[0, 2]])
     assert u[1].isnan().all()
     assert (expected > 0).any()
