@@ -1,8 +1,8 @@
 """Released defaults, YAML files, and what is said of settings that cannot be."""
 
 import pytest
-from qmf_examples.commands.train_sets import choose_methods
 
+from qmf_examples.commands.train_sets import choose_methods
 from qmf_examples.errors import CommandError
 from qmf_examples.training.settings import (
     ABLATION,
