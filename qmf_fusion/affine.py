@@ -83,7 +83,7 @@ def weigh_rows(
         u = None  # the energy, which the operators take from the rows themselves
         if options.uncertainty != "energy":
             u = measure(options.uncertainty, _safe_rows(rows, present), temperature)
-        return Weighed(rows, present, WeightRule(u, alpha, beta, temperature, None, *options.clamp, options.detach))
+        return Weighed(rows, present, WeightRule(u, alpha, beta, temperature, **options.clamp._asdict(), detach=options.detach))
     x, counted = stack_rows(rows, present)
     u = measure(options.uncertainty, list(x), temperature)
     weights = weights_of(u, alpha, beta, counted, options.clamp)
