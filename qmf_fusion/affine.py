@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from qmf_kernels import WeightRule, affine_weights, clamp_weights
+from qmf_kernels.eager.fusion import accumulate_dtype, per_modality
 
 from .calibration import CleanData, hold_until_eq_6
 from .checks import check_choice
 from .coefficients import Coefficient, Coefficients, Constants, unless_one
 from .lemma_1 import Clamp, check_shares, find_shift, fit_scale, fit_temperatures
-from .rows import per_modality, stack_rows, wide_dtype
+from .rows import stack_rows
 from .rule import Rule, Weighed, ready
 from .uncertainty import UNCERTAINTIES, Uncertainty
 
@@ -48,7 +49,7 @@ class AffineOptions(NamedTuple):
 
 def measure(uncertainty: str | Uncertainty, rows: Sequence[Tensor], temperature: Tensor | None) -> Tensor:
     """``u`` of Eq. 9, ``[M, *]`` in float32 or float64, of M rows ``[*, K]`` divided by T ``[M]``, where None is 1."""
-    dtype = wide_dtype(rows)
+    dtype = accumulate_dtype(rows)
     scaled = [x.to(dtype) for x in rows]
     if temperature is not None:
         scaled = [_divide(x, t) for x, t in zip(scaled, temperature.to(dtype), strict=True)]
@@ -83,7 +84,8 @@ def weigh_rows(
         u = None  # the energy, which the operators take from the rows themselves
         if options.uncertainty != "energy":
             u = measure(options.uncertainty, _safe_rows(rows, present), temperature)
-        return Weighed(rows, present, WeightRule(u, alpha, beta, temperature, **options.clamp._asdict(), detach=options.detach))
+        clamp = {"nonnegative": options.clamp.nonnegative, "normalize": options.clamp.normalize}
+        return Weighed(rows, present, WeightRule(u, alpha, beta, temperature, None, detach=options.detach, **clamp))
     x, counted = stack_rows(rows, present)
     u = measure(options.uncertainty, list(x), temperature)
     weights = weights_of(u, alpha, beta, counted, options.clamp)

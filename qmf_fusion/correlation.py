@@ -67,12 +67,7 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """The correlation of the ranks of ``[n]`` and ``[n]``, ties at their mean rank; 0 where either is constant.
-
-    Example:
-        >>> round(spearman(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 8.0, 9.0])), 6)
-        1.0
-    """
+    """The correlation of the ranks of ``[n]`` and ``[n]``, ties at their mean rank; 0 where either is constant."""
     return float(pearson(_ranks(x), _ranks(y)))
 
 

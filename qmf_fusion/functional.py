@@ -7,6 +7,7 @@ from torch import Tensor
 
 import qmf_kernels
 from qmf_kernels import BACKENDS, FORMS, PAIRS, Losses, LossRule, affine_weights
+from qmf_kernels.eager.fusion import accumulate_dtype, per_modality
 
 from .affine import AffineOptions, weigh_rows
 from .checks import (
@@ -21,7 +22,6 @@ from .checks import (
 )
 from .coefficients import Coefficient, check_coefficient, unless_one
 from .logit_norm import normalize_rows
-from .rows import per_modality, wide_dtype
 from .rule import ready
 from .uncertainty import UNCERTAINTIES, energy_score
 
@@ -130,7 +130,7 @@ def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: 
         raise ValueError(f"weights must not be empty: the shape is {tuple(weights.shape)}")
     if weights.device != kappa.device:
         raise ValueError(f"kappa must be on the weights' device {weights.device}, got {kappa.device}")
-    dtype = wide_dtype([weights])
+    dtype = accumulate_dtype([weights])
     weights, kappa = torch.atleast_2d(weights).to(dtype), torch.atleast_2d(kappa).detach().to(dtype)
     # A weight that is not finite can't be ranked, and would take its neighbours with it.
     finite = torch.isfinite(weights)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmf_kernels import clamp_weights
+from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import CleanData
-from .rows import per_modality
 
 
 class Clamp(NamedTuple):

@@ -19,9 +19,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from qmf_kernels.eager.fusion import per_modality
+
 from .calibration import CleanData, hold_until_eq_6
 from .checks import can_look
-from .rows import per_modality, stack_rows
+from .rows import stack_rows
 from .rule import Rule, Weighed, ready
 from .typicality import ClassStatistics, RunningStatistics, Statistics, class_distances, untypicality
 

@@ -5,20 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def wide_dtype(rows: Sequence[Tensor]) -> torch.dtype:
-    """What is computed in: float32, or float64 if any row is."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in rows) else torch.float32
-
-
-def per_modality(values: Tensor, like: Tensor) -> Tensor:
-    """``[M]`` shaped to broadcast with ``like``, ``[M, ...]``, in its dtype."""
-    return values.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
+from qmf_kernels.eager.fusion import accumulate_dtype
 
 
 def stack_rows(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows as one ``[M, *, K]``, 0 where they do not count, and where they do, ``[M, *]``: present and all finite."""
-    dtype = wide_dtype(rows)
+    dtype = accumulate_dtype(rows)
     x = torch.stack([x.to(dtype) for x in rows])
     counted = torch.isfinite(x).all(-1)
     counted = counted if present is None else counted & present
