@@ -14,6 +14,11 @@ from torch import Tensor
 Logits = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 
 
+def can_look(x: Tensor) -> bool:
+    """Whether code may depend on the values of ``x``: no device to wait for, no graph being compiled or exported."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
 def modality_names(modalities: int | Iterable[str]) -> tuple[str, ...]:
     """Names from a count (``"0"``, ``"1"``, ...) or from names."""
     if isinstance(modalities, bool) or not isinstance(modalities, int | Iterable) or isinstance(modalities, str):
@@ -42,7 +47,7 @@ def unpack_logits(logits: Logits, names: Sequence[str] | None = None) -> list[Te
         return [logits[name] for name in names]
     if isinstance(logits, Tensor):
         if logits.dim() < 2:
-            raise ValueError(f"logits must be stacked [M, *, K] when given as one tensor, got {_shape(logits)}")
+            raise ValueError(f"logits must be stacked [M, *, K] when given as one tensor, got {tuple(logits.shape)}")
         given: list[Tensor | None] = list(logits.unbind(0))
     elif isinstance(logits, Sequence):
         given = list(logits)
@@ -77,25 +82,19 @@ def check_logits(
             raise TypeError(f"logits[{label}] must be floating point, got {x.dtype}")
         if x is first:
             if not -x.dim() <= class_dim < x.dim():
-                raise ValueError(f"logits[{label}] has no class dimension {class_dim}: its shape is {_shape(x)}")
+                raise ValueError(f"logits[{label}] has no class dimension {class_dim}: its shape is {tuple(x.shape)}")
             continue
+        if x.dim() == first.dim() and x.shape[class_dim] != first.shape[class_dim]:
+            counts = f"logits[{first_label}] has {first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
+            raise ValueError(f"logits must agree in their number of classes: {counts}")
         if x.shape != first.shape:
-            same_dim = x.dim() == first.dim()
-            if same_dim and x.shape[class_dim] != first.shape[class_dim]:
-                raise ValueError(
-                    f"logits must agree in their number of classes: logits[{first_label}] has "
-                    f"{first.shape[class_dim]}, logits[{label}] has {x.shape[class_dim]}"
-                )
-            raise ValueError(
-                f"logits must agree in shape: logits[{first_label}] is {_shape(first)}, logits[{label}] is {_shape(x)}"
-            )
+            shapes = f"logits[{first_label}] is {tuple(first.shape)}, logits[{label}] is {tuple(x.shape)}"
+            raise ValueError(f"logits must agree in shape: {shapes}")
         if x.device != first.device:
-            raise ValueError(
-                f"logits must be on one device: logits[{first_label}] is on {first.device}, "
-                f"logits[{label}] on {x.device}"
-            )
+            devices = f"logits[{first_label}] is on {first.device}, logits[{label}] on {x.device}"
+            raise ValueError(f"logits must be on one device: {devices}")
     if first.numel() == 0:
-        raise ValueError(f"logits must not be empty: the shape is {_shape(first)}")
+        raise ValueError(f"logits must not be empty: the shape is {tuple(first.shape)}")
     rows = [torch.zeros_like(first) if x is None else x for x in given]
     if class_dim not in (-1, first.dim() - 1):
         rows = [x.movedim(class_dim, -1) for x in rows]
@@ -103,6 +102,23 @@ def check_logits(
         return rows, None
     # Filled where it lies: a tensor made of a list would have to be copied to the device, and waited for.
     return rows, torch.stack([first.new_full((), x is not None, dtype=torch.bool) for x in given])
+
+
+def check_batch(
+    logits: Logits,
+    target: Tensor,
+    present: Tensor | None,
+    names: Sequence[str] | None = None,
+    class_dim: int = -1,
+    wanted: str = "[B, *, K]",
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Rows, M of ``[B, *, K]``, targets int64 ``[B, *]``, and which modalities are present, ``[M, B, *]`` or None."""
+    rows, there = check_logits(logits, names, class_dim)
+    if rows[0].dim() < 2:
+        raise ValueError(f"logits must be {wanted}, got {tuple(rows[0].shape)}")
+    shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
+    target = check_target(target, shape[1:], device)
+    return rows, target, check_present(present, there, shape, device)
 
 
 def check_present(
@@ -114,7 +130,7 @@ def check_present(
             got = present.dtype if isinstance(present, Tensor) else type(present).__name__
             raise TypeError(f"present must be a bool tensor, got {got}")
         if present.dim() == 0 or tuple(present.shape) != tuple(shape[: present.dim()]):
-            raise ValueError(f"present must be {tuple(shape)} or its first dimensions, got {_shape(present)}")
+            raise ValueError(f"present must be {tuple(shape)} or its first dimensions, got {tuple(present.shape)}")
         if present.device != device:
             raise ValueError(f"present must be on the logits' device {device}, got {present.device}")
     masks = [mask for mask in (present, there) if mask is not None]
@@ -124,36 +140,28 @@ def check_present(
     return full[0] if len(full) == 1 else full[0] & full[1]
 
 
+def check_floating(name: str, x: Tensor, kind: str = "tensor") -> None:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating point {kind}, got {got}")
+
+
+def check_integers(name: str, x: Tensor, kind: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise TypeError(f"{name} must hold {kind} indices (an integer dtype), got {x.dtype}")
+
+
 def check_target(target: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
     """``target`` as int64, of the logits' shape without their classes."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise TypeError(f"target must hold class indices (an integer dtype), got {target.dtype}")
-    if tuple(target.shape) != tuple(shape):
-        raise ValueError(f"target must have the logits' shape without classes, {tuple(shape)}, got {_shape(target)}")
+    check_integers("target", target, "class")
+    got = tuple(target.shape)
+    if got != tuple(shape):
+        raise ValueError(f"target must have the logits' shape without classes, {tuple(shape)}, got {got}")
     if target.device != device:
         raise ValueError(f"target must be on the logits' device {device}, got {target.device}")
     return target.long()
-
-
-def check_index(index: Tensor, batch: int, num_samples: int) -> Tensor:
-    """``index`` as int64 ``[B]``, within the trajectory."""
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index must be a tensor, got {type(index).__name__}")
-    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
-        raise TypeError(f"index must hold dataset indices (an integer dtype), got {index.dtype}")
-    if tuple(index.shape) != (batch,):
-        raise ValueError(f"index must be [{batch}], one dataset index per sample, got {_shape(index)}")
-    if batch == 0:
-        raise ValueError("index must not be empty: the batch has no samples")
-    if index.is_cpu and not torch.compiler.is_compiling():
-        # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
-        values = index.tolist() if batch <= 128 else [x.item() for x in torch.aminmax(index)]
-        low, high = min(values), max(values)
-        if low < 0 or high >= num_samples:
-            raise IndexError(f"index must be within the trajectory's {num_samples} samples, got {low} to {high}")
-    return index.long()
 
 
 def check_class_weight(weight: Tensor | None, num_classes: int | None = None, once: bool = False) -> None:
@@ -165,7 +173,7 @@ def check_class_weight(weight: Tensor | None, num_classes: int | None = None, on
         raise TypeError(f"class_weight must be a tensor [K] of real numbers or None, got {got}")
     if weight.dim() != 1 or num_classes not in (None, len(weight)):
         raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
-    if torch.compiler.is_compiling() or weight.is_meta or not (weight.is_cpu or once):
+    if not can_look(weight) and (not once or weight.is_meta or torch.compiler.is_compiling()):
         return
     wrong = ~((weight >= 0) & (weight < math.inf))
     if bool(wrong.any()):
@@ -193,7 +201,3 @@ def check_logit_norm(temperature: float | None) -> float | None:
 def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
-
-
-def _shape(x: Tensor) -> str:
-    return str(tuple(x.shape))

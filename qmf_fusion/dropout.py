@@ -20,9 +20,6 @@ class ModalityDropout(nn.Module):
         p: from 0 up to, not including, 1.
         seed: an integer.
 
-    Raises:
-        ValueError: ``p`` out of its range.
-
     Example:
         >>> dropout = ModalityDropout(0.5)
         >>> dropout(torch.ones(2, 4, dtype=torch.bool)).any(0)  # no sample loses both

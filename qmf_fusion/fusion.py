@@ -1,24 +1,21 @@
 """The layer: weight each modality per sample by how certain it is (Eq. 9), and add up (Eq. 11)."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from . import composed, functional
-from .calibration import Calibration, calibrate
-from .checks import Logits, check_choice, check_logit_norm, check_logits, check_present, modality_names
-from .functional import WeightOptions
+from .affine import AffineOptions, AffineRule
+from .calibration import FITTABLE, Calibration, CleanData, clean_data
+from .checks import Logits, check_batch, check_logit_norm, check_logits, check_present, modality_names
+from .coefficients import Coefficient, Coefficients, own_coefficient
+from .logit_norm import normalize_rows
 from .mixture import ContaminatedProduct
-from .precision import KeepsPrecision
-from .typicality import ClassStatistics
-from .uncertainty import UNCERTAINTIES, Uncertainty
-
-COMBINATIONS = ("logits", "probabilities", "mixture")
-
-Coefficient = float | Sequence[float] | Tensor
+from .rule import Rule
+from .uncertainty import Uncertainty
 
 
 class FusionOutput(NamedTuple):
@@ -36,7 +33,7 @@ class FusionOutput(NamedTuple):
     """Which modalities were there, bool ``[M, *]``; None for all."""
 
 
-class QualityAwareFusion(KeepsPrecision):
+class QualityAwareFusion(nn.Module):
     """Fuse the logits of M modalities, each weighted per sample by its certainty.
 
     ``f = sum_m w[m] * x[m]`` with ``w[m] = alpha[m] * u[m] + beta[m]``, ``alpha < 0``, ``beta >= 0`` (Eq. 9 and 11 of
@@ -58,8 +55,9 @@ class QualityAwareFusion(KeepsPrecision):
         detach_weights: stop the gradient of the fused logits at the weights, as the released text-image code does (its
             RGB-D code does not). The ranking loss still reaches them.
         combine: what the weights add up: ``"logits"`` (Eq. 11); ``"probabilities"``, ``f = log(sum_m w[m] softmax(x[m])
-            / sum_m w[m])``, with weights clamped at 0; or a ``ContaminatedProduct``, which has weights of its own (see
-            ``QualityAwareFusion.robust``). With the last two a row with any value that is not finite is absent.
+            / sum_m w[m])``, with weights clamped at 0; or a ``Rule`` that has weights of its own, as
+            ``ContaminatedProduct`` (see ``QualityAwareFusion.robust``), whatever the arguments above. With the last
+            two a row with any value that is not finite is absent.
         normalize_logits: divide each row of logits by its Euclidean norm times this temperature, in training and
             after (LogitNorm, Wei et al., ICML 2022, who take 0.04); ``unimodal_logits`` stay as they came. From 1e-30
             to 1e30. A row with any value that is not finite is absent.
@@ -88,10 +86,6 @@ class QualityAwareFusion(KeepsPrecision):
         tensor([[1.6073, 0.1313]])
     """
 
-    fixed_alpha: Tensor
-    fixed_beta: Tensor
-    fixed_temperature: Tensor
-
     def __init__(
         self,
         modalities: int | Iterable[str],
@@ -104,63 +98,33 @@ class QualityAwareFusion(KeepsPrecision):
         normalize: bool = False,
         nonnegative: bool = False,
         detach_weights: bool = False,
-        combine: str | ContaminatedProduct = "logits",
+        combine: str | Rule = "logits",
         normalize_logits: float | None = None,
         class_dim: int = -1,
     ) -> None:
         super().__init__()
         self.names = modality_names(modalities)
-        self.mixture = combine if isinstance(combine, ContaminatedProduct) else None
-        if isinstance(combine, str):
-            check_choice("combine", combine, COMBINATIONS[:2])
-        elif self.mixture is None:
-            raise TypeError(f"combine must be a string or a ContaminatedProduct, got {type(combine).__name__}")
-        elif self.mixture.running.num_modalities != len(self.names):
-            raise ValueError(
-                f"combine must be of {len(self.names)} modalities, got {self.mixture.running.num_modalities}"
-            )
-        self.combine = combine if isinstance(combine, str) else "mixture"
         self.normalize_logits = check_logit_norm(normalize_logits)
-        if not callable(uncertainty):
-            check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))
-        self.uncertainty = uncertainty
-        self.learnable = learnable
-        self.normalize = normalize
-        self.nonnegative = nonnegative
-        self.detach_weights = detach_weights
         self.class_dim = class_dim
-        bounded = uncertainty != "energy"
-        num = len(self.names)
-        a = coefficient("alpha", (-1.0 if bounded else -0.1) if alpha is None else alpha, num)
-        b = coefficient("beta", (1.0 if bounded else 0.0) if beta is None else beta, num)
-        t = coefficient("temperature", temperature, num)
-        # Under other names where they mean something else, so that the state of one kind does not load as the other's.
-        if not learnable:
-            self.register_buffer("fixed_alpha", a)
-            self.register_buffer("fixed_beta", b)
-            self.register_buffer("fixed_temperature", t)
-        else:
-            dtype = torch.get_default_dtype()
-            self.log_minus_alpha = nn.Parameter(a.neg().log().to(dtype))
-            self.signed_beta = nn.Parameter(b.to(dtype))
-            self.log_temperature = nn.Parameter(t.log().to(dtype))
-        self.calibration = Calibration(num)
-        self._find_unit_temperature()
-        self.register_load_state_dict_post_hook(_after_load)
-
-    def _find_unit_temperature(self) -> None:
-        # Known once, so that no step has to ask a device whether T is 1.
-        temperature = self.temperature
-        self._unit_temperature = not (self.learnable or temperature.is_meta) and bool((temperature == 1).all())
+        if isinstance(combine, str):
+            options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
+            options.check()
+            constants = Coefficients(len(self.names), *options.defaults(alpha, beta), temperature, learnable)
+            combine = AffineRule(len(self.names), options, constants)
+        elif not isinstance(combine, Rule):
+            raise TypeError(f"combine must be a string or a Rule, got {type(combine).__name__}")
+        elif combine.num_modalities != len(self.names):
+            raise ValueError(f"combine must be of {len(self.names)} modalities, got {combine.num_modalities}")
+        self.rule = combine
 
     @classmethod
     def robust(
         cls,
         modalities: int | Iterable[str],
+        num_classes: int,
         *,
         normalize_logits: float | None = None,
         class_dim: int = -1,
-        num_classes: int | None = None,
         **switches: Any,
     ) -> Self:
         """The rule to start with where modalities may be broken: a contaminated product of experts.
@@ -172,50 +136,48 @@ class QualityAwareFusion(KeepsPrecision):
 
         Args:
             modalities: how many, or their names.
+            num_classes: K.
             normalize_logits: see ``QualityAwareFusion``.
             class_dim: see ``QualityAwareFusion``.
-            num_classes: K; where it is not given, the first training batch or ``calibrate`` makes the room for the
-                statistics.
             switches: the ingredients, each to be switched off or tuned; see ``qmf_fusion.mixture.ContaminatedProduct``.
 
         Raises:
             TypeError, ValueError: an unknown switch or a number out of its range.
 
         Example:
-            >>> fusion = QualityAwareFusion.robust(["rgb", "depth", "audio"])
+            >>> fusion = QualityAwareFusion.robust(["rgb", "depth", "audio"], num_classes=3)
             >>> agree, other = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.0, 6.0, 0.0]])
             >>> out = fusion([agree, agree, other])  # the third is outvoted
             >>> out.logits.argmax(-1), out.weights[:, 0]
             (tensor([0]), tensor([0.8043, 0.8043, 0.1263]))
         """
         names = modality_names(modalities)
-        mixture = ContaminatedProduct(len(names), **switches)
-        if num_classes is not None:
-            mixture.running.allocate(num_classes, torch.device("cpu"))
-        return cls(names, combine=mixture, normalize_logits=normalize_logits, class_dim=class_dim)
+        rule = ContaminatedProduct(len(names), num_classes, **switches)
+        return cls(names, combine=rule, normalize_logits=normalize_logits, class_dim=class_dim)
 
     @property
     def num_modalities(self) -> int:
         return len(self.names)
 
     @property
+    def calibration(self) -> Calibration:
+        """What ``calibrate`` found."""
+        return self.rule.calibration
+
+    @property
     def alpha(self) -> Tensor:
-        """``[M]``, negative (Eq. 9); 0 where calibration holds a modality at its static weight."""
-        return self.calibration.alpha(-self.log_minus_alpha.exp() if self.learnable else self.fixed_alpha)
+        """``[M]``, negative (Eq. 9); 0 where calibration holds a modality at its static weight. Not of ``robust``."""
+        return self.rule.constants().alpha
 
     @property
     def beta(self) -> Tensor:
-        """``[M]``, not negative (Eq. 9), unless calibrated (Lemma 1 needs any real number)."""
-        # |b|, with slope 1 at 0, so that a beta that starts at 0 can leave it.
-        if not self.learnable:
-            return self.calibration.beta(self.fixed_beta)
-        given = torch.where(self.signed_beta >= 0, self.signed_beta, -self.signed_beta)
-        return self.calibration.beta(given)
+        """``[M]``, not negative (Eq. 9), unless calibrated (Lemma 1 needs any real number). Not of ``robust``."""
+        return self.rule.constants().beta
 
     @property
     def temperature(self) -> Tensor:
-        """``[M]``, positive (Eq. 13)."""
-        return self.calibration.temperature(self.log_temperature.exp() if self.learnable else self.fixed_temperature)
+        """``[M]``, positive (Eq. 13). Not of ``robust``."""
+        return self.rule.constants().temperature
 
     def uncertainties(self, logits: Logits) -> Tensor:
         """The ``u`` of Eq. 9 for each modality, ``[M, *]``; NaN or infinite where a row's logits are not finite.
@@ -223,68 +185,11 @@ class QualityAwareFusion(KeepsPrecision):
         For ``robust`` the untypicality, which its odds rise with: 0 everywhere without statistics.
         """
         rows, _ = check_logits(logits, self.names, self.class_dim)
-        if self.mixture is not None:
-            x, finite = composed.stack_rows(self.prepare(rows), None)
-            u = self.mixture.evidence(x, self.mixture.statistics()).untypical
-            return torch.where(finite, u, torch.nan)
-        return self._measure(self.prepare(rows))
+        return self.rule.uncertainties(self.prepare(rows))
 
     def prepare(self, rows: list[Tensor]) -> list[Tensor]:
         """Rows ``[*, K]`` as the rule sees them: LogitNorm where asked, a second time without effect."""
-        if self.normalize_logits is None:
-            return rows
-        return [composed.normalize_logits(x, self.normalize_logits) for x in rows]
-
-    def _measure(self, rows: Sequence[Tensor]) -> Tensor:
-        dtype = torch.float64 if any(x.dtype == torch.float64 for x in rows) else torch.float32
-        scaled: Sequence[Tensor] = [x.to(dtype) for x in rows]
-        if not self._unit_temperature:
-            scaled = [x / t for x, t in zip(scaled, self.temperature.to(dtype), strict=True)]
-        if self.uncertainty == "energy":
-            values = torch.stack([UNCERTAINTIES["energy"](x) for x in scaled])
-            return values * self.temperature.to(dtype).view(-1, *(1,) * (values.dim() - 1))
-        measure = UNCERTAINTIES[self.uncertainty] if isinstance(self.uncertainty, str) else self.uncertainty
-        every = [measure(x) for x in scaled]
-        for x, value in zip(scaled, every, strict=True):
-            if not isinstance(value, Tensor) or value.shape != x.shape[:-1]:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"uncertainty must return {tuple(x.shape[:-1])} for logits {tuple(x.shape)}, got {got}"
-                )
-        return torch.stack(every).to(dtype)
-
-    def weight_options(self, rows: list[Tensor], present: Tensor | None) -> WeightOptions:
-        """What the operators need to fuse ``rows``, M of ``[*, K]``; ``present`` is ``[M, *]`` or None.
-
-        ``robust`` without statistics: they know no other.
-        """
-        if self.mixture is not None:
-            return WeightOptions(
-                *(None, self.alpha.detach(), self.beta.detach(), None, self.calibration.held),
-                combine="mixture" if self.mixture.agreement else "product",
-                normalize_logits=self.normalize_logits,
-                odds=self.mixture.plain_odds,
-            )
-        weights, name = None, self.uncertainty
-        if not isinstance(name, str):
-            rows = self.prepare(rows)
-            # Rows that do not count would send NaN back through the uncertainty, whatever their weight.
-            dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
-            heights = [torch.logsumexp(x.detach().to(dtype), -1) for x, dtype in zip(rows, dtypes, strict=True)]
-            counted = torch.stack([torch.isfinite(height) for height in heights])
-            if self.combine != "logits":
-                counted = counted & torch.stack([torch.isfinite(x).all(-1) for x in rows])
-            counted = counted if present is None else counted & present
-            safe = [torch.where(c.unsqueeze(-1), x, 0) for c, x in zip(counted, rows, strict=True)]
-            u = self._measure(safe)
-            per_modality = (-1, *(1,) * (u.dim() - 1))
-            weights = self.alpha.to(u.dtype).view(per_modality) * u + self.beta.to(u.dtype).view(per_modality)
-            name = "energy"
-        return WeightOptions(
-            *(weights, self.alpha, self.beta, None if self._unit_temperature else self.temperature, None),
-            *(self.nonnegative, self.normalize, name, self.combine, self.normalize_logits),
-            detach_weights=self.detach_weights,
-        )
+        return normalize_rows(rows, self.normalize_logits)
 
     def forward(self, logits: Logits, present: Tensor | None = None) -> FusionOutput:
         """Fuse.
@@ -294,28 +199,29 @@ class QualityAwareFusion(KeepsPrecision):
                 or a mapping for a modality that is absent from the whole batch.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
 
-        Returns:
-            FusionOutput.
-
         Raises:
             TypeError, ValueError: arguments of the wrong kind, count, shape, dtype or device, naming them.
         """
         rows, there = check_logits(logits, self.names, self.class_dim)
         mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device)
-        if self.mixture is None or self.mixture.statistics() is None:
-            fused, weights, energy = functional.fuse_with(rows, mask, self.weight_options(rows, mask))
-        else:
-            fused, weights, energy = composed.fuse(self.mixture, self.calibration.held, self.prepare(rows), mask)
+        fused, weights, energy = self.rule.fuse(self.prepare(rows), mask)
         if self.class_dim != -1:
             fused = fused.movedim(-1, self.class_dim)
             rows = [x.movedim(-1, self.class_dim) for x in rows]
         return FusionOutput(fused, weights, energy, tuple(rows), mask)
 
     def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int = -100) -> None:
-        """Let a training batch, as ``QMFLoss`` has checked it, count in the running statistics of ``robust``."""
-        if self.mixture is not None and self.mixture.gather:
-            composed.observe(self.mixture, self.prepare(rows), target, present, ignore_index)
+        """Let the rule learn from a training batch, as ``QMFLoss`` has checked it: ``robust`` counts it."""
+        self.rule.observe(self.prepare(rows), target, present, ignore_index)
 
+    def clean_data(
+        self, logits: Logits, target: Tensor, present: Tensor | None = None, ignore_index: int = -100
+    ) -> CleanData:
+        """Check held-out data, as ``calibrate`` takes it, and see it as the rule does."""
+        batch = check_batch(logits, target, present, self.names, self.class_dim, "[N, *, K]")
+        return clean_data(*batch, ignore_index, self.normalize_logits)
+
+    @torch.no_grad()
     def calibrate(
         self,
         logits: Logits,
@@ -347,9 +253,6 @@ class QualityAwareFusion(KeepsPrecision):
             confidence: from 0 to 1, of the one-sided test of Eq. 6 by Fisher's z; 0.5 takes the correlation's sign.
             ignore_index: a target that does not count.
 
-        Returns:
-            The layer.
-
         Raises:
             TypeError, ValueError: arguments of the wrong kind, shape or range, or static weights that cannot be met.
 
@@ -359,71 +262,38 @@ class QualityAwareFusion(KeepsPrecision):
             >>> fusion(logits).weights.mean(1)
             tensor([0.5000, 0.5000])
         """
+        if isinstance(fit, str) or not set(fit) <= set(FITTABLE):
+            raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
         if static_weights is not None:
-            static_weights = coefficient("static_weights", static_weights, self.num_modalities)
-        calibrate(self, logits, target, static_weights, present, fit, confidence, ignore_index)
-        self._find_unit_temperature()
+            static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
+        data = self.clean_data(logits, target, present, ignore_index)
+        data.check_every_modality(self.names)
+        before = copy.deepcopy(self.rule.state_dict())
+        try:
+            self.rule.reset_calibration()
+            self.rule.calibrate(data, static_weights, fit, confidence)
+            held = [name for name, value in zip(self.names, self.calibration.held.tolist(), strict=True) if value]
+            if held:
+                warnings.warn(
+                    f"the weights of {held} correlate positively with their loss (Eq. 6 fails at confidence "
+                    f"{confidence}): held at their static weights",
+                    UserWarning,
+                    stacklevel=3,  # no_grad's wrapper lies between this and the caller
+                )
+        except BaseException:
+            self.rule.load_state_dict(before)
+            raise
         return self
 
     def reset_calibration(self) -> Self:
         """Undo ``calibrate``, exactly; statistics gathered in training stay."""
-        self.calibration.clear()
-        if self.mixture is not None:
-            self.mixture.fitted.clear()
-        self._find_unit_temperature()
+        self.rule.reset_calibration()
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # A layer saved without calibration or statistics has none; a dict of something else says nothing of it.
-        own = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
-        if any("." not in name or name.startswith(("calibration.", "mixture.")) for name in own):
-            parts: dict[str, Calibration | ClassStatistics] = {"calibration.static": self.calibration}
-            if self.mixture is not None:
-                parts["mixture.fitted.whiten"] = self.mixture.fitted
-                parts["mixture.running.whiten"] = self.mixture.running
-            for name, part in parts.items():
-                if name not in own:
-                    part.clear()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
-        shown = [repr(list(self.names)), f"uncertainty={self.uncertainty!r}"]
-        if self.mixture is not None:
-            shown = shown[:1]
-        elif self.combine != "logits":
-            shown.append(f"combine={self.combine!r}")
+        shown = [repr(list(self.names))]
         if self.normalize_logits is not None:
             shown.append(f"normalize_logits={self.normalize_logits}")
-        shown += [
-            f"{name}=True"
-            for name in ("learnable", "normalize", "nonnegative", "detach_weights")
-            if getattr(self, name)
-        ]
         return ", ".join(shown if self.class_dim == -1 else [*shown, f"class_dim={self.class_dim}"])
-
-
-def _after_load(module: nn.Module, _: Any) -> None:
-    # A function with a name, so that the layer pickles.
-    if isinstance(module, QualityAwareFusion):
-        module._find_unit_temperature()
-
-
-def coefficient(name: str, value: Coefficient, num: int) -> Tensor:
-    """``value`` as float64 ``[num]``, of the sign that its name demands."""
-    try:
-        # On the CPU whatever the default device, so that its values can be looked at.
-        given = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a number, a sequence or a tensor, got {value!r}") from error
-    if given.dim() > 1 or given.numel() not in (1, num):
-        raise ValueError(f"{name} must be a number or one per modality ({num}), got shape {tuple(given.shape)}")
-    values = given.expand(num).clone()
-    demand, holds = {
-        "alpha": ("negative", values < 0),
-        "beta": ("at least 0", values >= 0),
-        "temperature": ("positive", values > 0),
-        "static_weights": ("positive", values > 0),
-    }[name]
-    if not all(math.isfinite(x) for x in values.tolist()) or not holds.all():
-        raise ValueError(f"{name} must be finite and {demand}, got {value}")
-    return values

@@ -13,26 +13,41 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from einops import rearrange
+from torch import Tensor
 
-from .typicality import ClassStatistics, RunningStatistics, Statistics, check_num_classes, class_distances, untypicality
+from qmf_kernels.eager.fusion import per_modality
 
-
-class Evidence(NamedTuple):
-    """What each modality says on its own."""
-
-    ratio: Tensor
-    """``[M, *, K]``: the likelihood ratio r of each class; its mean over the prior is 1."""
-    untypical: Tensor
-    """``[M, *]``: u, at least 0."""
-    odds: Tensor
-    """``[M, *]``: rho, broken : clean, before the others are heard."""
+from .calibration import CleanData, hold_until_eq_6
+from .checks import can_look
+from .rows import stack_rows
+from .rule import Rule, Weighed, ready
+from .typicality import ClassStatistics, RunningStatistics, Statistics, class_distances, untypicality
 
 
-class ContaminatedProduct(nn.Module):
+def _mixture(ratio: Tensor, odds: Tensor, log_prior: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Fused ``[*, K]`` and weights ``[M, *]`` of ``[M, *, K]``, ``[M, *, 1]``, ``[K]`` and ``[M, *]``.
+
+    In plain autograd: with its slopes written down, a training step takes only 3 % less.
+    """
+    votes = torch.where(counted.unsqueeze(-1), torch.log1p(ratio / odds), 0)
+    fused = torch.log_softmax(log_prior + votes.sum(0), -1)
+    weights = (fused.exp() * (ratio / (ratio + odds))).sum(-1)
+    # Of a modality alone it is 1 / (1 + rho), but for roundings that the ranking would put in an order.
+    return fused, torch.where(counted.sum(0) > 1, weights, (1 / (1 + odds)).squeeze(-1))
+
+
+def _product(ratio: Tensor, odds: Tensor, log_prior: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without agreement, ``prod_m r_m ** (1 / (1 + rho_m))``."""
+    trust = 1 / (1 + odds)
+    votes = torch.where(counted.unsqueeze(-1), ratio.clamp_min(1e-12).log() * trust, 0)
+    return torch.log_softmax(log_prior + votes.sum(0), -1), trust.squeeze(-1)
+
+
+class ContaminatedProduct(Rule):
     """Fuse logits as a product of experts of which any may be broken; every ingredient has its switch.
 
     Evidence ``r(y) = (1 - a) * softmax(x)_y / prior_y + a * t(y) / sum_k prior_k t(k)`` with the class-distance
@@ -41,6 +56,7 @@ class ContaminatedProduct(nn.Module):
 
     Args:
         num_modalities: M.
+        num_classes: K.
         typicality_norm: u sees the two-sided z-score of the log-norm.
         typicality_distance: u sees the z-score of the distance to the nearest class.
         distance_evidence: a, the share of the class-distance likelihood in r, from 0 to 1; 0 leaves the softmax.
@@ -60,12 +76,15 @@ class ContaminatedProduct(nn.Module):
             samples, without a collective.
 
     Raises:
-        ValueError: a number out of its range or not finite.
+        TypeError, ValueError: a number of the wrong kind, out of its range or not finite.
     """
+
+    num_classes: int
 
     def __init__(
         self,
         num_modalities: int,
+        num_classes: int,
         *,
         typicality_norm: bool = True,
         typicality_distance: bool = True,
@@ -81,71 +100,68 @@ class ContaminatedProduct(nn.Module):
         gather: bool = True,
         everywhere: bool = True,
     ) -> None:
-        super().__init__()
-        anything, at_least_0, positive = (lambda _: True), (lambda v: v >= 0), (lambda v: v > 0)
-        for name, value, demand, holds in (
-            ("odds", odds, "positive", positive),
-            ("sharpness", sharpness, "positive", positive),
-            ("floor", floor, "at least 0", at_least_0),
-            ("spread", spread, "at least 0", at_least_0),
-            ("distance_evidence", distance_evidence, "from 0 to 1", lambda v: 0 <= v <= 1),
-            ("onset", onset, "a number", anything),
-            ("ceiling", ceiling, "a number", anything),
+        super().__init__(num_modalities)
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        for demand, holds, values in (
+            ("positive", lambda v: v > 0, {"odds": odds, "sharpness": sharpness}),
+            ("at least 0", lambda v: v >= 0, {"floor": floor, "spread": spread}),
+            ("from 0 to 1", lambda v: 0 <= v <= 1, {"distance_evidence": distance_evidence}),
+            ("a number", lambda _: True, {"onset": onset, "ceiling": ceiling}),
         ):
-            if not math.isfinite(value) or not holds(value):
-                raise ValueError(f"{name} must be finite and {demand}, got {value}")
+            for name, value in values.items():
+                if not math.isfinite(value) or not holds(value):
+                    raise ValueError(f"{name} must be finite and {demand}, got {value}")
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
         self.distance_evidence, self.class_prior, self.agreement = distance_evidence, class_prior, agreement
         self.odds, self.onset, self.ceiling, self.sharpness, self.floor = odds, onset, ceiling, sharpness, floor
-        if not 1e-30 <= self.plain_odds <= 1e30:  # so that float32 holds them
-            raise ValueError(
-                f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {self.plain_odds}"
-            )
-        self.gather = gather
-        self.running = RunningStatistics(num_modalities, spread, everywhere)
-        self.fitted = ClassStatistics(num_modalities, spread)
+        plain = odds * (1 + math.exp(min(min(0.0, ceiling) - onset, 700.0)))
+        if not 1e-30 <= plain <= 1e30:  # so that float32 holds them
+            raise ValueError(f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {plain}")
+        self.num_classes, self.gather = num_classes, gather
+        self.running = RunningStatistics(num_modalities, num_classes, spread, everywhere)
+        self.fitted = ClassStatistics(num_modalities, num_classes, spread)
 
     def statistics(self) -> Statistics | None:
-        """The calibrated ones, else those gathered in training, else None."""
-        fitted = self.fitted.statistics()
-        return self.running.statistics() if fitted is None else fitted
+        """The calibrated ones, else those gathered in training, else None.
 
-    def evidence(self, logits: Tensor, statistics: Statistics | None) -> Evidence:
-        """What each modality says: logits ``[M, *, K]``, finite. Without statistics, r = K softmax and u = 0."""
+        On a device, where to ask which would be to wait for it, those of which nothing follows stand for None.
+        """
+        fitted, running = self.fitted, self.running
+        if can_look(fitted.known):
+            chosen = fitted if fitted.known > 0 else running
+            return chosen.statistics() if chosen.known > 0 else None
+        pairs = zip(fitted.statistics(), running.statistics(), strict=True)
+        return Statistics(*(torch.where(fitted.known > 0, f, r) for f, r in pairs))
+
+    def evidence(self, logits: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+        """What each modality says on its own, of logits ``[M, *, K]``, finite.
+
+        The likelihood ratio ``r`` of each class ``[M, *, K]``, whose mean over the prior is 1, and the untypicality
+        ``u`` ``[M, *]``, at least 0. Without statistics, r = K softmax and u = 0.
+        """
         probs = torch.softmax(logits, -1)
         if statistics is None:
-            ratio, u = probs * logits.shape[-1], torch.zeros_like(logits[..., 0])
-            return Evidence(ratio, u, self._odds(u))
-        check_num_classes(logits, statistics.prior)
-        per_modality = (-1, *(1,) * (logits.dim() - 1))
+            return probs * logits.shape[-1], torch.zeros_like(logits[..., 0])
         prior = self.prior(logits, statistics)
         ratio = probs / prior
         distances = class_distances(logits, statistics)
         known = statistics.scale > 0
         if self.distance_evidence:
-            usable = statistics.seen.any(-1) & known
+            usable = per_modality(statistics.seen.any(-1) & known, logits)
             # A class never seen has no distance; where none has been, all are at 0, and nothing is made of it.
-            finite = torch.where(usable.view(per_modality), distances, 0)
-            scale = torch.where(known, statistics.scale, 1).to(logits).view(per_modality)
+            finite = torch.where(usable > 0, distances, 0)
+            scale = per_modality(torch.where(known, statistics.scale, 1), logits)
             tail = torch.softmax(-self.sharpness * torch.log1p(finite / scale), -1)
-            share = self.distance_evidence * usable.to(logits.dtype).view(per_modality)
+            share = self.distance_evidence * usable
             ratio = (1 - share) * ratio + share * tail / (tail * prior).sum(-1, keepdim=True)
-        u = untypicality(
-            logits,
-            distances,
-            statistics,
-            norm=self.typicality_norm,
-            distance=self.typicality_distance,
-            floor=self.floor,
-        )
-        return Evidence(ratio, u, self._odds(u))
+        sees = {"norm": self.typicality_norm, "distance": self.typicality_distance}
+        return ratio, untypicality(logits, distances, statistics, **sees, floor=self.floor)
 
-    @property
-    def plain_odds(self) -> float:
-        """The odds of a modality that is not untypical, as all are without statistics."""
-        return self.odds * (1 + math.exp(min(min(0.0, self.ceiling) - self.onset, 700.0)))
-
-    def _odds(self, u: Tensor) -> Tensor:
+    def odds_of(self, u: Tensor) -> Tensor:
+        """rho, broken : clean before the others are heard, which rises with the untypicality u."""
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
 
     def prior(self, logits: Tensor, statistics: Statistics | None) -> Tensor:
@@ -154,31 +170,83 @@ class ContaminatedProduct(nn.Module):
             return logits.new_full(logits.shape[-1:], 1 / logits.shape[-1])
         return statistics.prior.to(logits)
 
-    def forward(self, logits: Tensor, counted: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Fuse.
+    def posterior(self, logits: Tensor, counted: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+        """Fused log-probabilities ``[*, K]``, 0 where nothing counts, and ``P(clean | all)`` ``[M, *]``.
 
-        Args:
-            logits: ``[M, *, K]``, finite; what they are where they do not count does not matter.
-            counted: bool ``[M, *]``; False drops the modality, exactly.
-            static: ``[M]``; where not NaN, the modality has this constant weight (odds ``1 / weight - 1``) instead.
-
-        Returns:
-            Fused log-probabilities ``[*, K]``, and ``P(clean | all)`` ``[M, *]``, 0 where a modality does not count.
+        Logits ``[M, *, K]`` are finite; False in ``counted`` ``[M, *]`` drops a modality, exactly, with weight 0. No
+        statistics make the plain form. A modality held by calibration has that constant weight, and the odds
+        ``1 / weight - 1``.
         """
-        statistics = self.statistics()
-        ratio, _, odds = self.evidence(logits, statistics)
+        ratio, u = self.evidence(logits, statistics)
+        odds, held = self.odds_of(u), None
+        if not can_look(self.calibration.held) or any(self.calibration.held.tolist()):
+            held = per_modality(self.calibration.held, odds)
+            odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1) - 1).clamp_min(1e-6))
+        log_prior = self.prior(logits, statistics).log()
+        fused, weights = (_mixture if self.agreement else _product)(ratio, odds.unsqueeze(-1), log_prior, counted)
+        if held is not None:
+            weights = torch.where(held == 0, weights, held)
+        return torch.where(counted.any(0).unsqueeze(-1), fused, 0), torch.where(counted, weights, 0)
+
+    def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
+        self._check(rows)
+        statistics = None if plain else self.statistics()
+        with torch.autocast(rows[0].device.type, enabled=False):
+            x, counted = stack_rows(rows, present)
+            fused, weights = self.posterior(x, counted, statistics)
+        return Weighed(rows, counted, ready(weights, fused))
+
+    def _check(self, rows: Sequence[Tensor]) -> None:
+        known, got = self.num_classes, rows[0].shape[-1]
+        if got != known:
+            raise ValueError(f"logits must have the {known} classes of the statistics of robust(), got {got}")
+
+    def uncertainties(self, rows: list[Tensor]) -> Tensor:
+        """The untypicality, which the odds rise with: 0 everywhere without statistics."""
+        self._check(rows)
+        x, finite = stack_rows(rows, None)
+        return torch.where(finite, self.evidence(x, self.statistics())[1], torch.nan)
+
+    def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int) -> None:
+        """Count a batch in the running statistics, unless that is left to ``calibrate``."""
+        if not self.gather:
+            return
+        self._check(rows)
+        with torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
+            x, counted = stack_rows([row.detach() for row in rows], present)
+            valid = target != ignore_index
+            label, counted = torch.where(valid, target, 0), counted & valid
+            self.running.update(
+                rearrange(x, "m b ... k -> m (b ...) k"),
+                rearrange(label, "b ... -> (b ...)"),
+                rearrange(counted, "m b ... -> m (b ...)"),
+            )
+
+    def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
         if static is not None:
-            fixed = static.to(logits).view(-1, *(1,) * (odds.dim() - 1))
-            odds = torch.where(torch.isnan(fixed), odds, 1 / fixed.clamp(1e-6, 1) - 1).clamp_min(1e-6)
-        odds = odds.unsqueeze(-1)
-        votes = torch.log1p(ratio / odds) if self.agreement else ratio.clamp_min(1e-12).log() / (1 + odds)
-        votes = torch.where(counted.unsqueeze(-1), votes, 0)
-        fused = torch.log_softmax(self.prior(logits, statistics).log() + votes.sum(0), -1)
-        weights = (fused.exp() * ratio / (ratio + odds)).sum(-1) if self.agreement else 1 / (1 + odds.squeeze(-1))
-        if static is not None:
-            weights = torch.where(torch.isnan(fixed), weights, fixed)
-        return fused, torch.where(counted, weights, 0)
+            raise ValueError(
+                "static_weights must be None for robust(): its weights are probabilities, not coefficients"
+            )
+        if fit:
+            raise ValueError(f"fit must be empty for this rule, which has no such constants, got {list(fit)}")
+        self._check(data.rows)
+        self.fitted.fit(
+            rearrange(torch.stack(data.rows), "m ... k -> m (...) k"),
+            rearrange(data.target, "... -> (...)"),
+            rearrange(data.counted, "m ... -> m (...)"),
+        )
+        # To hold one modality moves the posteriors of the others, their means and their correlations.
+        hold_until_eq_6(self.calibration, lambda: self.fuse(data.rows, data.counted)[1], data, confidence, None)
+
+    def reset_calibration(self) -> None:
+        """Undo ``calibrate``; statistics gathered in training stay."""
+        super().reset_calibration()
+        self.fitted.clear()
+
+    def default_static(self, means: Tensor) -> Tensor:
+        """Its own mean weights, which no constants could bring to others."""
+        return means
 
     def extra_repr(self) -> str:
-        names = ("typicality_norm", "typicality_distance", "distance_evidence", "class_prior", "agreement")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        names = "num_classes typicality_norm typicality_distance distance_evidence class_prior agreement"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())

@@ -77,9 +77,6 @@ class FusionModel(nn.Module):
             inputs: by modality's name; missing or None for one that is absent from the whole batch.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
 
-        Returns:
-            FusionOutput.
-
         Raises:
             TypeError, ValueError: inputs that are no mapping, hold an unknown name or no modality at all; a head that
                 returns no logits; whatever ``QualityAwareFusion`` raises.
@@ -91,7 +88,7 @@ class FusionModel(nn.Module):
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
         logits = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
         if self.dropout is not None and self.training:
-            present = self._drop(self.dropout, logits, present, self.fusion.class_dim)
+            present = self._drop(self.dropout, logits, present)
         out = self.fusion(logits, present)
         if out.present is None:
             return out
@@ -103,9 +100,8 @@ class FusionModel(nn.Module):
         # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
         return FusionOutput(out.logits, out.weights, out.energy, tuple(shown), out.present)
 
-    @staticmethod
-    def _drop(dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None, class_dim: int) -> Tensor:
-        rows, there = check_logits(logits, class_dim=class_dim)
+    def _drop(self, dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None) -> Tensor:
+        rows, there = check_logits(logits, class_dim=self.fusion.class_dim)
         if there is None:
             there = torch.ones(len(rows), dtype=torch.bool, device=rows[0].device)
         mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device)
@@ -131,8 +127,7 @@ class FusionModel(nn.Module):
     def freeze(self, *names: str) -> Self:
         """Stop training these heads (all of them, if none is named): no gradients, and evaluation mode for good.
 
-        Raises:
-            ValueError: a name that is no head's.
+        A name that is no head's is a ValueError.
         """
         for name in self._known(names or self.names):
             off = self._turned_off()
@@ -144,10 +139,8 @@ class FusionModel(nn.Module):
     def unfreeze(self, *names: str) -> Self:
         """Train these heads again (all of them, if none is named).
 
-        Parameters that were frozen before ``freeze`` stay so, and so does what a head that is still frozen shares.
-
-        Raises:
-            ValueError: a name that is no head's.
+        Parameters that were frozen before ``freeze`` stay so, and so does what a head that is still frozen shares. A
+        name that is no head's is a ValueError.
         """
         chosen = self._known(names or self.names)
         took = {name: self._frozen.pop(name) for name in dict.fromkeys(chosen) if name in self._frozen}

@@ -1,13 +1,13 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
+import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling as compiling
 
 import qmf_kernels
+from qmf_kernels import BACKENDS, LossRule
 
-from . import composed, functional
-from .checks import Logits, check_choice, check_index, check_logits, check_present, check_target
-from .functional import LossOptions, ObjectiveOutput
+from .checks import Logits, check_batch, check_choice
+from .functional import ObjectiveOutput, check_loss_rule
 from .fusion import QualityAwareFusion
 from .ranking import TrajectoryRankingLoss
 
@@ -15,14 +15,15 @@ from .ranking import TrajectoryRankingLoss
 class QMFLoss(nn.Module):
     """``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18), owning the trajectory that the ranking needs.
 
+    It refers to the fusion, which the model owns: ``parameters()``, ``state_dict()`` and ``.to()`` are of trajectory
+    and class weights alone, and a learnable fusion's parameters come from the model. In a copy of a module that holds
+    both, the criterion refers to that copy's fusion; a copy of it alone comes with a fusion of its own.
+
     Args:
         fusion: the layer whose weights are to be trained; its options (uncertainty, normalisation, ...) hold here too.
         num_samples: N, the size of the training set.
         ranking_weight: lambda, at least 0; 0 leaves the ranking out.
-        form: see ``TrajectoryRankingLoss``.
-        pairs: see ``TrajectoryRankingLoss``.
-        rescale: see ``TrajectoryRankingLoss``.
-        start_epoch: see ``TrajectoryRankingLoss``.
+        form, pairs, rescale, start_epoch: see ``TrajectoryRankingLoss``.
         weight: class weights ``[K]``, finite and at least 0, as in ``torch.nn.CrossEntropyLoss``, for every
             cross-entropy. Looked at here, wherever they lie, and not again at a step.
         label_smoothing: the same.
@@ -70,26 +71,33 @@ class QMFLoss(nn.Module):
         super().__init__()
         if not isinstance(fusion, QualityAwareFusion):
             raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
-        check_choice("backend", backend, qmf_kernels.BACKENDS)
-        self.fusion = fusion
+        check_choice("backend", backend, BACKENDS)
+        # In a tuple, where nn.Module does not take it for a part of its own.
+        self._fusion = (fusion,)
         self.ranking = TrajectoryRankingLoss(num_samples, fusion.num_modalities, form, pairs, rescale, start_epoch)
-        self.ranking_weight = ranking_weight
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        self.ranking_weight, self.label_smoothing, self.ignore_index = ranking_weight, label_smoothing, ignore_index
         self.return_logits, self.backend = return_logits, backend
         self.register_buffer("weight", weight)
-        functional.check_loss_options(self._options(), once=True)
+        check_loss_rule(self._options(), once=True)
 
-    def _options(self) -> LossOptions:
+    @property
+    def fusion(self) -> QualityAwareFusion:
+        """The layer, which the model owns."""
+        return self._fusion[0]
+
+    def _options(self) -> LossRule:
         rank = self.ranking
-        return LossOptions(
+        return LossRule(
             self.weight, self.label_smoothing, self.ignore_index, self.ranking_weight, rank.form, rank.pairs
         )
 
     def forward(
         self, logits: Logits, target: Tensor, index: Tensor | None = None, present: Tensor | None = None
     ) -> ObjectiveOutput:
-        """The objective of a batch; in training mode its unimodal losses are recorded afterwards.
+        """The objective of a batch, its fused logits laid out as the inputs are.
+
+        In training mode, with gradients on, it is learned from: its unimodal losses are recorded, and the rule may
+        observe it.
 
         Args:
             logits: the M heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
@@ -98,54 +106,49 @@ class QMFLoss(nn.Module):
                 ``ranking_weight`` is 0: no ranking then, and nothing is recorded.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
 
-        Returns:
-            ObjectiveOutput, with fused logits laid out as the inputs are.
-
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, count, shape, dtype, device or range.
         """
         fusion, options, trajectory = self.fusion, self._options(), self.ranking.trajectory
-        rows, there = check_logits(logits, fusion.names, fusion.class_dim)
-        if rows[0].dim() < 2:
-            raise ValueError(f"logits must be [B, *, K], got {tuple(rows[0].shape)}")
-        shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
-        target = check_target(target, shape[1:], device)
-        mask = check_present(present, there, shape, device)
+        rows, target, mask = check_batch(logits, target, present, fusion.names, fusion.class_dim)
+        self._check_devices(rows[0].device)
         if options.class_weight is not None and len(options.class_weight) != rows[0].shape[-1]:
-            functional.check_loss_options(options, rows[0].shape[-1])
+            check_loss_rule(options, rows[0].shape[-1])
 
         if index is not None:
-            index = check_index(index, shape[1], trajectory.num_samples)
+            index = trajectory.check_index(index, len(target))
         elif self.training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
-        mixture = fusion.mixture
-        known = mixture is None or self.training or mixture.statistics() is None  # to the operator
-        together = known and not compiling()  # a compiled graph may not write to a history inside
-        kappa = past = None
-        if index is not None and together:
+        # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.
+        learns = self.training and torch.is_grad_enabled()
+        past = None
+        if index is not None:
             ranks = bool(self.ranking_weight)
-            past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=self.training)
-        elif index is not None and self.ranking_weight:
-            kappa = trajectory.kappa_checked(index, self.ranking.rescale)
-        if known or mixture is None:
-            weights = fusion.weight_options(rows, mask)
-            flags = (self.backend, self.return_logits, past)
-            out = functional.objective_with(rows, target, kappa, mask, weights, options, *flags)
-        else:
-            rows = fusion.prepare(rows)
-            out = composed.objective(mixture, fusion.calibration.held, rows, target, kappa, mask, options)
-            if not self.return_logits:
-                out = ObjectiveOutput(*out[:4], out.logits.new_empty(0), *out[5:])
-        if self.training and index is not None and past is None:
-            trajectory.record_checked(out.sample_losses, index)
-        if self.training:
-            fusion.observe(rows, target, mask, self.ignore_index)
+            past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=learns)
+        rows = fusion.prepare(rows)
+        weighed = fusion.rule.weigh(rows, mask, plain=self.training)
+        out = qmf_kernels.objective(
+            *(weighed.rows, target, None, weighed.present, weighed.weights, options),
+            past=past,
+            backend=self.backend,
+            return_logits=self.return_logits,
+        )
+        if learns:
+            fusion.rule.observe(rows, target, mask, self.ignore_index)
         if fusion.class_dim != -1 and self.return_logits:
             # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
             fused = out.logits.movedim(-1, fusion.class_dim)
-            losses = (out.loss, out.fused_loss, out.unimodal_losses, out.ranking_loss)
-            return ObjectiveOutput(*losses, fused, out.weights, out.energy, out.sample_losses)
+            return ObjectiveOutput(*out[:4], fused, *out[5:])
         return out
+
+    def _check_devices(self, device: torch.device) -> None:
+        own, of_fusion = self.ranking.trajectory.history.device, self.fusion.calibration.held.device
+        if own != of_fusion:
+            raise ValueError(
+                f"criterion must be on its fusion's device {of_fusion}, got {own}: move both, it owns no fusion"
+            )
+        if own != device:
+            raise ValueError(f"logits must be on the device of criterion and fusion, {own}, got {device}")
 
     def extra_repr(self) -> str:
         return f"ranking_weight={self.ranking_weight}, label_smoothing={self.label_smoothing}"

@@ -21,10 +21,12 @@ class KeepsPrecision(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             # What a cast does to a float32 stand-in says which device it moves to.
-            device = fn(torch.empty(0, device=buffer.device)).device
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+            stand_in = fn(torch.empty(0, device=buffer.device))
+            device, dtype = stand_in.device, torch.float32 if stand_in.device.type == "mps" else torch.float64
             if buffer.is_meta and device.type != "meta":
-                self._buffers[name] = torch.empty_like(buffer, device=device, dtype=dtype)
+                moved = torch.empty_like(buffer, device=device, dtype=dtype)
             else:
-                self._buffers[name] = buffer.to(device=device, dtype=dtype)
+                moved = buffer.to(device=device, dtype=dtype)
+            # A stand-in in shared memory was put there by Module.share_memory.
+            self._buffers[name] = moved.share_memory_() if stand_in.is_cpu and stand_in.is_shared() else moved
         return self

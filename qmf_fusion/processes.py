@@ -8,12 +8,7 @@ from torch import Tensor
 
 
 def place_of_process(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
-    """This process's rank, and how many there are; ``(0, 1)`` without an initialised process group.
-
-    Example:
-        >>> place_of_process()
-        (0, 1)
-    """
+    """This process's rank, and how many there are; ``(0, 1)`` without an initialised process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)

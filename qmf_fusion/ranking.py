@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from qmf_kernels import FORMS, PAIRS
 
 from . import functional
-from .checks import check_choice, check_index
+from .checks import check_choice, check_floating
 from .trajectory import RESCALES, LossTrajectory
 
 
@@ -22,8 +22,7 @@ class TrajectoryRankingLoss(nn.Module):
         rescale: ``"minmax"`` scales kappa to [0, 1] over the samples seen so far, per modality; None leaves the losses.
         start_epoch: ``T_s`` of Eq. 14, counted from 1, in a sample's own visits.
 
-    The released code scales over all N samples, those not yet seen at 0 included, and so starts with 0 / 0; here a
-    sample without a history is in no pair that counts.
+    A sample without a history is in no pair that counts.
 
     Raises:
         ValueError: an option out of the above.
@@ -70,33 +69,30 @@ class TrajectoryRankingLoss(nn.Module):
         return self.trajectory.kappa(index, self.rescale)
 
     def forward(self, weights: Tensor, losses: Tensor, index: Tensor) -> Tensor:
-        """The ranking loss of a batch; in training mode its losses are recorded afterwards.
+        """The ranking loss of a batch, a scalar; in training mode, with gradients on, its losses are recorded after it.
 
         Args:
             weights: ``[M, B]``, floating point.
             losses: ``[M, B]``, each sample's loss in each modality; no gradient flows into them.
             index: int ``[B]``, dataset indices from 0 to N - 1.
 
-        Returns:
-            Scalar: mean over pairs, summed over modalities.
-
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, shape, dtype or range.
         """
-        num = self.trajectory.num_modalities
+        num, device = self.trajectory.num_modalities, self.trajectory.history.device
         for name, x in (("weights", weights), ("losses", losses)):
-            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"{name} must be a floating point tensor, got {got}")
+            check_floating(name, x)
             if x.dim() != 2 or len(x) != num or x.shape != weights.shape:
                 raise ValueError(f"{name} must be [{num}, B], the same B for both, got {tuple(x.shape)}")
+            if x.device != device:
+                raise ValueError(f"{name} must be on the trajectory's device {device}, got {x.device}")
         if weights.shape[1] == 0:
             raise ValueError("weights must not be empty: the batch has no samples")
-        index = check_index(index, weights.shape[1], self.num_samples)
+        index = self.trajectory.check_index(index, weights.shape[1])
         # A modality that is absent from a sample, or broken, has no finite loss there and takes part in no pair.
         kappa = torch.where(torch.isfinite(losses), self.trajectory.kappa_checked(index, self.rescale), torch.nan)
         loss = functional.ranking_loss(weights, kappa, form=self.form, pairs=self.pairs)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.trajectory.record_checked(losses.detach(), index)
         return loss
 

@@ -22,10 +22,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .calibration import counted_rows, layer_weights, pearson, sample_losses
 from .checks import Logits
-from .fusion import Coefficient, QualityAwareFusion, coefficient
-from .streaming import Correlation, WeightLossCorrelation
+from .coefficients import Coefficient, own_coefficient
+from .correlation import Correlation, WeightLossCorrelation, co_moments, pearson, spearman
+from .fusion import QualityAwareFusion
 
 __all__ = ["Correlation", "FusionReport", "ModalityReport", "WeightLossCorrelation", "fusion_report", "spearman"]
 
@@ -92,42 +92,19 @@ class FusionReport:
         return shown
 
     def __str__(self) -> str:
-        titles = [
-            "modality",
-            "n",
-            "E(w)",
-            "static",
-            "r(w, loss)",
-            "interval",
-            "Spearman",
-            "Term-L",
-            "static",
-            "Term-Cov",
-        ]
-        rows = [
-            [
-                m.name,
-                str(m.samples),
-                f"{m.mean_weight:.4f}",
-                f"{m.static_weight:.4f}",
-                f"{m.pearson:+.3f}",
-                f"[{m.interval[0]:+.3f}, {m.interval[1]:+.3f}]",
-                f"{m.spearman:+.3f}",
-                f"{m.term_l:.4f}",
-                f"{m.term_l_static:.4f}",
-                f"{m.covariance:+.4f}",
-                m.eq5,
-                m.eq6,
-            ]
-            for m in self.modalities
-        ]
-        total = ["total", *[""] * 6, f"{self.term_l:.4f}", f"{self.bound_static:.4f}", f"{self.term_cov:+.4f}"]
-        table = [[*titles, "Eq. 5", "Eq. 6"], *rows, [*total, self.eq5, self.eq6]]
+        titles = "modality|n|E(w)|static|r(w, loss)|interval|Spearman|Term-L|static|Term-Cov|Eq. 5|Eq. 6"
+        table = [titles.split("|")]
+        for m in self.modalities:
+            interval = f"[{m.interval[0]:+.3f}, {m.interval[1]:+.3f}]"
+            weights = [m.name, str(m.samples), f"{m.mean_weight:.4f}", f"{m.static_weight:.4f}"]
+            correlations = [f"{m.pearson:+.3f}", interval, f"{m.spearman:+.3f}"]
+            terms = [f"{m.term_l:.4f}", f"{m.term_l_static:.4f}", f"{m.covariance:+.4f}"]
+            table.append([*weights, *correlations, *terms, m.eq5, m.eq6])
+        terms = [f"{self.term_l:.4f}", f"{self.bound_static:.4f}", f"{self.term_cov:+.4f}"]
+        table.append(["total", *[""] * 6, *terms, self.eq5, self.eq6])
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = [
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
             for row in table
         ]
         lines.insert(1, "-" * len(lines[0]))
@@ -137,11 +114,7 @@ class FusionReport:
     def plot(self, path: str | None = None) -> Any:
         """Weight against loss, one panel a modality, Eq. 6's verdict in its title; a matplotlib figure.
 
-        Args:
-            path: where to save it too.
-
-        Raises:
-            ImportError: matplotlib is not installed.
+        It is saved at ``path`` too, if one is given. An ImportError says where matplotlib is not installed.
         """
         try:
             figures = importlib.import_module("matplotlib.figure")
@@ -209,20 +182,16 @@ def fusion_report(
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    rows, target, counted = counted_rows(fusion, logits, target, present, ignore_index)
-    weights = rearrange(layer_weights(fusion, rows, counted), "m ... -> m (...)")
-    losses = rearrange(sample_losses(rows, target), "m ... -> m (...)")
-    pairs = [
-        (w[c].cpu(), v[c].cpu())
-        for w, v, c in zip(weights, losses, rearrange(counted, "m ... -> m (...)"), strict=True)
-    ]
-    means = torch.stack([w.mean() for w, _ in pairs])
+    data = fusion.clean_data(logits, target, present, ignore_index)
+    weights = fusion.rule.fuse(data.rows, data.counted)[1]
+    flat = (rearrange(x, "m ... -> m (...)") for x in (weights, data.losses, data.counted))
+    pairs = [(w[c].cpu(), v[c].cpu()) for w, v, c in zip(*flat, strict=True)]
     if static_weights is not None:
-        static = coefficient("static_weights", static_weights, len(rows))
-    elif fusion.calibration.static is not None:
+        static = own_coefficient("static_weights", static_weights, fusion.num_modalities)
+    elif fusion.calibration.found():
         static = fusion.calibration.static.cpu()
     else:
-        static = means if fusion.mixture is not None else means.nanmean().expand(len(rows))
+        static = fusion.rule.default_static(torch.stack([w.mean() for w, _ in pairs]))
     described = [
         _describe(name, w, v, s, confidence, resamples, seed)
         for name, (w, v), s in zip(fusion.names, pairs, static.tolist(), strict=True)
@@ -234,42 +203,16 @@ def fusion_report(
     verdict = _worst([eq5, eq6])
     better = "dynamic" if term_l + term_cov <= bound_static else "static"
     sides = f"{term_l + term_cov:.3g} dynamic, {bound_static:.3g} static"
+    failing = {n: [m.name for m in described if getattr(m, f"eq{n}") == "fails"] for n in (5, 6)}
+    where = "; ".join(f"Eq. {n} fails for {', '.join(names)}" for n, names in failing.items() if names)
     sentence = {
         "holds": "Theorem 2 applies: dynamic fusion is at least as good as static fusion here, in the paper's bound.",
-        "fails": f"Theorem 2 does not apply ({_failing(described)}). The bound favours the {better} rule: {sides}.",
+        "fails": f"Theorem 2 does not apply ({where}). The bound favours the {better} rule: {sides}.",
         "undecided": "Undecided: this data neither confirms nor refutes Theorem 2's conditions; use more of it.",
     }[verdict]
     points = [(w[:: -(-len(w) // _MOST_SHOWN) or 1], v[:: -(-len(v) // _MOST_SHOWN) or 1]) for w, v in pairs]
-    return FusionReport(
-        described,
-        confidence,
-        term_l,
-        term_cov,
-        term_l + term_cov,
-        bound_static,
-        eq5,
-        eq6,
-        verdict,
-        sentence,
-        points,
-    )
-
-
-def spearman(x: Tensor, y: Tensor) -> float:
-    """The correlation of the ranks of ``[n]`` and ``[n]``, ties at their mean rank; 0 where either is constant.
-
-    Example:
-        >>> round(spearman(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 8.0, 9.0])), 6)
-        1.0
-    """
-    return pearson(_ranks(x), _ranks(y))
-
-
-def _ranks(x: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    ranks: Tensor = (last - (counts - 1) / 2)[inverse]
-    return ranks.double()
+    bounds = (term_l, term_cov, term_l + term_cov, bound_static)
+    return FusionReport(described, confidence, *bounds, eq5, eq6, verdict, sentence, points)
 
 
 def _describe(
@@ -277,18 +220,17 @@ def _describe(
 ) -> ModalityReport:
     nan = float("nan")
     if len(w) == 0:
-        sentence = f"{name} never counts in this data."
-        undecided = ("undecided", "undecided", sentence)
+        undecided = ("undecided", "undecided", f"{name} never counts in this data.")
         return ModalityReport(name, 0, nan, static, nan, (nan, nan), nan, (nan, nan), nan, nan, nan, nan, *undecided)
-    mean, mean_loss, r = float(w.mean()), float(loss.mean()), pearson(w, loss)
-    covariance = float(((w - w.mean()) * (loss - loss.mean())).mean())
+    n, found = len(w), Correlation.of(co_moments(w.double(), loss.double()))
+    _, mean, mean_loss, covariance, r = (float(x) for x in found)
     mean_interval, interval = _bootstrap(w, loss, confidence, resamples, seed)
     close = abs(mean - static) <= 1e-6
     within = all(abs(x - static) <= MARGIN * abs(static) for x in mean_interval)
     apart = not mean_interval[0] <= static <= mean_interval[1]
     eq5 = "holds" if close or within else "fails" if apart else "undecided"
     eq6 = "holds" if interval[1] <= 0 else "fails" if interval[0] > 0 else "undecided"
-    if len(w) < FEWEST:
+    if n < FEWEST:
         eq5 = eq6 = "undecided"
     percent = f"{100 * confidence:g} %"
     sentence = {
@@ -296,30 +238,15 @@ def _describe(
         "fails": f"{name} weighs more where it is wrong (r = {r:+.2f}): calibrate(), or use robust().",
         "undecided": f"{name}: the {percent} interval of r holds 0 ({interval[0]:+.2f} to {interval[1]:+.2f}).",
     }[eq6]
-    if len(w) < FEWEST:
-        sentence = f"{name} has {len(w)} of the {FEWEST} samples that a verdict takes."
+    if n < FEWEST:
+        sentence = f"{name} has {n} of the {FEWEST} samples that a verdict takes."
     elif interval == (0.0, 0.0):
         sentence = f"{name}'s weight or loss is constant here: no covariance."
     if eq5 == "fails":
         side = "above" if mean > static else "below"
         sentence += f" Its mean weight {mean:.3g} is {side} its static weight {static:.3g} (Eq. 5): calibrate()."
-    return ModalityReport(
-        name,
-        len(w),
-        mean,
-        static,
-        mean_loss,
-        mean_interval,
-        r,
-        interval,
-        spearman(w, loss),
-        covariance,
-        mean * mean_loss,
-        static * mean_loss,
-        eq5,
-        eq6,
-        sentence,
-    )
+    numbers = (n, mean, static, mean_loss, mean_interval, r, interval, spearman(w, loss), covariance)
+    return ModalityReport(name, *numbers, mean * mean_loss, static * mean_loss, eq5, eq6, sentence)
 
 
 def _bootstrap(
@@ -328,13 +255,12 @@ def _bootstrap(
     """Percentile intervals of the mean weight and of Pearson's r, from resampled pairs."""
     generator = torch.Generator().manual_seed(seed)
     n, means, rs = len(w), [], []
-    constant = pearson(w, loss) == 0.0 and (bool((w == w[0]).all()) or bool((loss == loss[0]).all()))
+    constant = bool((w == w[0]).all()) or bool((loss == loss[0]).all())
     for start in range(0, resamples, chunk := max(1, 4_000_000 // n)):
         pick = torch.randint(n, (min(chunk, resamples - start), n), generator=generator)
         a, b = w[pick], loss[pick]
         means.append(a.mean(1))
-        da, db = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-        rs.append(torch.nan_to_num((da * db).sum(1) / (da.norm(dim=1) * db.norm(dim=1))))
+        rs.append(pearson(a, b))
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=w.dtype)
     mean_low, mean_high = torch.cat(means).quantile(ends).tolist()
     low, high = (0.0, 0.0) if constant or n < 2 else torch.cat(rs).quantile(ends).tolist()
@@ -343,12 +269,3 @@ def _bootstrap(
 
 def _worst(verdicts: Sequence[str]) -> str:
     return max(verdicts, key=VERDICTS.index)
-
-
-def _failing(modalities: Sequence[ModalityReport]) -> str:
-    parts = []
-    for equation in ("eq5", "eq6"):
-        names = [m.name for m in modalities if getattr(m, equation) == "fails"]
-        if names:
-            parts.append(f"Eq. {equation[-1]} fails for {', '.join(names)}")
-    return "; ".join(parts)

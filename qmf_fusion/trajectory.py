@@ -2,16 +2,14 @@
 
 import secrets
 import warnings
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.compiler import is_compiling as compiling
 
 import qmf_kernels
 
-from .checks import check_choice, check_count, check_index
+from .checks import can_look, check_choice, check_count, check_integers
 from .precision import KeepsPrecision
 from .processes import place_of_process
 
@@ -49,12 +47,9 @@ class LossTrajectory(KeepsPrecision):
 
     def __init__(self, num_samples: int, num_modalities: int, start_epoch: int = 1) -> None:
         super().__init__()
-        for name, value in (
-            ("num_samples", num_samples),
-            ("num_modalities", num_modalities),
-            ("start_epoch", start_epoch),
-        ):
-            check_count(name, value)
+        check_count("num_samples", num_samples)
+        check_count("num_modalities", num_modalities)
+        check_count("start_epoch", start_epoch)
         self.start_epoch = start_epoch
         # Sums and counts in one tensor, [2, M, N], for one gather and one scatter a step; counts stay exact to 2^53.
         self.register_buffer("history", torch.zeros(2, num_modalities, num_samples, dtype=torch.float64))
@@ -88,6 +83,24 @@ class LossTrajectory(KeepsPrecision):
         """How many losses are recorded, ``[M, N]`` float64."""
         return self.history[1]
 
+    def check_index(self, index: Tensor, batch: int | None = None) -> Tensor:
+        """``index`` as int64 ``[B]``, within the trajectory and on its device; ``batch`` is B, None for any."""
+        check_integers("index", index, "dataset")
+        if index.dim() != 1 or batch not in (None, len(index)):
+            wanted = "B" if batch is None else batch
+            raise ValueError(f"index must be [{wanted}], one dataset index per sample, got {tuple(index.shape)}")
+        if len(index) == 0:
+            raise ValueError("index must not be empty: the batch has no samples")
+        if index.device != self.history.device:
+            raise ValueError(f"index must be on the trajectory's device {self.history.device}, got {index.device}")
+        if can_look(index):
+            # Python finds the extremes of a few numbers faster than a call to PyTorch is made.
+            values = index.tolist() if len(index) <= 128 else [x.item() for x in torch.aminmax(index)]
+            low, high, num = min(values), max(values), self.num_samples
+            if low < 0 or high >= num:
+                raise IndexError(f"index must be within the trajectory's {num} samples, got {low} to {high}")
+        return index.long()
+
     def record(self, losses: Tensor, index: Tensor) -> None:
         """Add a batch of losses ``[M, B]`` at the dataset indices ``[B]``, repeated ones each counted.
 
@@ -98,14 +111,11 @@ class LossTrajectory(KeepsPrecision):
         """
         if losses.dim() != 2 or len(losses) != self.num_modalities:
             raise ValueError(f"losses must be [{self.num_modalities}, B], got {tuple(losses.shape)}")
-        self.record_checked(losses.detach(), check_index(index, losses.shape[1], self.num_samples))
+        self.record_checked(losses.detach(), self.check_index(index, losses.shape[1]))
 
     def record_checked(self, losses: Tensor, index: Tensor) -> None:
         """``record`` without its checks."""
-        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
-        # In the host's memory a call to the operator would cost half of what it does.
-        add = qmf_kernels.record if losses.is_cpu and not compiling() else qmf_kernels.ops.record.default
-        add(buffers["history"], buffers["low"], buffers["span"], buffers["visits"], self.start_epoch, losses, index)
+        qmf_kernels.record(self.history, self.low, self.span, self.visits, self.start_epoch, losses, index)
 
     def kappa(self, index: Tensor, rescale: str | None = "minmax") -> Tensor:
         """``kappa`` of the samples ``index`` ``[B]``: ``[M, B]``, NaN where nothing is recorded.
@@ -117,17 +127,15 @@ class LossTrajectory(KeepsPrecision):
             TypeError, ValueError, IndexError: an index of the wrong kind, shape or range.
         """
         check_choice("rescale", rescale, RESCALES)
-        return self.kappa_checked(check_index(index, len(index), self.num_samples), rescale)
+        return self.kappa_checked(self.check_index(index), rescale)
 
     def kappa_checked(self, index: Tensor, rescale: str | None) -> Tensor:
         """``kappa`` without its checks."""
-        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
-        return qmf_kernels.kappa(buffers["history"], buffers["low"], buffers["span"], index, rescale is not None)
+        return qmf_kernels.kappa(self.history, self.low, self.span, index, rescale is not None)
 
     def past(self, index: Tensor, rescale: str | None, *, ranks: bool, records: bool) -> qmf_kernels.Past:
         """The history for a step of the objective on checked indices, which reads and records in its own launches."""
-        buffers: dict[str, Any] = self._buffers  # past nn.Module's slow look-up
-        tensors = (buffers["history"], buffers["low"], buffers["span"], buffers["visits"], index)
+        tensors = (self.history, self.low, self.span, self.visits, index)
         return qmf_kernels.Past(*tensors, self.start_epoch, rescale is not None, ranks, records)
 
     @torch.no_grad()
@@ -151,7 +159,7 @@ class LossTrajectory(KeepsPrecision):
                 "the loss history was overwritten by another process's since the last sync(): leave QMFLoss out of "
                 "DistributedDataParallel, or pass broadcast_buffers=False (unless that was constructed anew since)",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,  # no_grad's wrapper lies between this and the caller
             )
         added = self.history - self.synced
         dist.all_reduce(added, group=group)
@@ -164,11 +172,7 @@ class LossTrajectory(KeepsPrecision):
         qmf_kernels.find_range(self.history, self.low, self.span)
 
     def resize(self, num_samples: int) -> None:
-        """Grow to ``num_samples``, with no history for the new ones.
-
-        Raises:
-            ValueError: fewer samples than there are.
-        """
+        """Grow to ``num_samples``, with no history for the new ones; a ValueError for fewer than there are."""
         check_count("num_samples", num_samples)
         added = num_samples - self.num_samples
         if added < 0:
@@ -186,4 +190,7 @@ class LossTrajectory(KeepsPrecision):
 def _after_load(trajectory: LossTrajectory, _: object) -> None:
     """A checkpoint holds what all processes agreed on; its range may have been another device's or release's."""
     qmf_kernels.find_range(trajectory.history, trajectory.low, trajectory.span)
+    if trajectory.synced.is_meta:  # where the module was built; no checkpoint holds these two
+        trajectory.synced = torch.empty_like(trajectory.history)
+        trajectory.mark = torch.zeros_like(trajectory.mark, device=trajectory.history.device)
     trajectory.synced.copy_(trajectory.history)

@@ -5,7 +5,7 @@ sample's, and both are *untypical*: far from every class (a distance), or of an 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -22,74 +22,55 @@ MOST_ROWS = 4096  # per step, process and modality; a dense prediction's positio
 class Statistics(NamedTuple):
     """What is known of M modalities' clean logits, K classes; all float64 but ``seen``."""
 
-    whiten: Tensor
-    """``[M, K, K]``: ``|(x - mean) @ whiten|^2`` is the squared distance in the within-class covariance."""
-    centre: Tensor
-    """``[M, K, K]``: the class means, whitened; row y is class y's."""
-    seen: Tensor
-    """``[M, K]`` bool: whether the class has a mean."""
-    scale: Tensor
-    """``[M]``: mean squared distance of a sample to its own class; 0 where nothing is known of the modality."""
-    norm: Tensor
-    """``[M, 2]``: mean and standard deviation of ``log |x|``."""
-    distance: Tensor
-    """``[M, 2]``: mean and standard deviation of the log squared distance to the nearest class."""
-    prior: Tensor
-    """``[K]``: class frequencies, ``(n_y + 1) / (N + K)``."""
+    whiten: Tensor  # ``[M, K, K]``: ``|(x - mean) @ whiten|^2`` is the squared distance in the within-class covariance
+    centre: Tensor  # ``[M, K, K]``: the class means, whitened; row y is class y's
+    seen: Tensor  # ``[M, K]`` bool: whether the class has a mean
+    scale: Tensor  # ``[M]``: mean squared distance of a sample to its own class; 0 for a modality not known
+    norm: Tensor  # ``[M, 2]``: mean and standard deviation of ``log |x|``
+    distance: Tensor  # ``[M, 2]``: mean and standard deviation of the log squared distance to the nearest class
+    prior: Tensor  # ``[K]``: class frequencies, ``(n_y + 1) / (N + K)``
 
 
 _SHAPES = {"whiten": "mkk", "centre": "mkk", "seen": "mk", "scale": "m", "norm": "m2", "distance": "m2", "prior": "k"}
 _RUNNING = {"mean": "mkk", "scatter": "mkk", "moments": "m5", "steps": "m", "count": "k"}
+OF_CLASSES = ("prior", "count", "known")  # the buffers whose first dimension is not the modalities
 
 
 class ClassStatistics(KeepsPrecision):
-    """``Statistics`` as buffers, absent until there are any, and rightly saved and loaded in either state.
+    """``Statistics`` as buffers, float64 throughout; without any data they are those of which nothing follows.
 
-    Args:
-        num_modalities: M.
-        spread: the least within-class variance believed, as a share of the variance between the class means. The
-            logits of training samples collapse onto their class; those of test samples do not.
+    Flags are numbers, 1 and 0, as averages of models, which take every buffer, subtract no truth values. ``spread`` is
+    the least within-class variance believed, as a share of the variance between the class means: the logits of training
+    samples collapse onto their class; those of test samples do not.
     """
 
     _shapes: ClassVar[Mapping[str, str]] = _SHAPES
-    # Tensors, or None before there are any statistics.
-    whiten: Any
-    centre: Any
-    seen: Any
-    scale: Any
-    norm: Any
-    distance: Any
-    prior: Any
-    _anchor: Tensor
+    whiten: Tensor
+    centre: Tensor
+    seen: Tensor
+    scale: Tensor
+    norm: Tensor
+    distance: Tensor
+    prior: Tensor
+    known: Tensor
 
-    def __init__(self, num_modalities: int, spread: float = 0.1) -> None:
+    def __init__(self, num_modalities: int, num_classes: int, spread: float = 0.1) -> None:
         super().__init__()
-        self.num_modalities, self.spread = num_modalities, spread
-        for name in self._shapes:
-            self.register_buffer(name, None)
-        # Knows the module's device while there is nothing else.
-        self.register_buffer("_anchor", torch.empty(0), persistent=False)
-
-    def statistics(self) -> Statistics | None:
-        """None before there are any."""
-        if self.whiten is None:
-            return None
-        return Statistics(*(getattr(self, name) for name in _SHAPES))
-
-    def allocate(self, num_classes: int, device: torch.device) -> None:
-        """Room for K classes, filled with "nothing known": zeros, and a uniform prior."""
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        sizes = {"m": self.num_modalities, "k": num_classes, "2": 2, "5": 5}
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.num_modalities, self.num_classes, self.spread = num_modalities, num_classes, spread
+        sizes = {"m": num_modalities, "k": num_classes, "2": 2, "5": 5}
         for name, shape in self._shapes.items():
-            kind = torch.bool if name == "seen" else dtype
-            setattr(self, name, torch.zeros([sizes[s] for s in shape], dtype=kind, device=device))
-        self.prior = torch.full_like(self.prior, 1 / num_classes)
+            self.register_buffer(name, torch.zeros([sizes[s] for s in shape], dtype=torch.float64))
+        self.prior.fill_(1 / num_classes)
+        self.register_buffer("known", torch.zeros((), dtype=torch.float64))
+
+    def statistics(self) -> Statistics:
+        return Statistics(*(self.whiten, self.centre, self.seen > 0, self.scale, self.norm, self.distance, self.prior))
 
     def clear(self) -> None:
-        for name in self._shapes:
-            setattr(self, name, None)
+        """Forget everything."""
+        for name in (*self._shapes, "known"):
+            getattr(self, name).zero_()
+        self.prior.fill_(1 / self.num_classes)
 
     @torch.no_grad()
     def fit(self, logits: Tensor, target: Tensor, counted: Tensor) -> None:
@@ -98,12 +79,12 @@ class ClassStatistics(KeepsPrecision):
         Sums in float64, so that the order of the samples matters only to its rounding. A sample's distance to its own
         class is to the mean of the class's *other* samples.
         """
-        num_classes = logits.shape[-1]
-        self.allocate(num_classes, logits.device)
-        dtype = self.whiten.dtype
+        self.clear()
+        self.known.fill_(1)
+        num_classes, dtype = self.num_classes, self.whiten.dtype
         some = counted.any(0)
         count = torch.bincount(target[some], minlength=num_classes).to(dtype)
-        self.prior = (count + 1) / (count.sum() + num_classes)
+        self.prior.copy_((count + 1) / (count.sum() + num_classes))
         for m, keep in enumerate(counted):
             x, y = logits[m, keep].to(dtype), target[keep]
             if len(x) == 0:
@@ -116,46 +97,29 @@ class ClassStatistics(KeepsPrecision):
             to_all = _squared_distances(x @ whiten, mean @ whiten, n > 0)
             to_all = to_all.scatter(-1, y.unsqueeze(-1), to_own.unsqueeze(-1))
             several = n[y] > 1
-            self.whiten[m], self.centre[m], self.seen[m] = whiten, mean @ whiten, n > 0
+            self.whiten[m], self.centre[m], self.seen[m] = whiten, mean @ whiten, (n > 0).to(dtype)
             self.scale[m] = (to_own[several] if several.any() else to_own).mean().clamp_min(1e-12)
             for name, values in (("norm", _log(x.norm(dim=-1))), ("distance", _log(to_all.amin(-1)))):
                 getattr(self, name)[m] = torch.stack([values.mean(), values.std(unbiased=False)])
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Make the room that the saved statistics need; whether none were saved, only the fusion can tell.
-        given = state_dict.get(prefix + "whiten")
-        if given is not None and (self.whiten is None or self.whiten.shape[-1] != given.shape[-1]):
-            self.allocate(given.shape[-1], self._anchor.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        return "nothing yet" if self.whiten is None else f"num_classes={self.whiten.shape[-1]}"
 
 
 class RunningStatistics(ClassStatistics):
     """``Statistics`` gathered batch by batch in training, with exponential forgetting: no pass over the data.
 
     A sample is compared with the class means of *earlier* batches, so that none is measured against itself.
-
-    Args:
-        num_modalities: M.
-        spread: see ``ClassStatistics``.
-        everywhere: where ``torch.distributed`` is initialised, a step's batch is that of all its processes together:
-            each adds up counts and sums of its own rows, and two collectives a step (the second for what is measured
-            by the covariance that the first gives) add up the processes'. All then hold the same statistics, those of
-            one process that sees the same rows, to float64's rounding; there is nothing left to merge later. A sample
-            that a sampler repeats, so that all have the same number, counts as often as it is seen.
+    ``everywhere`` (see ``ContaminatedProduct``) takes two collectives a step, the second for what the first's
+    covariance measures; all processes then hold the statistics of one that sees the same rows, to float64's rounding.
     """
 
     _shapes: ClassVar[Mapping[str, str]] = {**_SHAPES, **_RUNNING}
-    mean: Any
-    scatter: Any
-    moments: Any
-    steps: Any
-    count: Any
+    mean: Tensor
+    scatter: Tensor
+    moments: Tensor
+    steps: Tensor
+    count: Tensor
 
-    def __init__(self, num_modalities: int, spread: float = 0.1, everywhere: bool = True) -> None:
-        super().__init__(num_modalities, spread)
+    def __init__(self, num_modalities: int, num_classes: int, spread: float = 0.1, everywhere: bool = True) -> None:
+        super().__init__(num_modalities, num_classes, spread)
         self.everywhere = everywhere
 
     @torch.no_grad()
@@ -164,14 +128,8 @@ class RunningStatistics(ClassStatistics):
 
         Rows so large that their squares overflow are left out. With ``everywhere`` a collective: every process of the
         default group calls it, each with rows of its own.
-
-        Raises:
-            ValueError: another number of classes than before.
         """
-        num_classes = logits.shape[-1]
-        if self.whiten is None:
-            self.allocate(num_classes, logits.device)
-        check_num_classes(logits, self.prior)
+        num_classes, seen = self.num_classes, self.seen > 0
         stride = -(-logits.shape[1] // MOST_ROWS)
         x, y, c = logits[:, ::stride], target[::stride], counted[:, ::stride]
         x = x.to(self.whiten.dtype)
@@ -181,7 +139,7 @@ class RunningStatistics(ClassStatistics):
         x, c = torch.where(usable.unsqueeze(-1), x, 0), (c & usable).to(x.dtype)
         label = torch.nn.functional.one_hot(y, num_classes).to(x.dtype)
 
-        old = c * self.seen[:, y]  # [M, R]: the samples that there is a mean to compare with
+        old = c * seen[:, y]  # [M, R]: the samples that there is a mean to compare with
         residual = (x - self.mean[:, y]) * old.unsqueeze(-1)
         here = torch.einsum("mr,rk->mk", c, label)
         sums = torch.einsum("mr,rk,mrj->mkj", c, label, x)
@@ -195,10 +153,10 @@ class RunningStatistics(ClassStatistics):
         keep = torch.where(learn, (1 - 1 / self.steps.clamp_min(1)).clamp_max(MOMENTUM), 1.0)
         mean_of = total.clamp_min(1)
         self.scatter.copy_(torch.lerp(scatter / mean_of.view(-1, 1, 1), self.scatter, keep.view(-1, 1, 1)))
-        known = self.seen.to(x.dtype) * self.count
+        known = self.seen * self.count
         whiten = _whitener(self.scatter, self.mean, known, self.prior, self.spread)
 
-        to_all = _squared_distances(x @ whiten, self.mean @ whiten, self.seen)
+        to_all = _squared_distances(x @ whiten, self.mean @ whiten, seen)
         nearest, size = _log(to_all.amin(-1)), _log(x.norm(dim=-1))
         to_own = to_all.gather(-1, y.expand(len(x), -1).unsqueeze(-1)).squeeze(-1)
         # Classes without a mean are at an infinite distance, which no weight of 0 would cancel.
@@ -207,9 +165,10 @@ class RunningStatistics(ClassStatistics):
         (measured,) = self._add_up((values * old.unsqueeze(-1)).sum(1))
         self.moments.copy_(torch.lerp(measured / mean_of.unsqueeze(-1), self.moments, keep.unsqueeze(-1)))
 
-        forget = torch.where(self.seen, CLASS_MOMENTUM**here, torch.where(here > 0, 0.0, 1.0)).unsqueeze(-1)
+        forget = torch.where(seen, CLASS_MOMENTUM**here, torch.where(here > 0, 0.0, 1.0)).unsqueeze(-1)
         self.mean.copy_(torch.lerp(sums / here.clamp_min(1).unsqueeze(-1), self.mean, forget))
-        self.seen |= here > 0
+        self.seen.copy_(seen | (here > 0))
+        self.known.fill_(1)
 
         self.whiten.copy_(whiten)
         self.centre.copy_(self.mean @ whiten)
@@ -220,14 +179,6 @@ class RunningStatistics(ClassStatistics):
 
     def _add_up(self, *sums: Tensor) -> list[Tensor]:
         return sum_over_processes(sums) if self.everywhere else list(sums)
-
-
-def check_num_classes(logits: Tensor, prior: Tensor) -> None:
-    """Raise ValueError where logits ``[..., K]`` have other classes than the statistics with this prior ``[K]``."""
-    if logits.shape[-1] != len(prior):
-        raise ValueError(
-            f"logits must have the {len(prior)} classes of the statistics of robust(), got {logits.shape[-1]}"
-        )
 
 
 def class_distances(logits: Tensor, statistics: Statistics) -> Tensor:
@@ -246,15 +197,9 @@ def untypicality(
 ) -> Tensor:
     """``u >= 0``, ``[M, *]``: by how many standard deviations a row is untypical of its modality's clean logits.
 
-    ``u = max(|z(log |x|)|, z(log min_y distance_y), 0)``: of an unusual size either way, or far from every class.
-
-    Args:
-        logits: ``[M, *, K]``, finite.
-        distances: ``[M, *, K]``, from ``class_distances``.
-        statistics: the same modalities'.
-        norm: whether the size counts.
-        distance: whether the distance counts.
-        floor: the least standard deviation believed, in natural logarithms.
+    ``u = max(|z(log |x|)|, z(log min_y distance_y), 0)``: of an unusual size either way, or far from every class, where
+    ``norm`` and ``distance`` let these count; ``floor`` is the least standard deviation believed, in logarithms.
+    Logits ``[M, *, K]`` are finite, distances those of ``class_distances``.
     """
     u = torch.zeros_like(logits[..., 0])
     if norm:

@@ -1,6 +1,7 @@
 """How uncertain one modality is about each sample: energy (Eq. 13) and its rivals, each ``[*, K] -> [*]``.
 
 Any of them is the ``u`` of Eq. 9, ``w = alpha * u + beta`` with ``alpha < 0``: the more uncertain, the less weight.
+They take floating point ``[*, K]`` and return ``[*]`` in its dtype. To add one, write it, and name it at the end.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qmf_kernels import energy
 
 Uncertainty = Callable[[Tensor], Tensor]
 
@@ -34,20 +37,14 @@ def energy_score(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        return -temperature * torch.logsumexp(logits / temperature, -1)
-    return -temperature * torch.logsumexp(logits / temperature.unsqueeze(-1), -1)
+        return energy(torch.logsumexp(logits / temperature, -1), temperature)
+    return energy(torch.logsumexp(logits / temperature.unsqueeze(-1), -1), temperature)
 
 
 def msp_uncertainty(logits: Tensor) -> Tensor:
     """One minus the maximum softmax probability, in [0, 1 - 1/K].
 
     Source: Hendrycks and Gimpel, *A Baseline for Detecting Misclassified and Out-of-Distribution Examples*, ICLR 2017.
-
-    Args:
-        logits: ``[*, K]``, floating point.
-
-    Returns:
-        ``[*]``, in the logits' dtype.
 
     Example:
         >>> msp_uncertainty(torch.zeros(1, 4))
@@ -60,12 +57,6 @@ def entropy_uncertainty(logits: Tensor) -> Tensor:
     """Shannon entropy of the softmax over its maximum, ``H(p) / log K``, in [0, 1]; 0 where K is 1.
 
     Source: Shannon 1948; as a weight for modalities, Tian et al., *UNO*, ICRA 2020.
-
-    Args:
-        logits: ``[*, K]``, floating point.
-
-    Returns:
-        ``[*]``, in the logits' dtype.
 
     Example:
         >>> entropy_uncertainty(torch.zeros(1, 4))
@@ -86,19 +77,15 @@ def evidence_uncertainty(logits: Tensor) -> Tensor:
     Source: Sensoy et al., *Evidential Deep Learning*, NeurIPS 2018; as a weight for modalities, Han et al., *Trusted
     Multi-View Classification*, ICLR 2021.
 
-    Args:
-        logits: ``[*, K]``, floating point.
-
-    Returns:
-        ``[*]``, in the logits' dtype.
-
     Example:
         >>> evidence_uncertainty(torch.full((1, 4), -100.0))
         tensor([1.])
     """
-    return logits.shape[-1] / (F.softplus(logits) + 1).sum(-1)
+    # The threshold from which softplus is taken for the identity, at 20 by default, would show in float64.
+    return logits.shape[-1] / (F.softplus(logits, threshold=40) + 1).sum(-1)
 
 
+# Every place that takes a name looks it up here. The energy is what the operators compute on their own.
 UNCERTAINTIES: dict[str, Uncertainty] = {
     "energy": energy_score,
     "msp": msp_uncertainty,

@@ -49,11 +49,10 @@ def test_wheel_contents(built: Path) -> None:
         for source in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{source.relative_to(ROOT / folder).as_posix()}" in names
     assert "qmf-fusion = qmf_examples.cli:main" in entry_points
-    for requirement in ("torch", "einops", "triton", "Requires-Python: >=3.11"):
-        assert requirement in metadata
-    core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert len(core) == 3
-    assert any("triton" in line and "linux" in line for line in core)
+    assert "Requires-Python: >=3.11" in metadata
+    core = {line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
+    # Not Triton: beside an older PyTorch it would replace the one that PyTorch pins.
+    assert core == {"Requires-Dist: torch>=2.6", "Requires-Dist: einops>=0.8"}
 
 
 def test_sdist_contents(built: Path) -> None:

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         # Outside of this block nothing of the extra is needed, so that its absence can be told in one line too.
-        from . import commands
+        from .commands import app as commands
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise

@@ -32,6 +32,11 @@ def most_devices(device: str) -> int:
     return max(2, os.cpu_count() or 1)
 
 
+def place() -> tuple[int, int]:
+    """This process' number in its group, and how many there are; (0, 1) where there is no group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def run_in_processes(number: int, device: str, work: Callable[..., Any], *arguments: Any) -> None:
     """Call ``work(*arguments)`` in ``number`` processes that form the default group of ``torch.distributed``.
 

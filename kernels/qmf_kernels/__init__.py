@@ -1,26 +1,31 @@
 """Operators behind ``qmf_fusion``: fusion, ranking and the whole objective, in the namespace ``qmf``."""
 
-from .autograd import Fuse, Objective, Ranking
-from .fusion import WeightRule
-from .objective import LossRule
-from .ranking import FORMS, PAIRS
-from .registry import BACKENDS, NAMESPACE, ops, takes_triton
-from .trajectory import Past, find_range, kappa, record
+from .autograd import fuse, objective, rank
+from .eager.fusion import affine_weights, clamp_weights, energy
+from .eager.history import find_range, kappa
+from .operators import NAMESPACE, ops, takes_triton
+from .rules import BACKENDS, FORMS, PAIRS, Losses, LossRule, Past, WeightRule
 
 __all__ = [
     "BACKENDS",
     "FORMS",
     "NAMESPACE",
     "PAIRS",
-    "Fuse",
     "LossRule",
-    "Objective",
+    "Losses",
     "Past",
-    "Ranking",
     "WeightRule",
+    "affine_weights",
+    "clamp_weights",
+    "energy",
     "find_range",
+    "fuse",
     "kappa",
+    "objective",
     "ops",
+    "rank",
     "record",
     "takes_triton",
 ]
+
+record = ops.record.default

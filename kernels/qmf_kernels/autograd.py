@@ -1,28 +1,80 @@
 """The operators made differentiable: each pairs a forward with its backward, once.
 
-``torch.autograd.Function`` at half the cost per step of ``torch.library.register_autograd``.
+``torch.autograd.Function`` at half the cost per step of ``torch.library.register_autograd``. A function takes the
+options flattened, since autograd sees only tensors that are arguments of their own, and the logits last.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import operators, trajectory
-from .fusion import WeightRule
-from .objective import LossRule
-from .registry import below_autograd, fused, ops, takes_triton
-from .trajectory import Past
+from .eager import history
+from .operators import below_autograd, ops, rule_takes_triton, triton_kernels
+from .rules import (
+    NAMES,
+    FuseOptions,
+    Losses,
+    LossRule,
+    ObjectiveOptions,
+    Past,
+    RuleGrads,
+    WeightRule,
+    flatten,
+    unflatten,
+)
 
-_W, _L = len(WeightRule._fields), len(LossRule._fields)
-_MAKERS = 4  # weights, alpha, beta, temperature: the first of the rule's tensors, which have gradients
-_TENSORS = 5  # the rule's tensors, its first fields
-# Where Objective's arguments stand: target, kappa, present, the weights' rule, the loss's, detach_weights; the logits.
-_CLASS_WEIGHT, _OTHERS, _LOGITS = 3 + _W, 3 + _W + _L + 1, 3 + _W + _L + 4
-_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that has a say in what an operator does
-_objective = below_autograd(operators.run_objective)
-_objective_backward = below_autograd(operators.objective_backward)
+
+def fuse(
+    logits: Sequence[Tensor], present: Tensor | None, rule: WeightRule, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused logits ``[*, K]``, weights and energies ``[M, *]`` (Eq. 13, 9, 11) of M tensors ``[*, K]``.
+
+    ``present`` is bool ``[M, *]`` or None. Arguments are not checked here.
+    """
+    return _Fuse.apply(*flatten(FuseOptions(present, rule, backend)), *logits)
+
+
+def rank(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> Tensor:
+    """The ranking loss (Eq. 15 to 17) of ``[M, B]`` and ``[M, B]``, a scalar, differentiable in the weights."""
+    return _Rank.apply(weights, kappa, form, pairs)
+
+
+def objective(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    kappa: Tensor | None,
+    present: Tensor | None,
+    weight_rule: WeightRule,
+    loss_rule: LossRule,
+    *,
+    past: Past | None = None,
+    backend: str | None = None,
+    return_logits: bool = True,
+) -> Losses:
+    """Eq. 18 of M tensors ``[B, *, K]``, targets ``[B, *]``, kappa ``[M, B]`` and present ``[M, B, *]`` or None each.
+
+    With ``past``, kappa comes from the history and the batch goes into it: in the kernels' own launches where they run,
+    but for torch.compile, whose graph may not write to a history inside of a differentiable operator.
+    Arguments are not checked here.
+    """
+    # No operator's schema says that the kernels read and write the history too: only for plain tensors.
+    inside = past is not None and rule_takes_triton(logits[0].device, weight_rule, backend) and _are_plain(logits)
+    if past is not None and past.ranks and not inside:
+        kappa = history.kappa(past.history, past.low, past.span, past.samples, past.minmax)
+    options = flatten(ObjectiveOptions(target, kappa, present, weight_rule, loss_rule, return_logits, backend))
+    out = Losses(*_Objective.apply(past if inside else None, *options, *logits))
+    if past is not None and past.records and not inside:
+        tensors = (past.history, past.low, past.span, past.visits)
+        ops.record.default(*tensors, past.start_epoch, out.sample_losses, past.samples)
+    return out
+
+
+def _are_plain(logits: Sequence[Tensor]) -> bool:
+    """Whether nobody looks on: neither torch.compile nor a subclass that has a say in what an operator does."""
+    return not torch.compiler.is_compiling() and all(type(x) in (Tensor, torch.nn.Parameter) for x in logits)
 
 
 def _once_differentiable(backward: Any) -> Any:
@@ -41,13 +93,29 @@ def _once_differentiable(backward: Any) -> Any:
     return once
 
 
-def _where_given(grads: Any, given: Any) -> list[Tensor | None]:
-    grads = grads or [None] * 4
-    return [None if tensor is None else grad for grad, tensor in zip(grads, given, strict=True)]
+def _save(ctx: Any, logits: Sequence[Tensor], options: Sequence[Any], *others: Tensor) -> None:
+    """Keep these for ``_saved``, the tensors where autograd looks after them, and what their gradients are for."""
+    ctx.sizes = len(logits), len(options)
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in options]
+    ctx.save_for_backward(*logits, *(x if isinstance(x, Tensor) else None for x in options), *others)
 
 
-class Ranking(torch.autograd.Function):
-    """``apply(weights, kappa, form, pairs)``: the ranking loss, differentiable in the weights."""
+def _saved(ctx: Any) -> tuple[Sequence[Tensor], list[Any], Sequence[Tensor]]:
+    """Logits, options and other tensors as ``_save`` was given them."""
+    (num, size), tensors = ctx.sizes, ctx.saved_tensors
+    options = [c if x is None else x for x, c in zip(tensors[num : num + size], ctx.constants, strict=True)]
+    return tensors[:num], options, tensors[num + size :]
+
+
+def _option_grads(record: type, options: Sequence[Any], d_rule: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """What ``backward`` returns for flat options: the operators' ``RuleGrads`` where they are tensors, else None."""
+    grads = dict(zip(RuleGrads._fields, d_rule or (), strict=False))
+    parts = zip(NAMES[record], options, strict=True)
+    return [grads.get(name) if isinstance(x, Tensor) else None for name, x in parts]
+
+
+class _Rank(torch.autograd.Function):
+    """``apply(weights, kappa, form, pairs)``."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, kappa: Tensor, form: str, pairs: str) -> Tensor:
@@ -63,111 +131,66 @@ class Ranking(torch.autograd.Function):
         return grad_loss * grad, None, None, None
 
 
-class Fuse(torch.autograd.Function):
-    """``apply(present, *WeightRule, detach_weights, backend, *logits)``.
-
-    Returns fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``.
-    """
+class _Fuse(torch.autograd.Function):
+    """``apply(*FuseOptions, *logits)``."""
 
     @staticmethod
-    def forward(ctx: Any, present: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        rule, (ctx.detach, ctx.backend), logits = inputs[:_W], inputs[_W : _W + 2], inputs[_W + 2 :]
-        ctx.rule = rule[_TENSORS:]
-        fused_logits, weights, energy = ops.fuse.default(logits, present, *rule, ctx.backend)
-        ctx.save_for_backward(energy, present, *rule[:_TENSORS], *logits)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        size = len(NAMES[FuseOptions])
+        options, logits = inputs[:size], inputs[size:]
+        fused_logits, weights, energy = ops.fuse.default(logits, *options)
+        ctx.rule_gradients = any(ctx.needs_input_grad[:size])
+        _save(ctx, logits, options, energy)
         return fused_logits, weights, energy
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        energy, present, *saved = ctx.saved_tensors
-        tensors, logits = saved[:_TENSORS], saved[_TENSORS:]
-        makers = any(ctx.needs_input_grad[1 : 1 + _MAKERS])
-        d_logits, d_makers = ops.fuse_backward.default(
-            *grads, energy, logits, present, *tensors, *ctx.rule, ctx.detach, makers, ctx.backend
-        )
-        return None, *_where_given(d_makers, tensors[:_MAKERS]), *(None,) * (_W + 2 - _MAKERS), *d_logits
+        logits, options, (energy,) = _saved(ctx)
+        d_logits, d_rule = ops.fuse_backward.default(*grads, energy, logits, *options, ctx.rule_gradients)
+        return *_option_grads(FuseOptions, options, d_rule), *d_logits
 
 
-class Objective(torch.autograd.Function):
-    """``apply(target, kappa, present, *WeightRule, *LossRule, detach_weights, backend, return_logits, past, *logits)``.
-
-    Returns ``Losses``, the per-sample losses without a gradient. With ``past`` (``trajectory.Past`` or None), kappa
-    comes from the history and the batch goes into it.
-    """
+class _Objective(torch.autograd.Function):
+    """``apply(past, *ObjectiveOptions, *logits)``; returns ``Losses``, the per-sample losses without a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        others, (backend, return_logits, past), logits = inputs[:_OTHERS], inputs[_OTHERS:_LOGITS], inputs[_LOGITS:]
-        device, needed = others[0].device, ctx.needs_input_grad
-        gradients, makers = any(needed), any(needed[3 : 3 + _MAKERS])
-        # On a CPU, handing these arguments to the dispatcher costs a tenth of a small batch's step.
-        direct = device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-        direct = direct and all(type(x) in _PLAIN for x in logits)
-        triton = takes_triton(device, backend)
-        if triton:  # which makes them in the forward where that takes one launch for all, and else in the backward
-            pairs = others[_CLASS_WEIGHT + _L - 1]
-            gradients = gradients and not makers and direct and fused().is_small(logits, pairs)
-        flags = (gradients, makers, return_logits, backend)
+    def forward(ctx: Any, past: Past | None, *inputs: Any) -> tuple[Tensor, ...]:
+        size = len(NAMES[ObjectiveOptions])
+        options, logits = inputs[:size], inputs[size:]
+        given: ObjectiveOptions = unflatten(ObjectiveOptions, options)
+        gradients, ctx.rule_gradients = any(ctx.needs_input_grad), any(ctx.needs_input_grad[: size + 1])
+        ctx.triton = rule_takes_triton(logits[0].device, given.weight_rule, given.backend)
+        if ctx.triton:  # which makes them in the forward where that takes one launch for all, and else in the backward
+            gradients = gradients and not ctx.rule_gradients and _are_plain(logits)
+            gradients = gradients and triton_kernels().is_small(logits, given.loss_rule.pairs)
+        ctx.d_rule = None
         if past is None:
-            out = (_objective if direct else ops.objective.default)(logits, *others, *flags)
-        elif triton and direct:
-            out = _fused_step(logits, others, flags, past)
+            out = ops.objective.default(logits, *options, gradients, ctx.rule_gradients)
+            *losses, ctx.d_logits, ctx.d_rule, ctx.kept = out
         else:
-            others = _with_kappa(others, past)
-            out = (_objective if direct else ops.objective.default)(logits, *others, *flags)
-            if past.records:
-                record = trajectory.record if device.type == "cpu" else ops.record.default
-                record(past.history, past.low, past.span, past.visits, past.start_epoch, out[7], past.samples)
-        *losses, ctx.d_logits, ctx.d_makers, ctx.kept = out
+            step = below_autograd(triton_kernels().objective)
+            losses, ctx.d_logits, _, ctx.kept = step(logits, given, gradients, False, past)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(losses[7])
-        ctx.backend, ctx.direct, ctx.triton = backend, direct, triton
-        ctx.rule, ctx.loss_rule = others[3 + _TENSORS : _CLASS_WEIGHT], others[_CLASS_WEIGHT + 1 :]
-        ctx.save_for_backward(*others[: 3 + _TENSORS], others[_CLASS_WEIGHT], *logits)
+        ctx.mark_non_differentiable(losses[-1])
+        _save(ctx, logits, options)
         return tuple(losses)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
-        given, class_weight, logits = tensors[: 3 + _TENSORS], tensors[3 + _TENSORS], tensors[4 + _TENSORS :]
-        others = (*given, *ctx.rule, class_weight, *ctx.loss_rule)
-        makers = any(ctx.needs_input_grad[3 : 3 + _MAKERS])
+        logits, options, _ = _saved(ctx)
+        scale, *others = of_losses = grads[:-1]
         # The gradients of the loss are handed over once, which frees them; whoever comes again recomputes them.
-        d_logits, d_makers, ctx.d_logits, ctx.d_makers = ctx.d_logits, ctx.d_makers, None, None
-        scale, of_loss = grads[0], all(grad is None for grad in grads[1:7])
-        if scale is not None and of_loss and ctx.triton and d_logits:
-            d_logits = fused().scale_gradients(d_logits, scale, logits)
-        elif scale is not None and of_loss and not ctx.triton:
-            if d_logits is None:
-                *_, d_logits, d_makers, _ = ops.objective.default(logits, *others, True, makers, False, ctx.backend)
+        d_logits, d_rule, ctx.d_logits, ctx.d_rule = ctx.d_logits, ctx.d_rule, None, None
+        if d_logits and scale is not None and all(grad is None for grad in others):
+            if ctx.triton:
+                d_logits = triton_kernels().scale_gradients(d_logits, scale, logits)
             # Scaled in the accumulating dtype, so that a loss scale reaches gradients too small for the logits' own.
-            if not (scale.is_cpu and scale.item() == 1):
-                d_logits, d_makers = [d * scale for d in d_logits], [d * scale for d in d_makers]
+            elif not (scale.is_cpu and scale.item() == 1):
+                d_logits, d_rule = [d * scale for d in d_logits], [d * scale for d in d_rule]
             d_logits = [d if d.dtype == x.dtype else d.to(x.dtype) for d, x in zip(d_logits, logits, strict=True)]
         else:
-            kept = (d_logits or [], d_makers or [], ctx.kept)
-            run = _objective_backward if ctx.direct else ops.objective_backward.default
-            d_logits, d_makers = run(*grads[:7], logits, *others, makers, *kept, ctx.backend)
-        d_makers = _where_given(d_makers, given[3 : 3 + _MAKERS])
-        return None, None, None, *d_makers, *(None,) * (_LOGITS - 3 - _MAKERS), *d_logits
-
-
-def _with_kappa(others: tuple[Any, ...], past: Past) -> tuple[Any, ...]:
-    if not past.ranks:
-        return others
-    kappa = trajectory.kappa(past.history, past.low, past.span, past.samples, past.minmax)
-    return (others[0], kappa, *others[2:])
-
-
-@below_autograd
-def _fused_step(logits: Any, others: tuple[Any, ...], flags: tuple[Any, ...], past: Past) -> tuple[Any, ...]:
-    """kappa, objective and record in the launches of the objective."""
-    target, _, present, *rest = others
-    gradients, makers, return_logits, _ = flags
-    rules = WeightRule(*rest[:_W]), LossRule(*rest[_W : _W + _L])
-    losses, d_logits, _, kept = fused().objective(
-        logits, target, None, present, *rules, rest[_W + _L], gradients, makers, return_logits, past
-    )
-    return *losses, d_logits, [], kept
+            made = (d_logits or [], d_rule or [], ctx.kept)
+            d_logits, d_rule = ops.objective_backward.default(*of_losses, logits, *options, ctx.rule_gradients, *made)
+        return None, *_option_grads(ObjectiveOptions, options, d_rule), *d_logits

@@ -1,7 +1,7 @@
 """What the checks call and how they compare: one face for a layer, a wrapped model and a user's own callable."""
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..fusion import QualityAwareFusion
 from ..model import FusionModel
+from ..rule import Rule
+from ..typicality import OF_CLASSES
 from ..uncertainty import Uncertainty, energy_score
 from .strategies import logits
 
@@ -39,11 +41,7 @@ class Subject:
         count: Any = getattr(self.layer or fusion, "num_modalities", 3) if num_modalities is None else num_modalities
         self.num_modalities = int(count)
         self.class_dim: int = getattr(self.layer or fusion, "class_dim", -1)
-
-        mixture = None if self.layer is None else self.layer.mixture
-        statistics = None if mixture is None else mixture.statistics()
-        # Statistics are of one number of classes, and take no other.
-        self.num_classes = None if statistics is None else len(statistics.prior)
+        self.num_classes = None if self.layer is None else self.layer.rule.num_classes
 
     def __call__(self, logits: Sequence[Tensor | None], present: Tensor | None = None) -> Output:
         given: Any = [None if x is None else x.movedim(-1, self.class_dim) for x in logits]
@@ -64,52 +62,40 @@ class Subject:
         if self.layer is None:
             return Subject(self.fusion, len(order))
         layer = copy.deepcopy(self.layer)
-        layer.names = tuple(layer.names[m] for m in order)
-        learned, fixed = (
-            ("log_minus_alpha", "signed_beta", "log_temperature"),
-            ("fixed_alpha", "fixed_beta", "fixed_temperature"),
-        )
-        for name in learned if layer.learnable else fixed:
-            value = getattr(layer, name).detach()[list(order)]
-            setattr(layer, name, nn.Parameter(value) if layer.learnable else value)
-        layer.calibration.num_modalities = len(order)
-        _select(layer.calibration, order)
-        if layer.mixture is not None:
-            for statistics in (layer.mixture.fitted, layer.mixture.running):
-                statistics.num_modalities = len(order)
-                _select(statistics, order, {"prior", "count"})  # of the classes, not of a modality
-        layer._find_unit_temperature()
+        names = [getattr(self.fusion, "names", layer.names)[m] for m in order]
+        layer.names = tuple(names)
+        _select(layer.rule, order)
         if not isinstance(self.fusion, FusionModel):
             return Subject(layer)
-        names = [self.fusion.names[m] for m in order]
-        layer.names = tuple(names)
         return Subject(FusionModel({name: self.fusion.heads[name] for name in names}, layer))
 
-    def fused(self, given: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """What weights ``[M, *]`` make of the logits: Eq. 11, or a layer's other way to combine that has weights."""
+    def fused(self, given: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+        """What weights ``[M, *]`` make of the logits: Eq. 11, or what the rule says; None where they do not decide."""
         if self.layer is None:
-            rows = list(given)
-        else:
-            rows = self.layer.prepare(list(given))
-            if self.layer.combine == "probabilities":
-                log_share = (weights.clamp_min(1e-12) / weights.clamp_min(1e-12).sum(0)).log()
-                return torch.logsumexp(log_share.unsqueeze(-1) + torch.log_softmax(torch.stack(rows), -1), 0)
-        return (weights.unsqueeze(-1) * torch.stack(rows)).sum(0)
+            return (weights.unsqueeze(-1) * torch.stack(list(given))).sum(0)
+        return self.layer.rule.logits_from(self.layer.prepare(list(given)), weights)
+
+    def expected_weights(self, given: Sequence[Tensor]) -> Tensor | None:
+        """What Eq. 9 makes of the layer's uncertainties; None where they do not decide the weights."""
+        assert self.layer is not None
+        return self.layer.rule.weights_from(self.uncertainties(given, None))
 
     def draws(self, num_classes: int | None, dtype: torch.dtype, **options: Any) -> st.SearchStrategy[list[Tensor]]:
-        return logits(
-            num_modalities=self.num_modalities,
-            num_classes=num_classes or self.num_classes or st.integers(2, 6),
-            batch=options.pop("batch", None),
-            dtype=dtype,
-            **options,
-        )
+        classes = num_classes or self.num_classes or st.integers(2, 6)
+        return logits(num_modalities=self.num_modalities, num_classes=classes, dtype=dtype, **options)
 
 
-def _select(module: nn.Module, order: Sequence[int], leave: Collection[str] = ()) -> None:
-    for name, value in module._buffers.items():
-        if value is not None and name != "_anchor" and name not in leave:
-            setattr(module, name, value[list(order)])
+def _select(rule: Rule, order: Sequence[int]) -> None:
+    """Leave these modalities, in this order, in every tensor whose first dimension they are."""
+    for module in rule.modules():
+        if hasattr(module, "num_modalities"):
+            module.num_modalities = len(order)  # type: ignore[assignment]
+        for name, value in module._parameters.items():
+            if value is not None:
+                setattr(module, name, nn.Parameter(value.detach()[list(order)]))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in OF_CLASSES:
+                setattr(module, name, buffer[list(order)])
 
 
 def verify(
@@ -122,8 +108,9 @@ def verify(
         raise AssertionError("repeated calls must agree: an example failed once and then passed") from error
 
 
-def tolerance(*values: Tensor) -> float:
-    size = max((float(x.detach().abs().max()) for x in values), default=0.0)
+def tolerance(*values: Tensor, size: float | None = None) -> float:
+    """What rounding may make of values, or of a sum of terms of this size."""
+    size = max(float(x.detach().abs().max()) for x in values) if size is None else size
     return 256 * max(torch.finfo(x.dtype).eps for x in values) * (1 + size)
 
 
@@ -137,16 +124,10 @@ def size_of(given: Sequence[Tensor], out: Output | None = None) -> float:
 def agree(got: Tensor, expected: Tensor, what: str, given: Sequence[Tensor], size: float = 0.0) -> None:
     got, expected = got.detach(), expected.detach()
     assert got.shape == expected.shape, f"{what}: the shape is {tuple(got.shape)}, not {tuple(expected.shape)}"
-    bound = max(torch.finfo(x.dtype).eps for x in (got, expected)) * 256 * (1 + size + size_of(given))
     error = (got - expected).abs().max()
-    assert error <= bound, (
+    assert error <= tolerance(got, expected, size=size + size_of(given)), (
         f"{what}: got {got.tolist()}, expected {expected.tolist()} (off by {float(error):.3g}), logits={show(given)}"
     )
-
-
-def same(x: Tensor, y: Tensor) -> bool:
-    both = (torch.nan_to_num(x, nan=0.5), torch.nan_to_num(y, nan=0.5))
-    return torch.equal(x.isnan(), y.isnan()) and torch.equal(*both)
 
 
 def show(given: Sequence[Tensor]) -> list[Any]:

@@ -33,12 +33,12 @@ def make_step(
     classes: int,
     samples: int = 4096,
     dtype: torch.dtype = torch.float32,
-    make: Callable[[int], QualityAwareFusion] = QualityAwareFusion,
+    make: Callable[[int, int], QualityAwareFusion] = lambda modalities, classes: QualityAwareFusion(modalities),
     **options: Any,
 ) -> tuple[QMFLoss, list[Tensor], Tensor, Tensor]:
     """A criterion, logits that want gradients, targets and indices, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    fusion = make(modalities)
+    fusion = make(modalities, classes).to(DEVICE)
     criterion = QMFLoss(fusion, samples, return_logits=False, **options).to(DEVICE)
     rows = [torch.randn(batch, classes, generator=generator).to(DEVICE, dtype) for _ in range(modalities)]
     target = torch.randint(classes, (batch,), generator=generator).to(DEVICE)

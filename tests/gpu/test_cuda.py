@@ -22,7 +22,7 @@ def batch(dtype: torch.dtype, device: str, seed: int = 0) -> tuple[list[torch.Te
 def test_training_steps_match_the_cpu(dtype: torch.dtype, pairs: str) -> None:
     losses, grads = {}, {}
     for device, precision in (("cpu", torch.float64), ("cuda", dtype)):
-        criterion = QMFLoss(QualityAwareFusion(3), 100, pairs=pairs).to(device)
+        criterion = QMFLoss(QualityAwareFusion(3).to(device), 100, pairs=pairs).to(device)
         for step in range(3):
             logits, target, index = batch(precision, device, seed=step % 2)
             rows = [x.requires_grad_() for x in logits]

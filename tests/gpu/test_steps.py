@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
 from qmf_kernels.benchmarks.measure import capture
 
 from . import gpu
@@ -26,11 +26,12 @@ OPTIONS = {
 }
 
 
-RULES: dict[str, Callable[[int], QualityAwareFusion]] = {
-    "entropy": lambda m: QualityAwareFusion(m, uncertainty="entropy", normalize=True),
-    "LogitNorm": lambda m: QualityAwareFusion(m, normalize_logits=0.1),
-    "probabilities": lambda m: QualityAwareFusion(m, combine="probabilities", normalize_logits=0.1),
-    "robust": lambda m: QualityAwareFusion.robust(m, gather=False),
+Make = Callable[[int, int], QualityAwareFusion]
+RULES: dict[str, Make] = {
+    "entropy": lambda m, _: QualityAwareFusion(m, uncertainty="entropy", normalize=True),
+    "LogitNorm": lambda m, _: QualityAwareFusion(m, normalize_logits=0.1),
+    "probabilities": lambda m, _: QualityAwareFusion(m, combine="probabilities"),
+    "robust": QualityAwareFusion.robust,
 }
 
 
@@ -54,24 +55,21 @@ def test_three_launches_for_any_number_of_modalities(options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_takes_as_many_launches_and_waits_for_nothing(rule: str) -> None:
-    for shape, expected in (
-        ((3, 1000, 100), {"forward": 1, "bookkeeping": 1, "backward": 1}),
-        ((2, 32, 10), {"single": 1, "scale": 1}),
-    ):
-        step = gpu.make_step(*shape, make=RULES[rule])
-        found = gpu.launches_of(lambda step=step: train(*step))
-        assert gpu.ours(found) == expected, found.names
-        assert found.kernels - found.ours + found.copies <= 1, found.names
-        with gpu.no_waiting():
-            train(*step)
-
-
-def test_statistics_of_robust_are_gathered_without_waiting() -> None:
-    step = gpu.make_step(2, 64, 10, make=QualityAwareFusion.robust)
+@pytest.mark.parametrize("shape", [(2, 32, 10), (3, 1000, 100)], ids=str)
+def test_no_rule_waits_for_the_device(shape: tuple[int, int, int], rule: str) -> None:
+    """What runs in PyTorch in front of the operators, too, and the statistics of ``robust``."""
+    step = gpu.make_step(*shape, make=RULES[rule])
     train(*step)
     with gpu.no_waiting():
         train(*step)
+
+
+def test_a_ready_uncertainty_takes_three_launches() -> None:
+    """In a small batch too, whose uncertainty wants a gradient; and one to sum up those of alpha and beta."""
+    for shape in ((3, 1000, 100), (2, 32, 10)):
+        step = gpu.make_step(*shape, make=RULES["entropy"])
+        found = gpu.launches_of(lambda step=step: train(*step))
+        assert gpu.ours(found) == {"forward": 1, "bookkeeping": 1, "backward": 1}, found.names
 
 
 def test_nothing_but_ours_and_the_gradient_of_the_loss_is_launched() -> None:
@@ -88,12 +86,26 @@ def test_one_launch_for_a_small_batch_and_one_for_its_scale(shape: tuple[int, in
     assert gpu.ours(found) == {"single": 1, "scale": 1}, found.names
 
 
-def test_dense_prediction_takes_one_launch_more() -> None:
-    criterion = QMFLoss(QualityAwareFusion(2, class_dim=1), 50, return_logits=False).to(gpu.DEVICE)
+def test_dense_prediction_takes_three_launches() -> None:
+    """And PyTorch's, for each sample's means, which wait for nothing."""
+    criterion = QMFLoss(QualityAwareFusion(2, class_dim=1).to(gpu.DEVICE), 50, return_logits=False).to(gpu.DEVICE)
     rows = [torch.randn(4, 7, 33, 20, device=gpu.DEVICE, requires_grad=True) for _ in range(2)]
     target, index = torch.randint(7, (4, 33, 20), device=gpu.DEVICE), torch.arange(4, device=gpu.DEVICE)
     found = gpu.launches_of(lambda: train(criterion, rows, target, index))
-    assert gpu.ours(found) == {"forward": 1, "positions": 1, "bookkeeping": 1, "backward": 1}, found.names
+    assert gpu.ours(found) == {"forward": 1, "bookkeeping": 1, "backward": 1}, found.names
+    with gpu.no_waiting():
+        train(criterion, rows, target, index)
+
+
+@pytest.mark.parametrize("pairs", ["adjacent", "all"])
+@pytest.mark.parametrize("start_epoch", [1, 2])
+def test_ranking_and_history_alone_wait_for_nothing(pairs: str, start_epoch: int) -> None:
+    rank = TrajectoryRankingLoss(50, 2, pairs=pairs, start_epoch=start_epoch).to(gpu.DEVICE)
+    weights, losses = (torch.rand(2, 16, device=gpu.DEVICE).requires_grad_() for _ in range(2))
+    index = torch.arange(16, device=gpu.DEVICE)
+    with gpu.no_waiting():
+        for _ in range(3):
+            rank(weights, losses, index).backward()
 
 
 def test_fusion_alone_takes_one_launch_each_way() -> None:
@@ -229,6 +241,7 @@ def test_on_a_second_device() -> None:
     criterion, rows, target, index = gpu.make_step(3, 1000, 100)
     second = torch.device("cuda", 1)
     there = copy.deepcopy(criterion).to(second)
+    there.fusion.to(second)
     others = [x.detach().to(second).requires_grad_() for x in rows]
     losses = train(criterion, rows, target, index), train(there, others, target.to(second), index.to(second))
     assert losses[1].device == second
@@ -241,7 +254,7 @@ BROKEN = """
 import torch
 from qmf_fusion import QMFLoss, QualityAwareFusion
 
-criterion = QMFLoss(QualityAwareFusion(2), 10).cuda()
+criterion = QMFLoss(QualityAwareFusion(2).cuda(), 10).cuda()
 rows = [torch.randn({batch}, 5).cuda().requires_grad_() for _ in range(2)]
 target, index = torch.zeros({batch}, dtype=torch.int64).cuda(), torch.zeros({batch}, dtype=torch.int64).cuda()
 {which}[1] = {value}

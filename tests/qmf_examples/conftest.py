@@ -34,8 +34,8 @@ def sample(tmp_path_factory):
 
     def folder(name):
         if name not in written:
-            from qmf_examples.data_sets import DATA_SETS
-            from qmf_examples.sample_data import write_sample
+            from qmf_examples.data.catalogue import DATA_SETS
+            from qmf_examples.prepare.sample import write_sample
 
             known = DATA_SETS[name]
             counts = {"train": 2 if name == "food101" else 5, "dev": 1, "test": 1 if name == "food101" else 2}

@@ -13,11 +13,11 @@ import torch
 
 from qmf_examples.cli import main
 from qmf_examples.errors import CommandError
-from qmf_examples.learners import Answer, Learner
+from qmf_examples.models.learners import Answer, Learner
 from qmf_examples.processes import run_in_processes
-from qmf_examples.settings import QUICK, resolve
-from qmf_examples.training_module import Batches, TrainingModule
-from qmf_examples.training_run import read_checkpoint
+from qmf_examples.training.lightning_module import Batches, TrainingModule
+from qmf_examples.training.run import read_checkpoint
+from qmf_examples.training.settings import QUICK, resolve
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 DIGITS = ["train", "digits", "--quick", "--epochs", "2", "--seed", "3", "--seeds", "1"]
@@ -28,7 +28,7 @@ DRIVER = """
 import os, signal, sys
 import torch
 from qmf_examples.cli import main
-from qmf_examples.training_module import TrainingModule
+from qmf_examples.training.lightning_module import TrainingModule
 
 torch.set_num_threads(1)
 plain_step, steps = TrainingModule.training_step, 0
@@ -72,12 +72,18 @@ def test_digits_agree_with_one_process(two_processes, quick_run):
             torch.load(folder / "checkpoints" / f"seed3-{name}.pt", weights_only=True)
             for folder in (quick_run.output, two_processes[0])
         )
-        history = two["criterion"]["ranking.trajectory.history"]
+        if name == "unimodal":
+            for key, weight in one["learner"].items():
+                torch.testing.assert_close(two["learner"][key], weight, rtol=1e-3, atol=1e-3)
+            continue
+        key = "criterion.ranking.trajectory.history"
+        history = two["learner"][key]
         assert (history[1] == 2).all()
-        torch.testing.assert_close(history, one["criterion"]["ranking.trajectory.history"], rtol=0.02, atol=0.02)
-        torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-3, atol=0)
-    assert (two["criterion"]["fusion.mixture.running.count"] > 0).all()
-    assert two["criterion"]["fusion.mixture.running.count"].sum() == 2 * history.shape[-1]
+        torch.testing.assert_close(history, one["learner"][key], rtol=0.02, atol=0.02)
+    # What the robust rule gathers counts every sample once an epoch, whichever process saw it.
+    (count,) = (x for name, x in two["learner"].items() if name.startswith("model.fusion.") and name.endswith("count"))
+    assert (count > 0).all()
+    assert count.sum() == 2 * history.shape[-1]
 
 
 def test_one_process_speaks_and_writes(two_processes, quick_run):
@@ -89,6 +95,7 @@ def test_one_process_speaks_and_writes(two_processes, quick_run):
     assert set(os.listdir(folder / "checkpoints")) == checkpoints
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_bytes(two_processes, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "qmf_examples.cli", *DIGITS, "--output", str(tmp_path)]
@@ -98,6 +105,7 @@ def test_torchrun_gives_the_same_bytes(two_processes, tmp_path):
     assert done.stdout.count("Wrote ") == 1
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_one_line(two_processes, capsys):
     arguments = [*DIGITS, "--devices", "2", "--epochs", "3", "--resume", "--output", str(two_processes[0])]
     assert main(arguments) == 1
@@ -181,6 +189,7 @@ def train_pair(arguments, die_in_step=0):
     return run.returncode, said
 
 
+@pytest.mark.slow
 def test_a_killed_process_costs_no_more_than_its_epoch(sample, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)

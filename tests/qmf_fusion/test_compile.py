@@ -9,6 +9,7 @@ from torch import nn
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
 
 from .test_fusion import COEFFICIENTS, heads, randn
+from .test_mixture import clean_data
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +25,9 @@ def fresh_compiler():
         ({"normalize": True}, "aot_eager"),
         ({"uncertainty": "msp", "class_dim": 1}, "aot_eager"),
         ({"uncertainty": "evidence", "class_dim": 1}, "aot_eager"),
-        ({"uncertainty": "entropy", "normalize": True}, "inductor"),
-        ({"learnable": True, "nonnegative": True, **COEFFICIENTS}, "inductor"),
+        ({"uncertainty": "entropy", "normalize": True}, "aot_eager"),
+        pytest.param({"uncertainty": "entropy", "normalize": True}, "inductor", marks=pytest.mark.slow),
+        pytest.param({"learnable": True, "nonnegative": True, **COEFFICIENTS}, "inductor", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -106,9 +108,23 @@ class Positional(nn.Module):
         return out.logits, out.weights
 
 
-@pytest.mark.parametrize("uncertainty", ["energy", "entropy"])
-def test_export(uncertainty):
-    module = Positional(QualityAwareFusion(2, uncertainty=uncertainty, temperature=2.0))
+def calibrated():
+    logits, target = clean_data(m=2, k=4)
+    return QualityAwareFusion.robust(2, 4).calibrate(logits, target)
+
+
+EXPORTED = {
+    "energy": lambda: QualityAwareFusion(2, temperature=2.0),
+    "entropy": lambda: QualityAwareFusion(2, uncertainty="entropy", temperature=2.0),
+    "probabilities": lambda: QualityAwareFusion(2, combine="probabilities", normalize_logits=0.1),
+    "robust": lambda: QualityAwareFusion.robust(2, 4),
+    "robust, calibrated": calibrated,
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export(name):
+    module = Positional(EXPORTED[name]())
     batch = torch.export.Dim("batch", min=2)
     logits = heads(2, dtype=torch.float32)
     program = torch.export.export(module, tuple(logits), dynamic_shapes=({0: batch}, {0: batch}))

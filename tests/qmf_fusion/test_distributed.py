@@ -101,7 +101,7 @@ dist.destroy_process_group()
 
 
 def make_criterion(**switches: bool) -> QMFLoss:
-    return QMFLoss(QualityAwareFusion.robust(2, **switches), 60)
+    return QMFLoss(QualityAwareFusion.robust(2, 4, **switches), 60)
 
 
 def steps_of_robust() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -134,7 +134,7 @@ def test_two_processes_have_the_statistics_of_one(found: list[dict[str, dict[str
     for rows, target, index in steps_of_robust():
         single(list(rows), target, index)
     expected = single.fusion.state_dict()
-    assert expected["mixture.running.count"].sum() == 12 + 12 + 9 + 12 + 3  # repeats count
+    assert expected["rule.running.count"].sum() == 12 + 12 + 9 + 12 + 3  # repeats count
     for state in found:
         torch.testing.assert_close(state["everywhere"], expected, rtol=1e-10, atol=1e-12)
         assert [x.tolist() for x in state["sums"]] == [[3.0], [[4.0, 4.0]]]
@@ -188,7 +188,7 @@ for copies in (False, True):
             for i in range(rank, 8, 2):
                 model(torch.ones(1, 1), torch.tensor([i]))
             model.module.trajectory.sync()
-    saved.append((model.module.trajectory.count, [str(warning.message) for warning in caught]))
+    saved.append((model.module.trajectory.count, [f"{warning.filename}: {warning.message}" for warning in caught]))
 torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
 # What is wrapped refers to itself; left to the end, it holds threads of the group that may abort the interpreter.
 del model
@@ -206,3 +206,4 @@ def test_a_history_that_ddp_overwrites_is_told(tmp_path: Path) -> None:
         assert not torch.equal(spoilt, count)
         assert len(some) == rank
         assert all("broadcast_buffers=False" in message for message in some)
+        assert not any("_contextlib.py" in message for message in some), "the warning points at the caller"

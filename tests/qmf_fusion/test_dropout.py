@@ -55,7 +55,7 @@ def test_seeded_resumable_and_off_in_evaluation():
 
 
 def test_trains_as_dropping_does():
-    net, x = model(fusion=QualityAwareFusion.robust(["a", "b", "c"])), inputs(8)
+    net, x = model(fusion=QualityAwareFusion.robust(["a", "b", "c"], 4)), inputs(8)
     out = net(x, torch.tensor([True, True, False]))
     assert not out.present[2].any()
     assert out.present.any(0).all()

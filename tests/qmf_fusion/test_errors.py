@@ -252,6 +252,23 @@ CASES = {
     "rank weights shape": (rank(w=X), ValueError, r"weights must be \[2, B\], .* got \(3, 4\)"),
     "rank losses shape": (rank(losses=X[:2]), ValueError, r"losses must be \[2, B\], .* got \(2, 4\)"),
     "rank empty": (rank(X[:2, :0], X[:2, :0], INDEX[:0]), ValueError, r"weights must not be empty"),
+    "index device": (
+        criterion(index=INDEX.to("meta")),
+        ValueError,
+        r"index must be on the trajectory's device cpu, got m",
+    ),
+    "rank index device": (
+        rank(index=INDEX.to("meta")),
+        ValueError,
+        r"index must be on the trajectory's device cpu, got m",
+    ),
+    "rank losses device": (
+        rank(losses=META[:2, :3]),
+        ValueError,
+        r"losses must be on the trajectory's device cpu, got meta",
+    ),
+    "kappa dims": (lambda: LossTrajectory(5, 1).kappa(INDEX[0]), ValueError, r"index must be \[B\], .* got \(\)"),
+    "kappa kind": (lambda: LossTrajectory(5, 1).kappa(3), TypeError, r"index must be a tensor, got int"),
     "rank index": (rank(index=INDEX * 9), IndexError, r"index must be within the trajectory's 10 .* got 0 to 18"),
     "trajectory": (lambda: LossTrajectory(5, 0), ValueError, r"num_modalities must be an integer .* got 0"),
     "trajectory bool": (lambda: LossTrajectory(True, 1), ValueError, r"num_samples must be an integer .* got True"),

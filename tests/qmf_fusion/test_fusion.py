@@ -391,7 +391,7 @@ def test_building_under_another_default_device():
     with torch.device("meta"):
         fusion = QualityAwareFusion(2, temperature=2.0)
         learnable = QualityAwareFusion(2, learnable=True)
-        robust = QualityAwareFusion.robust(2)
+        robust = QualityAwareFusion.robust(2, 4)
     assert fusion.alpha.tolist() == [-0.1, -0.1]
     assert learnable.to("meta").alpha.is_meta
     assert robust.names == ("0", "1")

@@ -36,20 +36,21 @@ def from_definition(logits, odds, ratio, prior):
 
 def test_posteriors_are_those_of_the_model_by_enumeration():
     logits, target = clean_data()
-    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     test = 3 * torch.randn(3, 20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     out = fusion(test)
-    statistics = fusion.mixture.statistics()
-    evidence = fusion.mixture.evidence(test, statistics)
+    statistics = fusion.rule.statistics()
+    ratio, u = fusion.rule.evidence(test, statistics)
+    odds = fusion.rule.odds_of(u)
     for i in range(20):
-        fused, clean = from_definition(test[:, i], evidence.odds[:, i], evidence.ratio[:, i], statistics.prior)
+        fused, clean = from_definition(test[:, i], odds[:, i], ratio[:, i], statistics.prior)
         torch.testing.assert_close(out.logits[i].exp(), fused)
         torch.testing.assert_close(out.weights[:, i], clean)
 
 
 def test_statistics_and_evidence_are_the_documented_formulas():
     logits, target = clean_data(m=1, n=60, k=3)
-    fusion = QualityAwareFusion.robust(1).calibrate(logits, target)
+    fusion = QualityAwareFusion.robust(1, 3).calibrate(logits, target)
     x, n = logits[0], 60
     prior = (torch.bincount(target) + 1) / (n + 3)
     means = torch.stack([x[target == c].mean(0) for c in range(3)])
@@ -77,20 +78,22 @@ def test_statistics_and_evidence_are_the_documented_formulas():
         float((d.min().log() - nearest.log().mean()) / max(nearest.log().std(unbiased=False), 0.3)),
         0.0,
     )
-    evidence = fusion.mixture.evidence(v.view(1, 1, 3), fusion.mixture.statistics())
-    torch.testing.assert_close(evidence.ratio[0, 0], ratio, rtol=1e-6, atol=1e-9)
-    assert float(evidence.untypical) == pytest.approx(u, rel=1e-6)
+    found, untypical = fusion.rule.evidence(v.view(1, 1, 3), fusion.rule.statistics())
+    torch.testing.assert_close(found[0, 0], ratio, rtol=1e-6, atol=1e-9)
+    assert float(untypical) == pytest.approx(u, rel=1e-6)
     rho = 0.3 * (1 + torch.exp(torch.tensor(min(u, 6) - 3)))
-    assert float(evidence.odds) == pytest.approx(float(rho), rel=1e-6)
+    assert float(fusion.rule.odds_of(untypical)) == pytest.approx(float(rho), rel=1e-6)
 
 
 def test_without_statistics_it_is_the_plain_form():
     x = torch.randn(4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    out = QualityAwareFusion.robust(4)(x)
+    fusion = QualityAwareFusion.robust(4, 6)
     expected = torch.log1p(6 * x.softmax(-1) / (0.3 * (1 + torch.exp(torch.tensor(-3.0))))).sum(0).log_softmax(-1)
-    torch.testing.assert_close(out.logits, expected)
-    room = QualityAwareFusion.robust(4, num_classes=6)
-    torch.testing.assert_close(room(x).logits, expected, msg="statistics of nothing must change nothing")
+    torch.testing.assert_close(fusion(x).logits, expected)
+    assert fusion.rule.statistics() is None
+    rows = x, torch.ones(4, 7, dtype=torch.bool)
+    nothing = fusion.rule.posterior(*rows, fusion.rule.running.statistics())
+    torch.testing.assert_close(nothing, fusion.rule.posterior(*rows, None), msg="statistics of nothing change nothing")
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,8 +102,8 @@ def test_absent_equals_dropped(seed, size, which):
     logits, target = clean_data()
     test = size * torch.randn(3, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     keep = [m for m in range(3) if m != which]
-    whole = QualityAwareFusion.robust(3).calibrate(logits, target)
-    part = QualityAwareFusion.robust(2).calibrate(logits[keep], target)
+    whole = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
+    part = QualityAwareFusion.robust(2, 5).calibrate(logits[keep], target)
     present = torch.tensor([m != which for m in range(3)])
     for rows in (test, test.index_fill(0, torch.tensor([which]), torch.nan)):
         out = whole(rows, present)
@@ -113,13 +116,13 @@ def test_absent_equals_dropped(seed, size, which):
 @given(seed=st.integers(0, 10**6), rise=st.floats(0.01, 5))
 def test_a_weight_never_rises_with_its_uncertainty(seed, rise):
     g = torch.Generator().manual_seed(seed)
-    mixture = ContaminatedProduct(3)
+    mixture = ContaminatedProduct(3, 5)
     u = 6 * torch.rand(3, 10, generator=g, dtype=torch.float64)
     x = 4 * torch.randn(3, 10, 5, generator=g, dtype=torch.float64)
-    ratio = mixture.evidence(x, None).ratio
+    ratio, _ = mixture.evidence(x, None)
 
     def weights(u):
-        odds = mixture._odds(u).unsqueeze(-1)
+        odds = mixture.odds_of(u).unsqueeze(-1)
         fused = torch.log1p(ratio / odds).sum(0).softmax(-1)
         return (fused * ratio / (ratio + odds)).sum(-1)
 
@@ -128,7 +131,7 @@ def test_a_weight_never_rises_with_its_uncertainty(seed, rise):
 
 def test_untypical_logits_lose_weight_and_votes():
     logits, target = clean_data()
-    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     test, _ = clean_data(seed=1)
     clean = fusion(test).weights[2].mean()
     for broken in (30 * test[2], 0.01 * test[2]):
@@ -159,8 +162,8 @@ def test_every_switch_changes_the_rule_and_keeps_it_finite(switches):
     test = torch.randn(3, 40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * torch.tensor(
         [0.05, 1, 40], dtype=torch.float64
     ).view(3, 1, 1)
-    default = QualityAwareFusion.robust(3).calibrate(logits, target)(test)
-    out = QualityAwareFusion.robust(3, **switches).calibrate(logits, target)(test)
+    default = QualityAwareFusion.robust(3, 5).calibrate(logits, target)(test)
+    out = QualityAwareFusion.robust(3, 5, **switches).calibrate(logits, target)(test)
     assert torch.isfinite(out.logits).all()
     assert ((out.weights >= 0) & (out.weights <= 1)).all()
     assert not torch.allclose(out.logits, default.logits)
@@ -169,7 +172,7 @@ def test_every_switch_changes_the_rule_and_keeps_it_finite(switches):
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e4, 1e19, 3e38])
 def test_extreme_finite_logits_stay_finite(value):
     logits, target = clean_data(dtype=torch.float32)
-    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     test = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
     test[1] = value
     test[2] = test[2].sign() * value
@@ -181,7 +184,7 @@ def test_extreme_finite_logits_stay_finite(value):
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_state_pickle_and_copy(calibrated):
     logits, target = clean_data()
-    fusion, other = QualityAwareFusion.robust(3), QualityAwareFusion.robust(3)
+    fusion, other = QualityAwareFusion.robust(3, 5), QualityAwareFusion.robust(3, 5)
     (fusion if calibrated else other).calibrate(logits, target)
     expected = fusion(logits).logits
     other.load_state_dict(fusion.state_dict())
@@ -192,13 +195,13 @@ def test_state_pickle_and_copy(calibrated):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_loading_something_else_keeps_what_was_found_and_loading_a_fresh_layer_does_not(wrapped):
     logits, target = clean_data()
-    rule = QualityAwareFusion.robust(3).calibrate(logits, target)
+    rule = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     rule.observe(list(logits), target, None)
     plain = QualityAwareFusion(3).calibrate(logits, target)
-    for layer, fresh in ((rule, QualityAwareFusion.robust(3)), (plain, QualityAwareFusion(3))):
+    for layer, fresh in ((rule, QualityAwareFusion.robust(3, 5)), (plain, QualityAwareFusion(3))):
         whole = nn.ModuleDict({"fusion": layer, "head": nn.Linear(2, 2)}) if wrapped else layer
         before = copy.deepcopy(layer.state_dict())
-        assert any(name.startswith("calibration") for name in before)
+        assert layer.calibration.found()
         whole.load_state_dict({"head.weight": torch.zeros(2, 2), "head.bias": torch.zeros(2)}, strict=False)
         whole.load_state_dict({}, strict=False)
         torch.testing.assert_close(layer.state_dict(), before, equal_nan=True)
@@ -210,13 +213,13 @@ def test_loading_something_else_keeps_what_was_found_and_loading_a_fresh_layer_d
 def test_inputs_of_every_kind():
     logits, target = clean_data()
     image = logits.view(3, 4, 6, 10, 5)
-    fusion = QualityAwareFusion.robust(["a", "b", "c"]).calibrate(logits, target)
+    fusion = QualityAwareFusion.robust(["a", "b", "c"], 5).calibrate(logits, target)
     expected = fusion(logits).logits
     torch.testing.assert_close(fusion(dict(zip("abc", logits, strict=True))).logits, expected)
     torch.testing.assert_close(fusion(list(image)).logits, expected.view(4, 6, 10, 5))
-    wide = QualityAwareFusion.robust(3, class_dim=1).calibrate(image.movedim(-1, 2), target.view(4, 6, 10))
+    wide = QualityAwareFusion.robust(3, 5, class_dim=1).calibrate(image.movedim(-1, 2), target.view(4, 6, 10))
     torch.testing.assert_close(wide(image.movedim(-1, 2)).logits, expected.view(4, 6, 10, 5).movedim(-1, 1))
-    one = QualityAwareFusion.robust(1).calibrate(logits[:1], target)
+    one = QualityAwareFusion.robust(1, 5).calibrate(logits[:1], target)
     assert (one(logits[:1]).logits.argmax(-1) == logits[0].argmax(-1)).double().mean() > 0.9
     with torch.autocast("cpu", torch.bfloat16):
         out = fusion(list(logits.bfloat16()))
@@ -227,7 +230,7 @@ def test_inputs_of_every_kind():
 def test_no_modality_gives_zeros_and_no_gradient():
     x = torch.randn(2, 3, 4, requires_grad=True)
     present = torch.tensor([[True, False, True], [True, False, False]])
-    out = QualityAwareFusion.robust(2)(x, present)
+    out = QualityAwareFusion.robust(2, 4)(x, present)
     assert (out.logits[1] == 0).all()
     out.logits.logsumexp(-1).sum().backward()
     assert (x.grad[~present] == 0).all()
@@ -237,9 +240,14 @@ def test_no_modality_gives_zeros_and_no_gradient():
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_whole():
     logits, target = clean_data(dtype=torch.float32)
-    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     torch.testing.assert_close(torch.compile(fusion, fullgraph=True, backend="aot_eager")(logits), fusion(logits))
-    plain, whole = (QMFLoss(QualityAwareFusion.robust(3), 240) for _ in range(2))
+    late = QualityAwareFusion.robust(3, 5)
+    compiled = torch.compile(late, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), late(logits))
+    late.calibrate(logits, target)  # what is compiled looks at the statistics anew
+    torch.testing.assert_close(compiled(logits), fusion(logits))
+    plain, whole = (QMFLoss(QualityAwareFusion.robust(3, 5), 240) for _ in range(2))
     step = torch.compile(whole, fullgraph=True, backend="aot_eager")
     for i in range(0, 240, 80):
         index = torch.arange(i, i + 80)
@@ -250,52 +258,52 @@ def test_compiles_whole():
 
 def test_running_statistics_come_near_the_fitted_ones():
     logits, target = clean_data(n=4000, k=4)
-    fusion = QualityAwareFusion.robust(3)
+    fusion = QualityAwareFusion.robust(3, 4)
     criterion = QMFLoss(fusion, len(target))
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))
     for index in order.split(50):
         criterion(logits[:, index], target[index], index)
-    running = fusion.mixture.statistics()
+    running = fusion.rule.statistics()
     test, _ = clean_data(n=500, k=4, seed=9)
     test[1] *= 8
     gathered = fusion(test)
     fusion.calibrate(logits, target)
-    fitted = fusion.mixture.statistics()
+    fitted = fusion.rule.statistics()
     torch.testing.assert_close(running.scale, fitted.scale, rtol=0.1, atol=0)
     torch.testing.assert_close(running.norm, fitted.norm, rtol=0.1, atol=0.05)
     torch.testing.assert_close(running.distance, fitted.distance, rtol=0.15, atol=0.05)
     torch.testing.assert_close(gathered.weights, fusion(test).weights, rtol=0, atol=0.15)
     criterion.eval()
-    before = copy.deepcopy(fusion.mixture.running.state_dict())
+    before = copy.deepcopy(fusion.rule.running.state_dict())
     criterion(logits[:, :50], target[:50])
-    torch.testing.assert_close(fusion.mixture.running.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(fusion.rule.running.state_dict(), before, rtol=0, atol=0)
 
 
 def test_gathering_can_be_left_to_calibrate():
     logits, target = clean_data()
-    fusion = QualityAwareFusion.robust(3, gather=False)
+    fusion = QualityAwareFusion.robust(3, 5, gather=False)
     QMFLoss(fusion, 240, ranking_weight=0)(logits, target)
-    assert fusion.mixture.statistics() is None
-    expected = QualityAwareFusion.robust(3).calibrate(logits, target)(logits)
+    assert fusion.rule.statistics() is None
+    expected = QualityAwareFusion.robust(3, 5).calibrate(logits, target)(logits)
     torch.testing.assert_close(fusion.calibrate(logits, target)(logits).logits, expected.logits)
 
 
 def test_a_modality_never_seen_stays_plain():
     logits, target = clean_data()
-    fusion = QualityAwareFusion.robust(3)
+    fusion = QualityAwareFusion.robust(3, 5)
     criterion = QMFLoss(fusion, len(target), ranking_weight=0)
     for _ in range(3):
         criterion([logits[0], None, logits[2]], target)
-    evidence = fusion.mixture.evidence(logits, fusion.mixture.statistics())
-    prior = fusion.mixture.statistics().prior
-    torch.testing.assert_close(evidence.ratio[1], logits[1].softmax(-1) / prior)
-    assert (evidence.untypical[1] == 0).all()
-    assert (evidence.untypical[0] > 0).any()
+    ratio, untypical = fusion.rule.evidence(logits, fusion.rule.statistics())
+    prior = fusion.rule.statistics().prior
+    torch.testing.assert_close(ratio[1], logits[1].softmax(-1) / prior)
+    assert (untypical[1] == 0).all()
+    assert (untypical[0] > 0).any()
 
 
 def test_works_in_a_model_as_the_default_does():
     heads = {"a": nn.Linear(6, 4), "b": nn.Linear(3, 4)}
-    model = FusionModel(heads, QualityAwareFusion.robust(["a", "b"]))
+    model = FusionModel(heads, QualityAwareFusion.robust(["a", "b"], 4))
     criterion = QMFLoss(model.fusion, 20)
     out = model({"a": torch.randn(20, 6), "b": torch.randn(20, 3)})
     result = criterion(out.unimodal_logits, torch.arange(20) % 4, torch.arange(20))
@@ -323,19 +331,19 @@ def test_works_in_a_model_as_the_default_does():
 )
 def test_bad_switches_are_named(switches, match):
     with pytest.raises(ValueError, match=match):
-        QualityAwareFusion.robust(2, **switches)
+        QualityAwareFusion.robust(2, **{"num_classes": 5, **switches})
     with pytest.raises(TypeError, match="nonsense"):
-        QualityAwareFusion.robust(2, nonsense=1)
+        QualityAwareFusion.robust(2, 5, nonsense=1)
 
 
 @pytest.mark.parametrize(("classes", "samples"), [(1, 5), (3, 2), (5, 5)])
 def test_data_with_hardly_any_statistics_stays_finite(classes, samples):
     g = torch.Generator().manual_seed(0)
     logits, target = torch.randn(2, samples, classes, generator=g), torch.arange(samples) % classes
-    criterion = QMFLoss(QualityAwareFusion.robust(2), samples)
+    criterion = QMFLoss(QualityAwareFusion.robust(2, classes), samples)
     for _ in range(4):
         assert torch.isfinite(criterion(logits, target, torch.arange(samples)).loss)
-    for fusion in (criterion.fusion, QualityAwareFusion.robust(2).calibrate(logits, target)):
+    for fusion in (criterion.fusion, QualityAwareFusion.robust(2, classes).calibrate(logits, target)):
         out = fusion(torch.randn(2, 4, classes, generator=g))
         assert torch.isfinite(out.logits).all()
         assert torch.isfinite(out.weights).all()
@@ -346,7 +354,7 @@ def test_constant_logits_and_classes_without_samples_stay_finite():
     g = torch.Generator().manual_seed(0)
     test = torch.randn(2, 4, 6, generator=g, requires_grad=True)
     for logits, num in ((torch.zeros(2, 20, 6), 6), (torch.randn(2, 40, 6, generator=g), 3)):
-        out = QualityAwareFusion.robust(2).calibrate(logits, torch.arange(logits.shape[1]) % num)(test)
+        out = QualityAwareFusion.robust(2, 6).calibrate(logits, torch.arange(logits.shape[1]) % num)(test)
         assert torch.isfinite(out.logits).all()
         (grad,) = torch.autograd.grad(out.logits.logsumexp(-1).sum() + out.weights.sum(), test)
         assert torch.isfinite(grad).all()
@@ -354,15 +362,15 @@ def test_constant_logits_and_classes_without_samples_stay_finite():
 
 def test_casting_keeps_the_statistics_precise():
     logits, target = clean_data(dtype=torch.float32)
-    fusion = QualityAwareFusion.robust(3).calibrate(logits, target)
+    fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     expected = fusion(logits).logits
-    assert fusion.half().mixture.fitted.whiten.dtype == torch.float64
+    assert fusion.half().rule.fitted.whiten.dtype == torch.float64
     assert torch.equal(fusion(logits).logits, expected)
 
 
 def test_another_number_of_classes_is_refused_and_changes_nothing():
     logits, target = clean_data()
-    fusion = QualityAwareFusion.robust(3)
+    fusion = QualityAwareFusion.robust(3, 5)
     fusion.observe(list(logits), target, None)
     before = copy.deepcopy(fusion.state_dict())
     fewer = logits[..., :2]
@@ -371,12 +379,12 @@ def test_another_number_of_classes_is_refused_and_changes_nothing():
             call()
     torch.testing.assert_close(fusion.state_dict(), before, rtol=0, atol=0)
     with pytest.raises(ValueError, match="logits must have"):
-        QualityAwareFusion.robust(3).calibrate(logits, target)(fewer)
+        QualityAwareFusion.robust(3, 5).calibrate(logits, target)(fewer)
 
 
 def test_rows_whose_squares_overflow_do_not_spoil_the_running_statistics():
     logits, target = clean_data()
-    sound, spoilt = QualityAwareFusion.robust(3), QualityAwareFusion.robust(3)
+    sound, spoilt = QualityAwareFusion.robust(3, 5), QualityAwareFusion.robust(3, 5)
     for _ in range(3):
         sound.observe(list(logits), target, None)
         spoilt.observe(list(logits), target, None)
@@ -386,4 +394,4 @@ def test_rows_whose_squares_overflow_do_not_spoil_the_running_statistics():
     spoilt.observe(list(mixed), torch.cat([target, target]), None)
     sound.observe(list(logits), target, None)
     torch.testing.assert_close(spoilt(logits).weights, sound(logits).weights)
-    assert all(torch.isfinite(x).all() for x in spoilt.mixture.running.buffers())
+    assert all(torch.isfinite(x).all() for x in spoilt.rule.running.buffers())

@@ -228,6 +228,11 @@ def test_module_in_evaluation_records_nothing_and_takes_broken_rows():
     assert all(torch.equal(x, before[name]) for name, x in rank.state_dict().items())
 
 
+def test_a_history_in_shared_memory_is_shared_whole():
+    trajectory = LossTrajectory(4, 1).share_memory()
+    assert all(x.is_shared() for x in trajectory.buffers())
+
+
 def test_no_gradient_flows_into_the_losses():
     rank = TrajectoryRankingLoss(3, 1)
     losses = rand(1, 3).requires_grad_()

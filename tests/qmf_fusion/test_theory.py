@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from qmf_fusion import QualityAwareFusion, fusion_report
-from qmf_fusion.streaming import WeightLossCorrelation
-from qmf_fusion.theory import spearman
+from qmf_fusion.theory import WeightLossCorrelation, spearman
 
 from ..two_processes import run_two
 from .test_calibration import data, quietly
@@ -89,11 +88,16 @@ def test_a_few_samples_decide_nothing(n, static):
         assert all(f"{n} of the 4 samples" in m.sentence for m in report.modalities)
 
 
-@pytest.mark.parametrize("rule", [QualityAwareFusion.robust, QualityAwareFusion], ids=["robust", "default"])
-def test_prints_converts_and_plots(rule, tmp_path):
+NAMES = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "fusion", [QualityAwareFusion.robust(NAMES, 4), QualityAwareFusion(NAMES)], ids=["robust", "default"]
+)
+def test_prints_converts_and_plots(fusion, tmp_path):
     pytest.importorskip("matplotlib")
     logits, target = data()
-    report = fusion_report(rule(["a", "b", "c"]), logits, target)
+    report = fusion_report(fusion, logits, target)
     text = str(report)
     assert all(word in text for word in ("Term-L", "Term-Cov", "Spearman", "total", report.sentence))
     assert json.loads(json.dumps(report.to_dict()))["verdict"] == report.verdict
@@ -130,7 +134,7 @@ def test_streaming_equals_all_at_once():
 WORKER = """
 import sys
 import torch
-from qmf_fusion.streaming import WeightLossCorrelation
+from qmf_fusion.theory import WeightLossCorrelation
 
 torch.distributed.init_process_group("gloo")
 rank, (w, v) = torch.distributed.get_rank(), torch.load(f"{sys.argv[1]}/data.pt")
@@ -142,11 +146,17 @@ torch.distributed.destroy_process_group()
 
 
 def test_streaming_across_processes(tmp_path):
-    w, v = torch.randn(2, 2, 101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w, v = torch.rand(2, 2, 101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.save((w, v), tmp_path / "data.pt")
     run_two(WORKER, tmp_path)
     metric = WeightLossCorrelation(2)
     metric.update(w, v)
-    for rank in range(2):
-        out = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(out, tuple(metric.compute()))
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(found[0], tuple(metric.compute()))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, msg="every process finds the same bits")
+
+
+def test_streaming_moves_a_batch_to_its_own_device():
+    metric = WeightLossCorrelation(2).to("meta")
+    metric.update(torch.rand(2, 5), torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool))
+    assert metric.moments.is_meta

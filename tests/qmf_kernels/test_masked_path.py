@@ -1,28 +1,18 @@
 """On a device, nobody may ask whether every row counts, so every mask is there. Here the CPU is made to act alike."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
-from qmf_kernels import fusion, operators
-
-
-@pytest.fixture(params=["masked", "known"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """``"masked"``: as on a device; ``"known"``: the general code, without the short cut for small batches."""
-    monkeypatch.setattr(operators, "small_objective", lambda *_: None)
-    if request.param == "masked":
-        monkeypatch.setattr(fusion, "all_finite", lambda _: False)
-    return request.param
+from qmf_kernels.eager import fusion
 
 
 def step(options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
-    fusion = QualityAwareFusion(3, **options)
-    criterion = QMFLoss(fusion, 20, **loss_options)
+    layer = QualityAwareFusion(3, **options)
+    criterion = QMFLoss(layer, 20, **loss_options)
     rows = [torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
     target = torch.randint(shape[-1], shape[:-1], generator=generator)
     index = torch.arange(shape[0])
@@ -33,8 +23,8 @@ def step(options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int
     for x in rows:
         x.grad = None
     out.loss.backward()
-    layer = fusion(rows)
-    return (*out, *general, *(x.grad for x in rows), layer.logits, layer.weights, criterion.ranking.kappa(index))
+    alone = layer(rows)
+    return (*out, *general, *(x.grad for x in rows), alone.logits, alone.weights, criterion.ranking.kappa(index))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 20), (4, 3, 5)])
@@ -42,13 +32,10 @@ def step(options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int
 @pytest.mark.parametrize(
     "options", [{}, {"normalize": True}, {"nonnegative": True, "temperature": 2.0}, {"learnable": True}]
 )
-def test_same_numbers(options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int, ...], path: str) -> None:
-    with pytest.MonkeyPatch.context() as undo:
-        undo.setattr(operators, "small_objective", SMALL)
-        undo.setattr(fusion, "all_finite", ALL_FINITE)
-        expected = step(options, loss_options, shape)
+def test_same_numbers(
+    options: dict[str, Any], loss_options: dict[str, Any], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = step(options, loss_options, shape)
+    monkeypatch.setattr(fusion, "all_finite", lambda _: False)
     for value, wanted in zip(step(options, loss_options, shape), expected, strict=True):
         torch.testing.assert_close(value, wanted, atol=1e-12, rtol=1e-12, equal_nan=True)
-
-
-SMALL, ALL_FINITE = operators.small_objective, fusion.all_finite

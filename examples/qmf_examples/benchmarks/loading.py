@@ -28,12 +28,12 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from .. import rgbd, text_image
-from ..data_sets import DATA_SETS
-from ..paired_images import LOAD_SIZE, SHRINK_ABOVE
-from ..settings import Settings
-from ..text_encoders import pad
-from ..training_module import Shuffled
+from ..data.catalogue import DATA_SETS
+from ..data.paired_images import LOAD_SIZE, SHRINK_ABOVE
+from ..models.text_encoders import pad
+from ..training import paired_batches, text_batches
+from ..training.lightning_module import Shuffled
+from ..training.settings import Settings
 
 BATCH = 16
 Times = tuple[float, float]
@@ -119,7 +119,7 @@ def make_sides(settings: Settings) -> Sides:
 
 
 def _pairs(settings: Settings) -> Sides:
-    ours = rgbd.load_images(settings)
+    ours = paired_batches.load_images(settings)
     crop, finish = ours.transform, ours.finish
     assert crop is not None
     assert finish is not None
@@ -136,7 +136,7 @@ def _pairs(settings: Settings) -> Sides:
     return Sides(
         ours,
         plain,
-        rgbd.collate,
+        paired_batches.collate,
         default_collate,
         lambda batch: (batch["inputs"]["rgb"], batch["inputs"]["depth"], batch["label"]),
         lambda batch: (*batch[0], batch[1]),
@@ -163,8 +163,8 @@ class PlainTexts(Dataset[Any]):
 
 
 def _texts(settings: Settings) -> Sides:
-    numbering = text_image.load_texts_numbering(settings)
-    ours = text_image.load_texts(settings, "train", numbering)
+    numbering = text_batches.load_texts_numbering(settings)
+    ours = text_batches.load_texts(settings, "train", numbering)
     resize, finish = ours.transform, ours.finish
     assert resize is not None
     assert finish is not None
@@ -177,7 +177,7 @@ def _texts(settings: Settings) -> Sides:
     return Sides(
         ours,
         plain,
-        text_image.collate,
+        text_batches.collate,
         collate,
         lambda batch: (batch["inputs"]["text"]["input_ids"], batch["inputs"]["image"], batch["label"]),
         lambda batch: (batch[0]["input_ids"], *batch[1:]),

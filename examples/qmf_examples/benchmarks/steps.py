@@ -17,12 +17,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from .. import rgbd, text_image
-from ..data_sets import DATA_SETS
-from ..learners import QualityAware, give
-from ..settings import Settings
-from ..text_encoders import Numbering, WordNumbers, WordPieces
-from ..text_vocabulary import Vocabulary
+from ..data.catalogue import DATA_SETS
+from ..models.learners import QualityAware, give
+from ..models.text_encoders import Numbering, WordNumbers, WordPieces
+from ..models.vocabulary import Vocabulary
+from ..training.networks import build_learner
+from ..training.settings import Settings
 
 TRAINING_SAMPLES = {"nyud2": 795, "sunrgbd": 4845, "food101": 60_101, "mvsa": 1555}
 PHASES = ("forward", "objective", "backward", "optimizer")
@@ -78,17 +78,17 @@ def _learner(settings: Settings) -> QualityAware:
     known = DATA_SETS[settings.data_set]
     sizes = (len(known.classes), TRAINING_SAMPLES[settings.data_set])
     if known.paired:
-        learner = rgbd.build_learner(settings, *sizes, pretrained=False)
+        learner = build_learner(settings, *sizes, pretrained=False)
     elif settings.text_model == "tiny":
         numbering: Numbering = WordNumbers(Vocabulary([" ".join(map(str, range(500)))]), settings.max_tokens, True)
-        learner = text_image.build_learner(settings, *sizes, numbering, pretrained=False)
+        learner = build_learner(settings, *sizes, numbering, pretrained=False)
     else:
         # BERT-base's sizes are the defaults of its configuration: nothing is downloaded.
         with tempfile.TemporaryDirectory() as folder:
             transformers.BertConfig().save_pretrained(folder)
             marks = SimpleNamespace(cls_token_id=101, sep_token_id=102)
             base = dataclasses.replace(settings, text_model=folder)
-            learner = text_image.build_learner(base, *sizes, WordPieces(marks, settings.max_tokens), pretrained=False)
+            learner = build_learner(base, *sizes, WordPieces(marks, settings.max_tokens), pretrained=False)
     assert isinstance(learner, QualityAware)
     return learner
 

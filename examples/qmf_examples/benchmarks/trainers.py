@@ -15,11 +15,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..data_sets import DATA_SETS
+from ..data.catalogue import DATA_SETS
+from ..evaluation.display import bare_table, console
 from ..files import write_atomically
-from ..sample_data import write_sample
-from ..settings import QUICK, Settings, resolve
-from ..tables import bare_table, wide_console
+from ..prepare.sample import write_sample
+from ..training.settings import QUICK, Settings, resolve
 from .loading import Loading, measure_loading
 from .objective import environment
 from .steps import PHASES, Step, measure_step
@@ -110,16 +110,16 @@ def step_table(rows: Sequence[Step]) -> Table:
 
 def run_and_report(bench: Bench, folder: Path) -> None:
     """Measure, print the tables, and write results.json into ``folder``."""
-    console = wide_console()
+    shown = console()
     where = {**environment(), "device": bench.device}
     if torch.device(bench.device).type == "cuda":
         where["device"] = torch.cuda.get_device_name(bench.device)
-    loading, steps = measure(bench, lambda text: console.print(text, soft_wrap=True))
+    loading, steps = measure(bench, lambda text: shown.print(text, soft_wrap=True))
     said = [", ".join(f"{name} {value}" for name, value in where.items())]
     if bench.quick:
         said.append("Tiny networks and images: these figures only show that everything runs.")
     tables = [*([loading_table(loading, bench)] if loading else []), *([step_table(steps)] if steps else [])]
-    console.print(Group(*tables, *(Text(text) for text in said)))
+    shown.print(Group(*tables, *(Text(text) for text in said)))
     content = {
         "environment": where,
         "bench": {**dataclasses.asdict(bench), "data_root": None if bench.data_root is None else str(bench.data_root)},
@@ -130,4 +130,4 @@ def run_and_report(bench: Bench, folder: Path) -> None:
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path = folder / "results.json"
     write_atomically(path, lambda file: file.write(text.encode()))
-    console.print(f"Wrote {path}.", soft_wrap=True)
+    shown.print(f"Wrote {path}.", soft_wrap=True)

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import Objective, WeightRule
-from ..trajectory import Past, find_range
+from .. import LossRule, Past, WeightRule, find_range, objective
 from .plain import RANKING_WEIGHT, SHARPNESS, plain_objective
 
 COUNT = 5  # visits of each sample so far
@@ -63,7 +62,7 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
 
 
 def ours(problem: Problem, backend: str | None) -> Step:
-    """``qmf_kernels.Objective``: forward, ranking, history and backward in as few launches as it takes."""
+    """``qmf_kernels.objective``: forward, ranking, history and backward in as few launches as it takes."""
     num, device = len(problem.logits), problem.target.device
     alpha = torch.full((num,), -SHARPNESS, dtype=torch.float64, device=device)
     beta = torch.zeros_like(alpha)
@@ -71,13 +70,14 @@ def ours(problem: Problem, backend: str | None) -> Step:
     low, span = (torch.empty(num, 1, dtype=torch.float64, device=device) for _ in range(2))
     find_range(history, low, span)
     weight_rule = WeightRule(None, alpha, beta, None)
-    loss_rule = (None, 0.0, -100, RANKING_WEIGHT, "released", "adjacent")
+    loss_rule = LossRule(ranking_weight=RANKING_WEIGHT, form="released")
 
     def run(batch: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        past = Past(history, low, span, None, problem.indices[batch], 1, True, True, True)
-        loss: Tensor = Objective.apply(
-            *(problem.target, None, None, *weight_rule, *loss_rule, False, backend, False, past, *problem.logits)
-        )[0]
+        past = Past(
+            *(history, low, span, None, problem.indices[batch]), start_epoch=1, minmax=True, ranks=True, records=True
+        )
+        inputs = (problem.logits, problem.target, None, None, weight_rule, loss_rule)
+        loss = objective(*inputs, past=past, backend=backend, return_logits=False).loss
         return loss, torch.autograd.grad(loss, problem.logits)
 
     return Step(run, lambda: history[0])
@@ -101,18 +101,18 @@ def released(problem: Problem) -> Step:
 def plain(problem: Problem, mode: str | None) -> Step:
     """The plain formulation, eager where ``mode`` is None, else under ``torch.compile(mode=mode)``."""
     sums = problem.sums.to(torch.promote_types(problem.logits[0].dtype, torch.float32), copy=True)
-    objective: Any = plain_objective
+    run_plain: Any = plain_objective
     if mode is not None:
         dynamo: Any = torch._dynamo
         # As inside a model that is compiled whole: a CUDA graph need not copy the logits first.
         for tensor in (*problem.logits, problem.target, sums):
             dynamo.mark_static_address(tensor)
-        objective = torch.compile(plain_objective, mode=mode, fullgraph=True, dynamic=False)
+        run_plain = torch.compile(plain_objective, mode=mode, fullgraph=True, dynamic=False)
 
     def run(batch: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         if mode is not None:
             torch.compiler.cudagraph_mark_step_begin()
-        loss = objective(problem.logits, problem.target, problem.indices[batch], sums)
+        loss = run_plain(problem.logits, problem.target, problem.indices[batch], sums)
         return loss, torch.autograd.grad(loss, problem.logits)
 
     return Step(run, lambda: sums)

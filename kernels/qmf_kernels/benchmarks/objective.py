@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..registry import INTERPRETED
+from ..operators import INTERPRETED
 from .contenders import BATCHES, COMPILED, COPY, OURS, Case, Problem, Step, contenders, make_problem
 from .measure import (
     Launches,
@@ -47,10 +47,7 @@ CASES = (
     Case("mvsa", "small", 2, 32, 3, 1555, torch.float32),
     *(Case(f"growth-{m}", "growth", m, 32_768, 1000, 1_281_167, torch.float32) for m in (2, 3, 4, 6, 8)),
 )
-KERNELS = frozenset(
-    f"{name}_kernel"
-    for name in ("forward", "bookkeeping", "backward", "single", "scale", "positions", "ranking", "record")
-)
+KERNELS = frozenset(f"{name}_kernel" for name in ("forward", "bookkeeping", "backward", "single", "scale"))
 _WARM_UP = 3
 # Errors of a check, relative to the largest value: what a formulation in the logits' own dtype may have.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

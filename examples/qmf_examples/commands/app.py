@@ -1,0 +1,75 @@
+"""The subcommands and their options. The jobs themselves are imported when one runs."""
+
+import importlib.util
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import bench_robustness, bench_trainers, data, digits, evaluate, report, train_sets
+
+# Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
+UsageError: Any = typer.BadParameter.__mro__[2]
+Abort = typer.Abort
+
+app = typer.Typer(
+    name="qmf-fusion",
+    help="Quality-aware Multimodal Fusion: weight each modality per sample by how certain it is.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train = typer.Typer(help="Train and compare fusions on a data set.", invoke_without_command=True)
+app.add_typer(train, name="train")
+train_sets.attach(train)
+train.command("digits", help=digits.HELP)(digits.digits)
+evaluate.attach(app)
+data.attach(app)
+app.command("bench-robustness", help=bench_robustness.HELP)(bench_robustness.bench_robustness)
+app.command("bench-trainers", help=bench_trainers.HELP)(bench_trainers.bench_trainers)
+app.command("report", help=report.HELP)(report.report)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; errors come out as exceptions, for ``cli.main`` to word."""
+    given = None if arguments is None else list(arguments)
+    code = app(args=given, prog_name="qmf-fusion", standalone_mode=False)
+    if code == 130:  # what Typer makes of an interrupt, without a word
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        # The file on its own, for importing the package would import torch.
+        package = importlib.util.find_spec("qmf_fusion")
+        assert package is not None
+        assert package.origin is not None
+        version = runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"]
+        typer.echo(f"qmf-fusion {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    _help_without_command(context)
+
+
+@train.callback()
+def _train(context: typer.Context) -> None:
+    _help_without_command(context)
+
+
+def _help_without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        text = context.get_help()  # printed already, and empty, where Typer writes it with rich
+        if text:
+            typer.echo(text)
+        raise typer.Exit

@@ -1,0 +1,74 @@
+"""The command `evaluate`; ``attach(app)`` adds it to a typer app."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CommandError, require_extras
+from .output_folder import disk_errors, prepare_output
+from .train_sets import PACKAGES
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("evaluate")(evaluate)
+
+
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or folders above them.")],
+    noise: Annotated[str, typer.Option(help="Corruptions, with commas: gaussian, salt-pepper.")] = (
+        "gaussian,salt-pepper"
+    ),
+    levels: Annotated[str, typer.Option(help="Epsilons, with commas.")] = "0,5,10",
+    protocol: Annotated[str, typer.Option(help="clean, or released: the published code, faults included.")] = "clean",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for results. [default: evaluation in the first RUN]")
+    ] = None,
+    data_root: Annotated[Path | None, typer.Option(help="The data set's folder, where it has moved.")] = None,
+    noise_seed: Annotated[int, typer.Option(min=0, help="Of the corruption; the same for all runs.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes (clean protocol).")] = 0,
+) -> None:
+    """Test trained runs on clean and corrupted data, and print the paper's tables with its figures beside ours."""
+    require_extras((*PACKAGES, "matplotlib"))
+    kinds, epsilons = _kinds(noise), _levels(levels)
+    from ..corruption.conditions import PROTOCOLS
+
+    if protocol not in PROTOCOLS:
+        raise CommandError(f"--protocol must be clean or released, got {protocol!r}")
+    missing = [str(run) for run in runs if not run.is_dir()]
+    if missing:
+        raise CommandError(f"no folder {', '.join(missing)}")
+    from ..evaluation.report import write_report
+    from ..evaluation.testing import NoisePlan, evaluate_runs, find_runs
+
+    found = find_runs(runs)
+    target = output if output is not None else runs[0] / "evaluation"
+    prepare_output(target)
+    plan = NoisePlan(kinds, epsilons, protocol, noise_seed)
+    with disk_errors():
+        tested = evaluate_runs(found, plan, data_root, device, batch_size, workers, typer.echo)
+        write_report(tested, plan, target)
+    typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png")
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    from ..corruption.conditions import PAPER_KINDS
+
+    kinds = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+    strangers = [kind for kind in kinds if kind not in PAPER_KINDS]
+    if strangers:
+        raise CommandError(f"--noise must be of {', '.join(PAPER_KINDS)}; got {', '.join(strangers)!r}")
+    return kinds
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    try:
+        levels = sorted({float(item) for item in text.split(",")})
+    except ValueError as error:
+        raise CommandError(f"--levels must be numbers with commas between, got {text!r}") from error
+    if not 0 <= levels[0] <= levels[-1] <= 100:
+        raise CommandError(f"--levels must lie between 0 and 100, got {text!r}")
+    return tuple(levels)

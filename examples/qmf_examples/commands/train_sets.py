@@ -1,0 +1,181 @@
+"""The commands `train nyud2`, `sunrgbd`, `food101`, `mvsa`; ``attach(train)`` adds them to the typer app of `train`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import CommandError, require_extras, resumable
+from ..training.settings import ABLATION, DEFAULTS, METHODS, QUICK, Settings, read_settings, resolve
+from .output_folder import disk_errors, prepare_output
+
+PAPER_SEEDS = {"nyud2": 10, "sunrgbd": 10, "food101": 3, "mvsa": 5}
+PACKAGES = ("numpy", "PIL", "lightning", "torchmetrics", "torchvision", "transformers", "tensorboard", "yaml", "rich")
+
+HELP = {
+    "nyud2": "NYU Depth V2: RGB and depth, 10 scenes.",
+    "sunrgbd": "SUN RGB-D: RGB and depth, 19 scenes.",
+    "food101": "UPMC FOOD-101: text and image, 101 dishes.",
+    "mvsa": "MVSA-Single: text and image, 3 sentiments.",
+}
+
+
+def attach(train: typer.Typer) -> None:
+    """Add one command per data set to ``train``; they differ in their defaults and methods alone."""
+    for name, title in HELP.items():
+        methods = ", ".join(METHODS[name])
+        about = (
+            f"Methods: {methods}; all; ablation (Table 2: {', '.join(ABLATION)}). Defaults are the released settings."
+        )
+        train.command(name, help=f"{title}\n\n{about}")(train_set)
+
+
+def train_set(
+    context: typer.Context,
+    data_root: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the runs. [default: runs/SET]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A method, several with commas, all, or ablation. [default: qmf]")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; the paper's number if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31, help="The first seed. [default: 1]")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings, which options override.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed of tiny networks, in seconds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of a run that was killed.")] = (
+        False
+    ),
+    selection: Annotated[
+        str | None, typer.Option(help="What chooses the epoch: held-out, or test as the released RGB-D scripts do.")
+    ] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of training that is held out (RGB-D).")] = None,
+    skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Skip and count what cannot be used.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="resnet18, 34, 50, 101, 152, or tiny.")] = None,
+    weights: Annotated[str | None, typer.Option(help="The backbone's: imagenet, a file, or none.")] = None,
+    text_model: Annotated[str | None, typer.Option(help="A BERT's name or folder, or tiny.")] = None,
+    word_vectors: Annotated[str | None, typer.Option(help="GloVe's text file for the bag of words.")] = None,
+    regions: Annotated[int | None, typer.Option(help="Regions that the image is pooled to.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the classifiers' hidden layer; 0 for none.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of the hidden layer.")] = None,
+    freeze: Annotated[str | None, typer.Option(help="Epochs for which encoders are fixed: image=3,text=5.")] = None,
+    load_size: Annotated[int | None, typer.Option(help="Pixels that images are resized to.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels that are cut out of them.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of a text.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples of a batch, on each device.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches of a step.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="At most so many.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better one.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adam or adamw.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of all steps over which the rate rises.")] = None,
+    plateau_factor: Annotated[float | None, typer.Option(help="The rate's, on a plateau.")] = None,
+    plateau_patience: Annotated[int | None, typer.Option(help="Epochs that make a plateau.")] = None,
+    ranking_weight: Annotated[float | None, typer.Option(help="Lambda of Eq. 18, for qmf.")] = None,
+    form: Annotated[str | None, typer.Option(help="The ranking's: paper, margin or released.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="The ranking's: adjacent or all.")] = None,
+    detach_weights: Annotated[
+        bool | None, typer.Option("--detach-weights/--no-detach-weights", help="Stop gradients at the weights.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Lightning's: 32-true, 16-mixed, bf16-mixed, ...")] = None,
+    accelerator: Annotated[str | None, typer.Option(help="Lightning's: auto, cpu, gpu, ...")] = None,
+    devices: Annotated[str | None, typer.Option(help="Lightning's: how many, or which.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Lightning's: auto, ddp, ...")] = None,
+    limit_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an epoch.")] = None,
+) -> None:
+    given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
+    data_set = str(context.info_name)
+    require_extras(PACKAGES)
+    file = read_settings(config) if config is not None else {}
+    first, count, chosen = (
+        _first(seed, file.pop("seed", None), 1),
+        _first(seeds, file.pop("seeds", None), 1 if quick else PAPER_SEEDS[data_set]),
+        _first(method, file.pop("method", None), "qmf"),
+    )
+    base = resolve(
+        data_set,
+        QUICK if quick else {},
+        {"data_root": ""},
+        file,
+        {**given, "method": None, "seed": None, "data_root": None if data_root is None else str(data_root)},
+    )
+    if not base.data_root:
+        from ..data.catalogue import DATA_SETS, how_to_obtain
+
+        raise CommandError(f"--data-root: must name the data set's folder. {how_to_obtain(DATA_SETS[data_set])}")
+    base = dataclasses.replace(base, **_absolute(base))
+    methods = choose_methods(data_set, chosen)
+    plan = [resolve(data_set, _as_layer(base), {"method": m, "seed": s}) for m in methods for s in _seeds(first, count)]
+    folder = output if output is not None else Path("runs") / data_set
+    prepare_output(folder)
+    with disk_errors(), resumable("run it again with --resume to go on"):
+        _train_all(plan, folder, resume)
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _absolute(settings: Settings) -> dict[str, Any]:
+    """The settings that are paths, from the root on, so that a run can be tested from any folder."""
+    names = ("data_root", "weights", "text_model", "word_vectors")
+    given = {name: getattr(settings, name) for name in names}
+    paths = {name: Path(value) for name, value in given.items() if value not in (None, "imagenet", "none", "tiny")}
+    return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+
+
+def _seeds(first: Any, count: Any) -> range:
+    if type(first) is not int or type(count) is not int or count < 1:
+        raise CommandError(f"seed and seeds must be whole numbers, seeds at least 1, got {first!r} and {count!r}")
+    return range(first, first + count)
+
+
+def _as_layer(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
+
+
+def choose_methods(data_set: str, given: Any) -> tuple[str, ...]:
+    """What ``--method`` names: methods and groups of them, with commas, each method once.
+
+    Raises:
+        CommandError: a name that is neither.
+    """
+    known = METHODS[data_set]
+    groups = {"all": known, "ablation": ABLATION}
+    asked = [name.strip() for name in str(given).split(",")]
+    names = tuple(dict.fromkeys(name for one in asked for name in groups.get(one, (one,))))
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        raise CommandError(
+            f"--method: {', '.join(strangers)} is none of {data_set}'s: {', '.join(known)}, all, ablation"
+        )
+    return names
+
+
+def _train_all(plan: list[Settings], folder: Path, resume: bool) -> None:
+    from ..training.run import check_machine, is_first_process, train_run
+
+    check_machine(plan[0])
+    say = typer.echo if is_first_process() else lambda _: None
+    if plan[0].selection == "test":
+        say("--selection test: epochs are chosen on the test set, as published; their accuracies are flattered")
+    for settings in plan:
+        place = folder / settings.method / f"seed{settings.seed}"
+        finished = train_run(settings, place, resume)
+        skipped = f", {finished.faults} bad rows skipped" if finished.faults else ""
+        on = {"test": "test"}.get(settings.selection, "dev" if "text" in _modalities(settings) else "held-out")
+        say(
+            f"{settings.method}, seed {settings.seed}: {100 * finished.accuracy:.1f} % on {on} samples at best, "
+            f"{finished.epochs} epochs{skipped}: {place}"
+        )
+    say(f"to test: qmf-fusion evaluate {folder}")
+
+
+def _modalities(settings: Settings) -> tuple[str, ...]:
+    from ..data.catalogue import DATA_SETS
+
+    return DATA_SETS[settings.data_set].modalities
+
+
+assert set(HELP) == set(DEFAULTS) == set(PAPER_SEEDS)

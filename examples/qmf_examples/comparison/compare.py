@@ -1,0 +1,100 @@
+"""A comparison: for every set and seed, train each kind of heads once and score every method on them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..data.multiview import MultiView
+from ..evaluation.statistics import correlation
+from ..models.learners import Learner
+from ..models.methods import Frozen, Table, Training
+from ..processes import place
+from .heads import Config, train_heads
+from .prepared import Prepared, Protocol, prepare
+from .results import Score
+
+Progress = Callable[[str, int, str, int], None]
+"""Called with a set's name, a seed, a training's name and the number of epochs that it has finished."""
+
+
+def compare(
+    data: MultiView,
+    table: Table,
+    protocol: Protocol,
+    config: Config,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    progress: Progress = lambda *_: None,
+) -> list[Score]:
+    """Every method of ``table`` under every condition of ``protocol``, for every seed; ordered by these three.
+
+    Of several processes (see ``train_heads``) the first has the scores, and the others return none.
+
+    Args:
+        data: the set.
+        table: the methods.
+        protocol: how the set is split, scaled and damaged.
+        config: the settings.
+        checkpoints: an existing folder for them; None writes none.
+        resume: go on from the checkpoints there; else those of an earlier run are removed.
+        progress: see ``Progress``.
+
+    Raises:
+        CommandError: a checkpoint to resume that cannot be read, or is another run's.
+    """
+    first = place()[0] == 0
+    if first and checkpoints is not None and not resume:
+        for old in checkpoints.glob("seed*-*.pt"):
+            old.unlink(missing_ok=True)
+    scores: list[Score] = []
+    with one_thread():
+        for seed in config.seeds:
+            prepared = prepare(data, protocol, seed, config.device)
+            for training in table.trainings:
+                path = None if checkpoints is None else checkpoint_path(checkpoints, seed, training)
+                learner = train_heads(
+                    training, prepared, config, seed, path, resume, lambda *event: progress(data.name, *event)
+                )
+                if first:
+                    scores += score(learner, training, table, prepared, seed)
+    names, conditions = [method.label for method in table.methods], list(protocol.conditions)
+    return sorted(scores, key=lambda s: (names.index(s.method), conditions.index(s.under), s.seed))
+
+
+def checkpoint_path(folder: Path, seed: int, training: Training) -> Path:
+    return folder / f"seed{seed}-{training.name}.pt"
+
+
+@torch.no_grad()
+def score(learner: Learner, training: Training, table: Table, data: Prepared, seed: int) -> list[Score]:
+    """Every method that uses these heads, under every condition."""
+    methods = [method for method in table.methods if table.training(method) == training]
+    seen, labels = learner(data.train), data.test_labels
+    scores, best = [], 0
+    for number, test in enumerate(data.tests):
+        answer = learner(test.views)
+        losses = torch.stack([F.cross_entropy(x, labels, reduction="none") for x in answer.unimodal_logits])
+        if number == 0:
+            right = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
+            best = right.index(max(right))
+        given = Frozen(learner, answer, test.corrupted, seen, data.train_labels, best)
+        for method in methods:
+            fused = method.answer(given)
+            accuracy = (fused.scores.argmax(-1) == labels).double().mean().item()
+            r = None if fused.weights is None else correlation(fused.weights, losses)
+            scores.append(Score(method.label, *test.condition, seed, accuracy, r))
+    return scores
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The heads are too small to share out, and sums come out the same whatever the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,42 @@
+"""The one list of conditions that a test set can be under: a kind of damage at a level."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .view_copies import CORRUPTIONS
+
+
+class Condition(NamedTuple):
+    """One kind of damage at one level.
+
+    Example:
+        >>> [Condition("noise", 5).name, Condition("blank").name, CLEAN.name]
+        ['noise 5', 'blank', 'clean']
+    """
+
+    kind: str
+    level: float = 0.0
+    """In the kind's own unit; 0 where it has no levels."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.level:g}" if self.level else self.kind
+
+
+CLEAN = Condition("clean")
+NOISE_LEVELS = (1.0, 2.0, 5.0, 10.0)
+FEATURES = (CLEAN, *(Condition("noise", level) for level in NOISE_LEVELS), Condition("blank"), Condition("conflict"))
+"""What half of each sample's feature views suffer (``features.corrupt``); levels in standard deviations."""
+VIEW_COPIES = (CLEAN, *(Condition(kind, level) for kind, damage in CORRUPTIONS.items() for level in damage.levels))
+"""What half of each image's copies suffer, of which each view looks at its own (``view_copies.corrupt``)."""
+
+PAPER_KINDS = ("gaussian", "salt-pepper")
+"""What half of the paper's images and texts suffer (``images``, ``texts``), at levels called epsilon."""
+PROTOCOLS = ("released", "clean")
+HALF = 0.5
+"""How likely an image or a text is damaged."""
+
+
+def paper_conditions(kinds: Sequence[str], levels: Sequence[float]) -> list[Condition]:
+    """Each of these ``PAPER_KINDS`` at each level."""
+    return [Condition(kind, level) for kind in kinds for level in levels]

@@ -1,0 +1,204 @@
+"""What is trained: networks with an answer and a loss. Rivals with ideas of their own have files of their own."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qmf_fusion import FusionModel, LossTrajectory, QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
+
+
+class Answer(NamedTuple):
+    """What a method says of B samples."""
+
+    scores: Tensor
+    """``[B, K]``, such that their softmax is the method's probabilities."""
+    unimodal_logits: tuple[Tensor, ...] = ()
+    """``[B, K]`` per modality, of methods that decide per modality."""
+    weights: Tensor | None = None
+    """``[M, B]``, of methods that weight modalities per sample."""
+    features: tuple[Tensor, ...] = ()
+    """``[B, width]`` per encoder, of methods whose loss or fusion looks at them."""
+    present: Tensor | None = None
+    """bool ``[M, B]``, where modalities were dropped."""
+
+
+class Learner(nn.Module):
+    """A method: ``forward`` answers, ``loss`` says how wrong the answer was; ``encoders`` are what can be frozen."""
+
+    encoders: dict[str, nn.Module]
+
+    def forward(self, inputs: Mapping[str, Any]) -> Answer:
+        raise NotImplementedError
+
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        """The loss of a batch in training.
+
+        Args:
+            answer: to the batch.
+            target: ``[B]``.
+            index: ``[B]``, each sample's place in the training set.
+            annealing: from 0 to 1, how far those parts of a loss have come in that start late.
+        """
+        losses = [F.cross_entropy(x.float(), target) for x in (answer.scores, *answer.unimodal_logits)]
+        return torch.stack(losses).sum()
+
+
+def give(module: nn.Module, given: Any) -> Any:
+    """Call ``module`` with one tensor, or with a mapping as keywords."""
+    return module(**given) if isinstance(given, Mapping) else module(given)
+
+
+def classifier(width: int, num_classes: int, hidden: int, dropout: float) -> nn.Sequential:
+    """A linear layer, or with ``hidden`` a hidden one before it and dropout on that, as released."""
+    if not hidden:
+        return nn.Sequential(nn.Linear(width, num_classes))
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, num_classes))
+
+
+class Head(nn.Module):
+    """An encoder and its classifier: one modality's input to logits ``[B, K]``."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.classifier = encoder, head
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        return self.classifier(self.encoder(*given, **named))
+
+
+def encoders_of(heads: Mapping[str, Head]) -> dict[str, nn.Module]:
+    return {name: head.encoder for name, head in heads.items()}
+
+
+class Joint(Learner):
+    """One classifier over the features of one encoder (a single modality), or of several (concatenation).
+
+    Args:
+        encoders: by modality.
+        head: from all their features, side by side, to logits.
+        alignment: what the cosine distance of two encoders' features counts in the loss (alignment); they must be of
+            one width.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module, alignment: float = 0.0) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(encoders)
+        self.encoders = dict(encoders)
+        self.classifier = head
+        self.alignment = alignment
+
+    def forward(self, inputs: Mapping[str, Any]) -> Answer:
+        features = tuple(give(part, inputs[name]) for name, part in self.parts.items())
+        return Answer(self.classifier(torch.cat(features, 1)), features=features)
+
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        loss = super().loss(answer, target, index, annealing)
+        if self.alignment:
+            loss = loss + self.alignment * cosine_distance(*answer.features).mean()
+        return loss
+
+
+def cosine_distance(first: Tensor, second: Tensor) -> Tensor:
+    """``1 - cos``, from 0 (the same direction) to 2 (the opposite one), ``[B]`` for ``[B, width]``.
+
+    Example:
+        >>> cosine_distance(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]]))
+        tensor([0., 2.])
+    """
+    return 1 - F.cosine_similarity(first.float(), second.float(), dim=1)
+
+
+class LateFusion(Learner):
+    """The mean of the modalities' logits; trained on the sum of its cross-entropy and each modality's own."""
+
+    def __init__(self, heads: Mapping[str, Head]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict(heads)
+        self.encoders = encoders_of(heads)
+
+    def forward(self, inputs: Mapping[str, Any]) -> Answer:
+        logits = tuple(give(head, inputs[name]) for name, head in self.heads.items())
+        return Answer(torch.stack(logits).mean(0), logits)
+
+
+class UnimodalHeads(LateFusion):
+    """Each head trained on its own cross-entropy alone; the answer is the mean of their logits."""
+
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        return torch.stack([F.cross_entropy(x.float(), target) for x in answer.unimodal_logits]).sum()
+
+
+class RankedAverage(LateFusion):
+    """Late fusion whose training ranks the weights that QMF would give: Table 2's row of the ranking loss alone.
+
+    Args:
+        heads: by modality.
+        num_samples: of the training set.
+        objective: options of ``QMFLoss``.
+        fusion: whose weights are ranked, and fuse nothing.
+    """
+
+    def __init__(
+        self, heads: Mapping[str, Head], num_samples: int, objective: Mapping[str, Any], fusion: QualityAwareFusion
+    ) -> None:
+        super().__init__(heads)
+        self.fusion = fusion
+        self.ranking_weight = objective["ranking_weight"]
+        self.ranking = TrajectoryRankingLoss(num_samples, len(heads), objective["form"], objective["pairs"])
+
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        logits = [x.float() for x in answer.unimodal_logits]
+        losses = torch.stack([F.cross_entropy(x.detach(), target, reduction="none") for x in logits])
+        ranking = self.ranking(self.fusion(logits).weights, losses, index)
+        return super().loss(answer, target, index, annealing) + self.ranking_weight * ranking
+
+
+class QualityAware(Learner):
+    """QMF, the package's own: ``FusionModel`` with its objective (Eq. 18), the trajectory of losses in the state.
+
+    Args:
+        heads: by modality.
+        num_samples: of the training set.
+        objective: options of ``QMFLoss``.
+        fusion: the layer.
+        dropout: options of ``FusionModel``'s modality dropout.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[str, Head],
+        num_samples: int,
+        objective: Mapping[str, Any],
+        fusion: QualityAwareFusion,
+        **dropout: Any,
+    ) -> None:
+        super().__init__()
+        self.model = FusionModel(heads, fusion, **dropout)
+        self.criterion = QMFLoss(self.model.fusion, num_samples, **objective)
+        self.encoders = encoders_of(heads)
+
+    def forward(self, inputs: Mapping[str, Any]) -> Answer:
+        out = self.model(inputs)
+        return Answer(out.logits, out.unimodal_logits, out.weights, present=out.present)
+
+    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+        return self.criterion(answer.unimodal_logits, target, index, answer.present).loss
+
+
+def trajectories(learner: nn.Module) -> dict[str, LossTrajectory]:
+    """The trajectories in it, by name."""
+    return {name: module for name, module in learner.named_modules() if isinstance(module, LossTrajectory)}
+
+
+def keep_trajectories(learner: nn.Module) -> None:
+    """Let ``DistributedDataParallel`` leave the trajectories of ``learner`` alone.
+
+    At every step it copies the first process's buffers into all others, and would so undo what they record of samples
+    of their own. It looks for the names of those to leave out in an attribute of the module that it wraps.
+    """
+    learner._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        f"{name}.{buffer}" for name, module in trajectories(learner).items() for buffer, _ in module.named_buffers()
+    ]

@@ -1,0 +1,326 @@
+"""The one registry of methods: how each is trained, and how it answers. The rows of every table are picked from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qmf_fusion import QualityAwareFusion
+
+from .evidential import Reliable, Trusted, evidence, opinion
+from .learners import Answer, Head, Joint, LateFusion, Learner, QualityAware, RankedAverage, UnimodalHeads
+from .mmbt import MMBT
+from .mmtm import MMTMFusion
+from .predicted_confidence import ConfidentHeads, collaborative_belief
+
+ALIGNMENT = 1.0
+"""What the cosine distance of the two features counts in the alignment baseline."""
+DROPOUT = 0.3
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What of Eq. 18 a run may choose."""
+
+    ranking_weight: float = 0.1
+    form: str = "paper"
+    pairs: str = "adjacent"
+    detach_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method is built from: whoever trains says which networks stand at the modalities."""
+
+    modalities: tuple[str, ...]
+    num_classes: int
+    num_samples: int
+    """N, of the whole training set: indices run over it."""
+    encoder: Callable[[str], Any]
+    """Makes an encoder with its ``width``, for a modality, or ``"bow"`` for a bag of words."""
+    classifier: Callable[[int], nn.Module]
+    """Makes a classifier of features so wide."""
+    heads: Callable[[], dict[str, Head]]
+    """Makes an encoder with its classifier for each modality."""
+    objective: Objective = Objective()
+    seed: int = 0
+    """Of what the method draws in training besides its first weights."""
+
+
+Build = Callable[[Parts], Learner]
+
+
+class Training(NamedTuple):
+    """One way to train; methods that share it share the trained networks too."""
+
+    name: str
+    build: Build
+
+
+class Frozen(NamedTuple):
+    """Trained networks before a test set of B samples: what a method may look at."""
+
+    learner: Learner
+    answer: Answer
+    corrupted: Tensor
+    """bool ``[V, B]``: which views are corrupted. Only an oracle may look."""
+    train: Answer
+    """To the training set, and its labels."""
+    train_labels: Tensor
+    best: int
+    """The view that is best on the clean test set: a choice in its own favour."""
+
+    @property
+    def logits(self) -> Tensor:
+        """``[V, B, K]``."""
+        return torch.stack(self.answer.unimodal_logits)
+
+
+class Fused(NamedTuple):
+    """A method's answer."""
+
+    scores: Tensor
+    """``[B, K]``, the largest of which is the prediction."""
+    weights: Tensor | None = None
+    """``[V, B]`` where the method weights views per sample, for the correlation of weight and loss."""
+
+
+def as_trained(given: Frozen) -> Fused:
+    """What the trained method itself answers."""
+    return Fused(given.answer.scores, given.answer.weights)
+
+
+class Method(NamedTuple):
+    """A row of the tables."""
+
+    name: str
+    training: Training | None = None
+    """None for a rule that fuses whatever heads a table has trained."""
+    answer: Callable[[Frozen], Fused] = as_trained
+    role: str = "fusion"
+    """``"single"`` view, plain ``"average"``, ``"fusion"`` (to be held against the averages) or ``"oracle"``."""
+    title: str = ""
+    """What tables call it, where not by its name."""
+
+    @property
+    def label(self) -> str:
+        return self.title or self.name
+
+
+# How networks are trained.
+
+
+def _alone(modality: str, encoder: str | None = None) -> Build:
+    def build(parts: Parts) -> Learner:
+        network = parts.encoder(encoder or modality)
+        return Joint({modality: network}, parts.classifier(network.width))
+
+    return build
+
+
+def _concatenated(alignment: float = 0.0, text: str = "text") -> Build:
+    def build(parts: Parts) -> Learner:
+        encoders = {name: parts.encoder(text if name == "text" else name) for name in parts.modalities}
+        return Joint(encoders, parts.classifier(sum(encoder.width for encoder in encoders.values())), alignment)
+
+    return build
+
+
+def _mmtm(parts: Parts) -> Learner:
+    first, second = (parts.encoder(name) for name in parts.modalities)
+    return MMTMFusion(first, second, parts.modalities, [parts.classifier(x.width) for x in (first, second)])
+
+
+def _mmbt(parts: Parts) -> Learner:
+    return MMBT(parts.encoder("text"), parts.encoder("image"), parts.classifier)
+
+
+def _etmc(parts: Parts) -> Learner:
+    heads = parts.heads()
+    return Trusted(heads, parts.classifier(sum(head.encoder.width for head in heads.values())))  # type: ignore[misc]
+
+
+def _ranking_only(parts: Parts) -> Learner:
+    objective = _objective(parts, {})
+    return RankedAverage(parts.heads(), parts.num_samples, objective, QualityAwareFusion(parts.modalities))
+
+
+def _objective(parts: Parts, options: dict[str, Any]) -> dict[str, Any]:
+    chosen = replace(parts.objective, **options)
+    return {"ranking_weight": chosen.ranking_weight, "form": chosen.form, "pairs": chosen.pairs}
+
+
+def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Build:
+    """QMF with options of its objective fixed, and options of its layer."""
+
+    def build(parts: Parts) -> Learner:
+        heads = parts.heads()
+        fusion = QualityAwareFusion(parts.modalities, detach_weights=parts.objective.detach_weights, **layer)
+        return QualityAware(heads, parts.num_samples, _objective(parts, objective or {}), fusion)
+
+    return build
+
+
+def _robust(dropout: float = 0.0) -> Build:
+    def build(parts: Parts) -> Learner:
+        heads = parts.heads()
+        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes)
+        options = {"modality_dropout": dropout, "dropout_seed": parts.seed} if dropout else {}
+        return QualityAware(heads, parts.num_samples, _objective(parts, {}), fusion, **options)
+
+    return build
+
+
+_UNRANKED = {"ranking_weight": 0.0}
+UNIMODAL = Training("unimodal", lambda parts: UnimodalHeads(parts.heads()))
+PLAIN = Training("plain", lambda parts: ConfidentHeads(parts.heads()))
+NO_RANKING = Training("qmf-no-ranking", _quality_aware(_UNRANKED))
+ROBUST = Training("robust", _robust())
+
+
+# How a rule fuses frozen heads.
+
+
+def alone(view: int, name: str) -> Method:
+    """One view, the others unseen."""
+    return Method(f"{name} alone", answer=lambda given: Fused(given.answer.unimodal_logits[view]), role="single")
+
+
+def mean_logits(given: Frozen) -> Fused:
+    """Late fusion: the plain mean of logits."""
+    return Fused(given.logits.mean(0))
+
+
+def mean_probabilities(given: Frozen) -> Fused:
+    """Late fusion: the plain mean of probabilities."""
+    return Fused(given.logits.softmax(-1).mean(0))
+
+
+def best_view(given: Frozen) -> Fused:
+    return Fused(given.logits[given.best])
+
+
+def oracle(given: Frozen) -> Fused:
+    """The plain mean of probabilities over the views that it is told are clean: what knowing the quality is worth.
+
+    Where it is told that none is, over all.
+    """
+    clean = (~given.corrupted | given.corrupted.all(0)).to(given.logits.dtype)
+    weights = clean / clean.sum(0)
+    return Fused((weights.unsqueeze(-1) * given.logits.softmax(-1)).sum(0), weights)
+
+
+def _layer(**options: Any) -> Callable[[Frozen], Fused]:
+    def answer(given: Frozen) -> Fused:
+        out = QualityAwareFusion(len(given.logits), **options)(given.logits)
+        return Fused(out.logits, out.weights)
+
+    return answer
+
+
+def _calibrated(given: Frozen) -> Fused:
+    fusion = QualityAwareFusion.robust(len(given.logits), num_classes=given.logits.shape[-1])
+    out = fusion.calibrate(torch.stack(given.train.unimodal_logits), given.train_labels)(given.logits)
+    return Fused(out.logits, out.weights)
+
+
+def belief(given: Frozen) -> Fused:
+    """Evidence as the method combines it, and each view's belief mass for its weight."""
+    assert isinstance(given.learner, Trusted)
+    views = evidence(given.logits)
+    return Fused(given.learner.fuse(list(views)), 1 - opinion(views)[1])
+
+
+def predicted_confidence(given: Frozen) -> Fused:
+    assert isinstance(given.learner, ConfidentHeads)
+    return Fused(*collaborative_belief(given.logits, given.learner.confidences(given.answer.features)))
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        # Trained from the inputs on, by the trainers of the four data sets.
+        Method("rgb", Training("rgb", _alone("rgb")), role="single"),
+        Method("depth", Training("depth", _alone("depth")), role="single"),
+        Method("bow", Training("bow", _alone("text", "bow")), role="single"),
+        Method("image", Training("image", _alone("image")), role="single"),
+        Method("bert", Training("bert", _alone("text")), role="single"),
+        Method("late", Training("late", lambda parts: LateFusion(parts.heads())), role="average"),
+        Method("concat", Training("concat", _concatenated())),
+        Method("align", Training("align", _concatenated(ALIGNMENT))),
+        Method("mmtm", Training("mmtm", _mmtm)),
+        Method("concatbow", Training("concatbow", _concatenated(text="bow"))),
+        Method("concatbert", Training("concatbert", _concatenated())),
+        Method("mmbt", Training("mmbt", _mmbt)),
+        Method("tmc", Training("tmc", lambda parts: Trusted(parts.heads())), belief, title="TMC"),
+        Method("etmc", Training("etmc", _etmc)),
+        Method("ranking-only", Training("ranking-only", _ranking_only)),
+        Method("qmf", Training("qmf", _quality_aware())),
+        Method("robust", ROBUST),
+        Method("msp", Training("msp", _quality_aware(_UNRANKED, uncertainty="msp"))),
+        Method("entropy", Training("entropy", _quality_aware(_UNRANKED, uncertainty="entropy"))),
+        Method("evidence", Training("evidence", _quality_aware(_UNRANKED, uncertainty="evidence"))),
+        Method("energy", NO_RANKING, title="QMF, no ranking"),
+        # Trained on feature views as well.
+        Method("QMF, paper", Training("qmf-paper", _quality_aware({"form": "paper"}))),
+        Method("QMF, margin", Training("qmf-margin", _quality_aware({"form": "margin"}))),
+        Method("QMF, released", Training("qmf-released", _quality_aware({"form": "released"}))),
+        # The ranking loss costs LogitNorm's heads accuracy, whose weights hardly differ: the better rival goes without.
+        Method(
+            "energy of LogitNorm",
+            Training("logitnorm", _quality_aware(_UNRANKED, normalize_logits=0.1, combine="probabilities")),
+        ),
+        Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT))),
+        Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
+        # Rules for heads that others have trained.
+        Method("mean of logits", answer=mean_logits, role="average"),
+        Method("mean of probabilities", answer=mean_probabilities, role="average"),
+        Method("best single view", answer=best_view, role="single"),
+        Method("MSP, probabilities", answer=_layer(uncertainty="msp", combine="probabilities")),
+        Method("entropy, probabilities", answer=_layer(uncertainty="entropy", combine="probabilities")),
+        Method("evidence, probabilities", answer=_layer(uncertainty="evidence", combine="probabilities")),
+        Method("energy, logits", answer=_layer()),
+        Method("PDF", PLAIN, predicted_confidence),
+        Method("robust, calibrated", ROBUST, _calibrated),
+        Method("oracle: clean views only", answer=oracle, role="oracle"),
+    )
+}
+
+
+class Table(NamedTuple):
+    """Methods compared on feature views, in order, and the training of the heads that their rules fuse."""
+
+    heads: Training
+    methods: tuple[Method, ...]
+
+    def training(self, method: Method) -> Training:
+        return method.training or self.heads
+
+    @property
+    def trainings(self) -> tuple[Training, ...]:
+        """Each once, the heads first."""
+        return tuple(dict.fromkeys([self.heads, *(self.training(method) for method in self.methods)]))
+
+
+def _pick(*names: str) -> tuple[Method, ...]:
+    return tuple(METHODS[name] for name in names)
+
+
+_AVERAGES = ("mean of logits", "mean of probabilities")
+_ORACLE = "oracle: clean views only"
+_QMF = ("QMF, paper", "QMF, margin", "QMF, released", "energy of LogitNorm", "robust")
+_PROBABILITIES = ("MSP, probabilities", "entropy, probabilities", "evidence, probabilities")
+_VARIANTS = ("robust, calibrated", "robust + modality dropout")
+
+
+def digits_table(views: tuple[str, ...]) -> Table:
+    """What `train digits` compares: each view, plain averages, QMF's forms and the recommended rule."""
+    singles = tuple(alone(number, name) for number, name in enumerate(views))
+    return Table(UNIMODAL, singles + _pick(*_AVERAGES, "energy", *_QMF, _ORACLE))
+
+
+_RIVALS = ("energy, logits", "tmc", "RCML", "PDF")
+ROBUSTNESS = Table(PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_QMF, *_VARIANTS, _ORACLE))
+"""What `bench-robustness` compares."""

@@ -1,0 +1,1 @@
+"""Folders in the trainers' layout: from the official releases, or made up."""

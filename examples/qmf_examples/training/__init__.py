@@ -1,0 +1,1 @@
+"""Training runs with Lightning on the four data sets: settings, batches, networks, checkpoints."""

@@ -1,0 +1,165 @@
+"""The training loop's two halves that Lightning asks for: what a step does, and where batches come from."""
+
+import math
+from functools import partial
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchmetrics.classification import MulticlassAccuracy
+
+from ..models.learners import Learner, keep_trajectories, trajectories
+from .settings import Settings
+
+ACCURACY = "validation/accuracy"
+ANNEALING_EPOCHS = 10
+"""Over how many epochs the evidential loss's divergence comes in, as in TMC's released RGB-D code."""
+
+
+class TrainingModule(L.LightningModule):
+    """One method's training: its loss, its optimizer, warm-up, plateau and frozen epochs.
+
+    Args:
+        learner: the method.
+        settings: of the run.
+        num_classes: K.
+        num_samples: N, saved with K, so that a run can be rebuilt without its training data.
+    """
+
+    def __init__(self, learner: Learner, settings: Settings, num_classes: int, num_samples: int) -> None:
+        super().__init__()
+        self.learner = learner
+        self.settings = settings
+        self.sizes = {"num_classes": num_classes, "num_samples": num_samples}
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        keep_trajectories(self)
+
+    def on_train_epoch_start(self) -> None:
+        # Dropout and crops draw from generators that depend on the seed, the epoch and the process alone, so that a
+        # resumed run needs no generator's state.
+        seed = _epoch_seed(self.settings.seed, self.current_epoch, self.global_rank)
+        L.seed_everything(seed, verbose=False)
+        for name, epochs in self.settings.freeze.items():
+            # A modality that the method does not look at has nothing to freeze, and what is fixed anyway stays so.
+            encoder = self.learner.encoders.get(name)
+            if encoder is not None and getattr(encoder, "learned", True):
+                encoder.requires_grad_(self.current_epoch >= epochs)
+
+    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+        answer = self.learner(batch["inputs"])
+        annealing = min(1.0, self.current_epoch / ANNEALING_EPOCHS)
+        loss = self.learner.loss(answer, batch["label"], batch["index"], annealing)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
+        return loss
+
+    def on_validation_start(self) -> None:
+        # Each process has seen samples of its own; merged here, before the checkpoint of the epoch is written.
+        if not self.trainer.sanity_checking:
+            for trajectory in trajectories(self.learner).values():
+                trajectory.sync()
+
+    def validation_step(self, batch: dict[str, Any], number: int) -> None:
+        scores, label = self.learner(batch["inputs"]).scores, batch["label"]
+        # Of several processes, some repeat a sample at the end, so that all take as many steps; it counts once.
+        num = len(cast(DataLoader[Any], self.trainer.val_dataloaders).dataset)  # type: ignore[arg-type]
+        own = len(range(self.global_rank, num, self.trainer.world_size))
+        counted = max(0, min(len(label), own - number * self.settings.batch_size))
+        if counted:
+            self.accuracy.update(scores[:counted], label[:counted])
+
+    def on_validation_epoch_end(self) -> None:
+        accuracy = self.accuracy.compute()
+        self.accuracy.reset()
+        self.log(ACCURACY, accuracy, prog_bar=True)
+        if not self.trainer.sanity_checking and self.plateau is not None:
+            # Lightning steps a plateau after it has written the epoch's checkpoint, and not at all for an epoch that a
+            # resumed run has finished: stepped here, its state in the checkpoint is the epoch's.
+            self.plateau.step(accuracy.item())
+            self.log("train/learning_rate", self.plateau.optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        s = self.settings
+        parameters = list(self.learner.parameters())
+        # Biases and normalisations are not decayed by AdamW, as in the released text-image code.
+        adamw = s.optimizer == "adamw"
+        plain = [p for p in parameters if adamw and p.dim() <= 1]
+        decayed = [p for p in parameters if not (adamw and p.dim() <= 1)]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        make = torch.optim.AdamW if adamw else torch.optim.Adam
+        optimizer = make([g for g in groups if g["params"]], lr=s.learning_rate, weight_decay=s.weight_decay)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, mode="max", factor=s.plateau_factor, patience=s.plateau_patience
+        )
+        if not s.warmup:
+            return optimizer
+        # Transformers' schedules set the rate anew at every step, and would undo the plateau's; this one multiplies.
+        steps = max(1, math.ceil(s.warmup * float(self.trainer.estimated_stepping_batches)))
+        rise = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / (steps + 1), total_iters=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rise, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["sizes"] = self.sizes
+        if self.plateau is not None:
+            checkpoint["plateau"] = self.plateau.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._saved_plateau = checkpoint.get("plateau")
+
+    def on_fit_start(self) -> None:
+        saved = getattr(self, "_saved_plateau", None)
+        if saved is not None and self.plateau is not None:
+            self.plateau.load_state_dict(saved)
+
+
+class Shuffled(DistributedSampler[Any]):
+    """All samples in the order that ``seed`` draws, however often it is asked: Lightning starts the iterator of an
+    epoch twice, and of one that it resumes once. Of P processes each takes every P-th sample, and some repeat one of
+    the first so that all have the same number: together their batches are those of one process.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the seed is the epoch's own."""
+
+
+class Batches(L.LightningDataModule):
+    """The loaders; the order of an epoch depends on the seed and the epoch alone."""
+
+    def __init__(self, train: Dataset[Any], select: Dataset[Any], collate: Any, settings: Settings) -> None:
+        super().__init__()
+        self.train, self.select, self.collate = train, select, collate
+        self.settings = settings
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        seed, epoch, processes = self.settings.seed, self.trainer.current_epoch, self.trainer.world_size
+        order = Shuffled(self.train, processes, self.trainer.global_rank, seed=_epoch_seed(seed, epoch))
+        own = _epoch_seed(seed, epoch, self.trainer.global_rank)
+        return self._load(self.train, sampler=order, worker_init_fn=partial(_seed_worker, own))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        place = self.trainer.world_size, self.trainer.global_rank
+        return self._load(self.select, sampler=DistributedSampler[Any](self.select, *place, shuffle=False))
+
+    def _load(self, samples: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        s = self.settings
+        return DataLoader(
+            samples,
+            s.batch_size,
+            num_workers=s.workers,
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+            # Or else every iterator that is started would draw from the generator that crops and dropout draw from.
+            generator=torch.Generator().manual_seed(s.seed),
+            **options,
+        )
+
+
+def _seed_worker(seed: int, worker: int) -> None:
+    L.seed_everything((seed + 7919 * (worker + 1)) % 2**32, verbose=False)
+
+
+def _epoch_seed(seed: int, epoch: int, process: int = 0) -> int:
+    return (1_000_003 * seed + epoch + 15_485_863 * process) % 2**32

@@ -1,0 +1,56 @@
+"""The networks that a run's method is built from: encoders and classifiers as its settings say."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data.catalogue import DATA_SETS
+from ..models.image_encoders import ImageEncoder
+from ..models.learners import Head, Learner, classifier
+from ..models.methods import METHODS, Objective, Parts
+from ..models.text_encoders import BagOfWords, Numbering, WordNumbers, load_bert
+from .settings import Settings
+
+
+def build_learner(
+    settings: Settings,
+    num_classes: int,
+    num_samples: int,
+    numbering: Numbering | None = None,
+    pretrained: bool = True,
+) -> Learner:
+    """The method of ``settings``.
+
+    Args:
+        settings: of the run.
+        num_classes: K.
+        num_samples: N, of the whole training split.
+        numbering: how texts become numbers; None where there are none.
+        pretrained: False where a checkpoint will replace the weights.
+    """
+    modalities = DATA_SETS[settings.data_set].modalities
+
+    def encoder(name: str) -> Any:
+        if name == "text":
+            assert numbering is not None
+            return load_bert(settings.text_model, numbering, pretrained)
+        if name == "bow":
+            assert isinstance(numbering, WordNumbers)
+            vectors = Path(settings.word_vectors) if settings.word_vectors else None
+            return BagOfWords(numbering.vocabulary, vectors)
+        return ImageEncoder(settings.backbone, settings.weights if pretrained else "none", settings.regions)
+
+    def classify(width: int) -> nn.Module:
+        return classifier(width, num_classes, settings.hidden, settings.dropout)
+
+    def heads() -> dict[str, Head]:
+        encoders = {name: encoder(name) for name in modalities}
+        return {name: Head(network, classify(network.width)) for name, network in encoders.items()}
+
+    objective = Objective(settings.ranking_weight, settings.form, settings.pairs, settings.detach_weights)
+    training = METHODS[settings.method].training
+    assert training is not None
+    return training.build(
+        Parts(modalities, num_classes, num_samples, encoder, classify, heads, objective, settings.seed)
+    )

@@ -1,0 +1,95 @@
+"""NYUD2 and SUN RGB-D: how pairs of images become tensors and batches."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from ..data.catalogue import DATA_SETS
+from ..data.class_checks import check_every_class
+from ..data.paired_images import PairedImages
+from ..data.stratified_split import stratified_split
+from ..errors import CommandError
+from .settings import Settings
+from .training_data import TrainingData
+
+NAMES = ("rgb", "depth")
+
+
+def load_training(settings: Settings) -> TrainingData:
+    """Read, check and split the data.
+
+    With ``selection="held-out"``, a part of the training split is kept from training, class by class; with ``"test"``
+    the epoch is chosen on the test split, as the released scripts do.
+
+    Raises:
+        DataError: data that cannot be used.
+        CommandError: so few samples of every class that none is held out.
+    """
+    known, root = DATA_SETS[settings.data_set], Path(settings.data_root)
+    images = load_images(settings)
+    check_every_class(images.classes, images.labels, root / "train")
+    as_tested = v2.Resize((settings.image_size, settings.image_size))
+    if settings.selection == "test":
+        select: Dataset[Any] = PairedImages(
+            known, root, "test", transform=as_tested, finish=_to_tensors(settings), skip_bad=settings.skip_bad
+        )
+        train: Dataset[Any] = images
+    else:
+        same = copy.copy(images)
+        same.transform = as_tested
+        rest, held = stratified_split(images.labels, (1 - settings.validation, settings.validation), seed=0)
+        if not held or not rest:
+            raise CommandError(
+                f"--validation {settings.validation}: must hold out at least one sample of a class and leave one, got "
+                f"{len(held)} of {len(images)}"
+            )
+        train, select = torch.utils.data.Subset(images, rest), torch.utils.data.Subset(same, held)
+    return TrainingData(train, select, tuple(images.classes), len(images), len(images.faults))
+
+
+def load_images(settings: Settings) -> PairedImages:
+    """The whole training split, with random crops and flips, the same for both images of a pair."""
+    return PairedImages(
+        DATA_SETS[settings.data_set],
+        Path(settings.data_root),
+        "train",
+        transform=v2.Compose(
+            [
+                v2.Resize((settings.load_size, settings.load_size)),
+                v2.RandomCrop(settings.image_size),
+                v2.RandomHorizontalFlip(),
+            ]
+        ),
+        finish=_to_tensors(settings),
+        skip_bad=settings.skip_bad,
+    )
+
+
+def load_test(settings: Settings, numbering: None = None) -> PairedImages:
+    """The test split; its ``corrupt`` would act after resizing and before normalising, as in the released code."""
+    return PairedImages(
+        DATA_SETS[settings.data_set],
+        Path(settings.data_root),
+        "test",
+        transform=v2.Resize((settings.image_size, settings.image_size)),
+        finish=_to_tensors(settings),
+        skip_bad=settings.skip_bad,
+    )
+
+
+def _to_tensors(settings: Settings) -> v2.Compose:
+    known = DATA_SETS[settings.data_set]
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(known.mean, known.std)])
+
+
+def collate(samples: list[Any]) -> dict[str, Any]:
+    """A batch: ``inputs`` by modality, ``label`` and ``index`` ``[B]``."""
+    return {
+        "inputs": {name: torch.stack([sample[name] for sample in samples]) for name in NAMES},
+        "label": torch.tensor([sample["label"] for sample in samples]),
+        "index": torch.tensor([sample["index"] for sample in samples]),
+    }

@@ -1,0 +1,196 @@
+"""The affine rule: weights from any uncertainty by Eq. 9, fused logits by Eq. 11 or fused probabilities."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qmf_kernels import WeightRule, affine_weights, clamp_weights
+from qmf_kernels.eager.fusion import accumulate_dtype, per_modality
+
+from .calibration import CleanData, hold_until_eq_6
+from .checks import check_choice
+from .coefficients import Coefficient, Coefficients, Constants, unless_one
+from .lemma_1 import Clamp, check_shares, find_shift, fit_scale, fit_temperatures
+from .rows import stack_rows
+from .rule import Rule, Weighed, ready
+from .uncertainty import UNCERTAINTIES, Uncertainty
+
+COMBINATIONS = ("logits", "probabilities")
+LEAST_SHARE = 1e-12  # of a weight among fused probabilities, so that shares are equal where all weights are 0
+
+
+class AffineOptions(NamedTuple):
+    """What the affine rule is, besides its constants."""
+
+    uncertainty: str | Uncertainty = "energy"
+    combine: str = "logits"
+    nonnegative: bool = False
+    normalize: bool = False
+    detach: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown name."""
+        check_choice("combine", self.combine, COMBINATIONS)
+        if not callable(self.uncertainty):
+            check_choice("uncertainty", self.uncertainty, list(UNCERTAINTIES))
+
+    def defaults(self, alpha: Coefficient | None, beta: Coefficient | None) -> tuple[Coefficient, Coefficient]:
+        """None becomes -0.1 and 0 for the energy, as published, and -1 and 1 for others, which lie in [0, 1]."""
+        published = (-0.1, 0.0) if self.uncertainty == "energy" else (-1.0, 1.0)
+        return published[0] if alpha is None else alpha, published[1] if beta is None else beta
+
+    @property
+    def clamp(self) -> Clamp:
+        """Probabilities are no probabilities with weights below 0."""
+        return Clamp(self.nonnegative or self.combine == "probabilities", self.normalize)
+
+
+def measure(uncertainty: str | Uncertainty, rows: Sequence[Tensor], temperature: Tensor | None) -> Tensor:
+    """``u`` of Eq. 9, ``[M, *]`` in float32 or float64, of M rows ``[*, K]`` divided by T ``[M]``, where None is 1."""
+    dtype = accumulate_dtype(rows)
+    scaled = [x.to(dtype) for x in rows]
+    if temperature is not None:
+        scaled = [_divide(x, t) for x, t in zip(scaled, temperature.to(dtype), strict=True)]
+    function = UNCERTAINTIES[uncertainty] if isinstance(uncertainty, str) else uncertainty
+    every = [function(x) for x in scaled]
+    for x, value in zip(scaled, every, strict=True):
+        if not isinstance(value, Tensor) or value.shape != x.shape[:-1]:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"uncertainty must return {tuple(x.shape[:-1])} for logits {tuple(x.shape)}, got {got}")
+    u = torch.stack(every).to(dtype)
+    if temperature is not None and uncertainty == "energy":
+        u = u * per_modality(temperature, u)
+    return u
+
+
+def _divide(x: Tensor, temperature: Tensor) -> Tensor:
+    # -inf has no slope in the temperature, where 0 * inf would be NaN.
+    ruled_out = x == -torch.inf
+    return (x.masked_fill(ruled_out, 0) / temperature).masked_fill(ruled_out, -torch.inf)
+
+
+def weigh_rows(
+    rows: list[Tensor],
+    present: Tensor | None,
+    options: AffineOptions,
+    alpha: Tensor,
+    beta: Tensor,
+    temperature: Tensor | None,
+) -> Weighed:
+    """What the operators need: M of ``[*, K]``, bool ``[M, *]`` or None, ``[M]`` each; a temperature of None is 1."""
+    if options.combine == "logits":
+        u = None  # the energy, which the operators take from the rows themselves
+        if options.uncertainty != "energy":
+            u = measure(options.uncertainty, _safe_rows(rows, present), temperature)
+        clamp = {"nonnegative": options.clamp.nonnegative, "normalize": options.clamp.normalize}
+        return Weighed(rows, present, WeightRule(u, alpha, beta, temperature, None, detach=options.detach, **clamp))
+    x, counted = stack_rows(rows, present)
+    u = measure(options.uncertainty, list(x), temperature)
+    weights = weights_of(u, alpha, beta, counted, options.clamp)
+    fused = pool_probabilities(x, weights.detach() if options.detach else weights, counted)
+    return Weighed(rows, counted, ready(weights, fused, temperature))
+
+
+def weights_of(u: Tensor, alpha: Tensor, beta: Tensor, counted: Tensor | None, clamp: Clamp) -> Tensor:
+    """Eq. 9, clamped and normalised as asked: ``[M, *]``."""
+    return clamp_weights(affine_weights(u, per_modality(alpha, u), per_modality(beta, u)), counted, *clamp)
+
+
+def _safe_rows(rows: list[Tensor], present: Tensor | None) -> list[Tensor]:
+    """Zeros for rows that do not count, through which an uncertainty would send NaN back whatever their weight."""
+    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
+    heights = [torch.logsumexp(x.detach().to(dtype), -1) for x, dtype in zip(rows, dtypes, strict=True)]
+    counted = [torch.isfinite(height) for height in heights]
+    if present is not None:
+        counted = [c & p for c, p in zip(counted, present, strict=True)]
+    return [torch.where(c.unsqueeze(-1), x, 0) for c, x in zip(counted, rows, strict=True)]
+
+
+def pool_probabilities(logits: Tensor, weights: Tensor, counted: Tensor | None) -> Tensor:
+    """``f = log(sum_m w[m] softmax(x[m]) / sum_m w[m])``, ``[*, K]``; 0 where no modality counts.
+
+    Logits ``[M, *, K]`` are finite, weights ``[M, *]`` at least 0; ``counted`` ``[M, *]`` None is all.
+    """
+    share = weights.clamp_min(LEAST_SHARE).log()
+    some = None
+    if counted is not None:
+        some = counted.any(0)
+        share = share.masked_fill(~counted & some, -torch.inf)
+    share = share - torch.logsumexp(share, 0)
+    terms = share.unsqueeze(-1) + torch.log_softmax(logits.to(share.dtype), -1)
+    fused = torch.logsumexp(terms, 0)
+    return fused if some is None else torch.where(some.unsqueeze(-1), fused, 0)
+
+
+class AffineRule(Rule):
+    """``w[m] = alpha[m] * u[m] + beta[m]`` (Eq. 9) and what the weights add up: see ``QualityAwareFusion``."""
+
+    def __init__(self, num_modalities: int, options: AffineOptions, coefficients: Coefficients) -> None:
+        super().__init__(num_modalities)
+        self.options, self.coefficients = options, coefficients
+
+    def constants(self) -> Constants:
+        return self.coefficients.calibrated()
+
+    def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
+        alpha, beta, temperature = self.constants()
+        return weigh_rows(rows, present, self.options, alpha, beta, unless_one(temperature))
+
+    def uncertainties(self, rows: list[Tensor]) -> Tensor:
+        return measure(self.options.uncertainty, rows, unless_one(self.constants().temperature))
+
+    def weights_from(self, uncertainties: Tensor) -> Tensor:
+        alpha, beta, _ = self.constants()
+        return weights_of(uncertainties, alpha, beta, None, self.options.clamp)
+
+    def logits_from(self, rows: list[Tensor], weights: Tensor) -> Tensor:
+        x = torch.stack(rows)
+        if self.options.combine == "probabilities":
+            return pool_probabilities(x, weights, None)
+        return (weights.unsqueeze(-1) * x).sum(0)
+
+    def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
+        if "temperature" in fit and self.options.combine != "logits":
+            raise ValueError(f"fit must be empty for this rule, which has no such constants, got {list(fit)}")
+
+        def weigh() -> Tensor:
+            self.coefficients.hold(self.calibration.held)
+            return self.fuse(data.rows, data.counted)[1]
+
+        clamp = self.options.clamp
+        if static is None:
+            weights = weigh()
+            # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.
+            mean = weights[data.counted].mean() if clamp.normalize else data.mean(weights).mean()
+            if not mean > 0:
+                raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(mean)}")
+            static = mean.expand(len(weights))
+        static = static.to(data.losses)
+        static = check_shares(static, data) if clamp.normalize else static
+        scale, shift, temper = torch.ones_like(static), torch.zeros_like(static), torch.ones_like(static)
+        if "temperature" in fit:
+            temper = fit_temperatures(data) / self.constants().temperature.to(static)
+        self.coefficients.correct(scale=scale, shift=shift, temper=temper)
+        u = torch.where(data.counted, self.uncertainties(data.rows), 0)
+        alpha, beta, _ = (per_modality(x, u) for x in self.constants())
+        slope = alpha * u
+        if "alpha" in fit:
+            scale = scale * fit_scale(slope, beta, data, static, clamp)
+            slope = slope * per_modality(scale, slope)
+        shift = find_shift(slope + beta, data, static, clamp)
+        self.coefficients.correct(scale=scale, shift=shift, temper=temper)
+        hold_until_eq_6(self.calibration, weigh, data, confidence, static, together=clamp.normalize)
+
+    def reset_calibration(self) -> None:
+        super().reset_calibration()
+        self.coefficients.clear()
+
+    def extra_repr(self) -> str:
+        shown = [f"uncertainty={self.options.uncertainty!r}"]
+        if self.options.combine != "logits":
+            shown.append(f"combine={self.options.combine!r}")
+        named = {"learnable": self.coefficients.learnable, "normalize": self.options.normalize}
+        named |= {"nonnegative": self.options.nonnegative, "detach_weights": self.options.detach}
+        return ", ".join([*shown, *(f"{name}=True" for name, on in named.items() if on)])

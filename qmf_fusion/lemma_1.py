@@ -1,0 +1,113 @@
+"""Lemma 1: Eq. 9 can always meet Eq. 5, a given mean weight, by its ``beta``; and constants fitted by likelihood."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qmf_kernels import clamp_weights
+from qmf_kernels.eager.fusion import per_modality
+
+from .calibration import CleanData
+
+
+class Clamp(NamedTuple):
+    """What happens to ``alpha * u + beta`` before it is a weight."""
+
+    nonnegative: bool
+    normalize: bool
+
+    def weights(self, raw: Tensor, shift: Tensor, counted: Tensor) -> Tensor:
+        """``[M, *]`` from the same, with ``shift`` ``[M]`` added to beta."""
+        return clamp_weights(raw + per_modality(shift, raw), counted, self.nonnegative, self.normalize)
+
+
+def find_shift(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Tensor:
+    """What to add to beta so that the mean weight is ``static``, ``[M]``, where it is ``raw`` ``[M, *]`` without."""
+    if clamp.normalize:
+        return _shift_shares(raw, data, static, clamp)
+    high = static - data.mean(raw)
+    if not clamp.nonnegative:
+        return high
+    # Clamped weights' mean rises with the shift, from 0 on, and is at least the unclamped one: bisect.
+    spread = torch.where(data.counted, raw, 0).flatten(1).abs().amax(1) + static.abs() + 1
+    low = torch.minimum(high, -spread)
+    for _ in range(200):
+        middle = (low + high) / 2
+        over = data.mean(clamp.weights(raw, middle, data.counted)) > static
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    return (low + high) / 2
+
+
+def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Tensor:
+    """Of normalised weights, whose means depend on every modality's shift: by damped iteration.
+
+    From shifts as large as the weights, and where shares jump too much there, from larger ones, which even them out.
+    """
+    size = torch.where(data.counted, raw, 0).flatten(1).abs().amax()
+    size = torch.where(size > 0, size, 1)
+    for level in (size, 4 * size, 16 * size):
+        shift, step, error = static * level - data.mean(raw), level, torch.inf
+        for _ in range(2000):
+            gap = static - data.mean(clamp.weights(raw, shift, data.counted))
+            new = float(gap.abs().max())
+            if new < 1e-9:
+                return shift
+            step = step / 2 if new > error else step
+            shift, error = shift + step * gap, new
+    raise ValueError(f"static_weights must be reachable with normalize=True: {static.tolist()} is off by {error:.1e}")
+
+
+def check_shares(static: Tensor, data: CleanData) -> Tensor:
+    """Static weights of normalised weights ``[M]``, rounded to the sum of a row's shares; a ValueError for others."""
+    # Each row's shares sum to 1, so the static weights do too where every modality is in every row.
+    often = data.counted.flatten(1).sum(1).to(static) / data.counted.any(0).sum()
+    total = float((often * static).sum())
+    if abs(total - 1) > 1e-6:
+        each = "" if bool((often == 1).all()) else f", each times the {often.tolist()} of rows that have it"
+        raise ValueError(f"static_weights{each} must sum to 1 with normalize=True, got {static.tolist()}")
+    return static / total
+
+
+def fit_scale(slope: Tensor, beta: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> float:
+    """The factor of every alpha that makes the fused logits likeliest under Eq. 5; ``slope`` is ``alpha * u``."""
+    some, x = data.counted.any(0), torch.stack(data.rows)
+
+    def loss(log_scale: float) -> float:
+        raw = slope * math.exp(log_scale) + beta
+        weights = clamp.weights(raw, find_shift(raw, data, static, clamp), data.counted)
+        return float(F.cross_entropy((weights.unsqueeze(-1) * x).sum(0)[some], data.target[some]))
+
+    return math.exp(_golden(loss, math.log(1e-3), math.log(1e2)))
+
+
+def fit_temperatures(data: CleanData) -> Tensor:
+    """Each modality's, by likelihood, from 0.01 to 100: ``[M]`` (Guo et al., ICML 2017)."""
+
+    def best(x: Tensor, target: Tensor) -> float:
+        def loss(log_temperature: float) -> float:
+            return float(F.cross_entropy(x / math.exp(log_temperature), target))
+
+        return math.exp(_golden(loss, math.log(0.01), math.log(100)))
+
+    return data.losses.new_tensor([best(x[c], data.target[c]) for x, c in zip(data.rows, data.counted, strict=True)])
+
+
+def _golden(f: Callable[[float], float], low: float, high: float) -> float:
+    """The minimum of a function of one dip, by golden section."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = f(left), f(right)
+    for _ in range(60):
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = f(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = f(right)
+    return (low + high) / 2

@@ -1,0 +1,17 @@
+"""Rows, one modality of one sample each, in one tensor, and which of them count."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qmf_kernels.eager.fusion import accumulate_dtype
+
+
+def stack_rows(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows as one ``[M, *, K]``, 0 where they do not count, and where they do, ``[M, *]``: present and all finite."""
+    dtype = accumulate_dtype(rows)
+    x = torch.stack([x.to(dtype) for x in rows])
+    counted = torch.isfinite(x).all(-1)
+    counted = counted if present is None else counted & present
+    return torch.where(counted.unsqueeze(-1), x, 0), counted

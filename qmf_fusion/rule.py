@@ -1,0 +1,87 @@
+"""A rule: how the logits of M modalities become fused logits and weights, how it is trained, and what it learns."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import qmf_kernels
+from qmf_kernels import WeightRule
+
+from .calibration import Calibration, CleanData
+from .coefficients import Constants
+
+
+class Weighed(NamedTuple):
+    """What the operators need to fuse a batch."""
+
+    rows: Sequence[Tensor]  # M of ``[*, K]``
+    present: Tensor | None  # ``[M, *]`` bool; None for all
+    weights: WeightRule
+
+
+def ready(weights: Tensor, fused: Tensor | None = None, temperature: Tensor | None = None) -> WeightRule:
+    """Weights ``[M, *]`` as they are, ``1 * w + 0``, and fused logits ``[*, K]``, for the operators."""
+    one = weights.new_ones(len(weights))
+    return WeightRule(weights, one, torch.zeros_like(one), temperature, fused=fused)
+
+
+class Rule(nn.Module):
+    """What ``QualityAwareFusion`` asks; a subclass has at least ``weigh``, ``uncertainties`` and ``calibrate``.
+
+    Rows are M tensors ``[*, K]``, checked, LogitNorm applied; ``present`` is bool ``[M, *]`` or None.
+    """
+
+    num_classes: int | None = None
+    """K, for a rule that takes no other."""
+
+    def __init__(self, num_modalities: int) -> None:
+        super().__init__()
+        self.num_modalities = num_modalities
+        self.calibration = Calibration(num_modalities)
+
+    def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
+        """Weights or what they come from, and fused logits where they are no weighted sum.
+
+        ``plain`` asks for the form to train with, which ignores what the rule has learned from data by itself: the
+        heads would chase a target that moves with them.
+        """
+        raise NotImplementedError
+
+    def constants(self) -> Constants:
+        """alpha, beta and the temperature as calibrated; an AttributeError where the rule has none."""
+        raise AttributeError(f"{type(self).__name__} has no alpha, beta and temperature")
+
+    def uncertainties(self, rows: list[Tensor]) -> Tensor:
+        """What the weights never rise with, ``[M, *]``; NaN or infinite where a row does not count."""
+        raise NotImplementedError
+
+    def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
+        """Make Theorem 2's conditions hold on data, starting from the uncalibrated rule.
+
+        A ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet.
+        """
+        raise NotImplementedError
+
+    def reset_calibration(self) -> None:
+        """Undo ``calibrate``, exactly."""
+        self.calibration.clear()
+
+    def default_static(self, means: Tensor) -> Tensor:
+        """The static weights ``[M]`` to compare mean weights ``[M]`` with, where none are given: their own mean."""
+        return means.nanmean().expand(len(means))
+
+    def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int) -> None:
+        """Learn from a training batch whose targets ``[*]`` have been checked; most rules do not."""
+
+    def weights_from(self, uncertainties: Tensor) -> Tensor | None:
+        """The weights ``[M, *]`` of uncertainties, where they alone decide them (Eq. 9); else None."""
+
+    def logits_from(self, rows: list[Tensor], weights: Tensor) -> Tensor | None:
+        """The fused logits ``[*, K]`` that these weights make of rows, all present (Eq. 11); None where more counts."""
+
+    def fuse(self, rows: list[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``."""
+        weighed = self.weigh(rows, present)
+        return qmf_kernels.fuse(weighed.rows, weighed.present, weighed.weights)

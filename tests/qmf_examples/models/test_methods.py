@@ -1,0 +1,69 @@
+"""The registry: every method of every table builds, answers what it should, and has a name of its own."""
+
+import pytest
+import torch
+
+from qmf_examples.comparison.heads import small_heads
+from qmf_examples.models.methods import METHODS, ROBUSTNESS, Frozen, Fused, digits_table, oracle
+from qmf_examples.training.settings import ABLATION
+from qmf_examples.training.settings import METHODS as ROWS
+
+WIDTHS = {"a": 4, "b": 5}
+TABLES = {"digits": digits_table(tuple(WIDTHS)), "robustness": ROBUSTNESS}
+
+
+@pytest.fixture
+def views():
+    return {name: torch.randn(6, width) for name, width in WIDTHS.items()}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))
+def test_every_method_trains_and_answers_from_its_heads(table, views):
+    labels, index = torch.tensor([0, 1, 2, 0, 1, 2]), torch.arange(6)
+    corrupted = torch.tensor([[True, False] * 3, [False, True] * 3])
+    learners = {}
+    for training in table.trainings:
+        learner = learners[training] = training.build(small_heads(WIDTHS, 3, 6, 8, seed=0))
+        learner.loss(learner(views), labels, index, annealing=0.5).backward()
+        assert all(p.grad is not None for p in learner.parameters()), training.name
+        learner.eval()
+    for method in table.methods:
+        learner = learners[table.training(method)]
+        with torch.no_grad():
+            answer = learner(views)
+            fused = method.answer(Frozen(learner, answer, corrupted, answer, labels, best=0))
+        assert isinstance(fused, Fused)
+        assert fused.scores.shape == (6, 3)
+        assert fused.scores.isfinite().all()
+        assert fused.weights is None or fused.weights.shape == (2, 6)
+    labels = [method.label for method in table.methods]
+    assert len(set(labels)) == len(labels)
+    assert [method.role for method in table.methods].count("oracle") == 1
+
+
+def test_rules_share_the_heads_of_a_training():
+    names = [training.name for training in TABLES["digits"].trainings]
+    assert names == ["unimodal", "qmf-no-ranking", "qmf-paper", "qmf-margin", "qmf-released", "logitnorm", "robust"]
+    assert len(ROBUSTNESS.trainings) < len(ROBUSTNESS.methods)
+
+
+def test_every_row_of_the_papers_tables_is_a_trained_method():
+    for rows in (*ROWS.values(), ABLATION):
+        assert all(METHODS[name].training is not None for name in rows)
+
+
+def test_the_oracle_drops_what_is_corrupted():
+    logits = torch.randn(2, 6, 3)
+    corrupted = torch.tensor([[True, False] * 3, [False, True] * 3])
+    corrupted[:, 5] = True
+
+    class Given:
+        pass
+
+    given = Given()
+    given.logits, given.corrupted = logits, corrupted
+    fused = oracle(given)
+    clean = torch.where(corrupted[0].unsqueeze(-1), logits[1], logits[0]).softmax(-1)
+    torch.testing.assert_close(fused.scores[:5], clean[:5])
+    torch.testing.assert_close(fused.weights[:, :5], (~corrupted[:, :5]).float())
+    torch.testing.assert_close(fused.scores[5], logits[:, 5].softmax(-1).mean(0))  # told that none is clean: all
