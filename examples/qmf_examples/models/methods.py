@@ -187,7 +187,7 @@ UNIMODAL = Training("unimodal", lambda parts: UnimodalHeads(parts.heads()))
 PLAIN = Training("plain", lambda parts: ConfidentHeads(parts.heads()))
 NO_RANKING = Training("qmf-no-ranking", _quality_aware(_UNRANKED))
 ROBUST = Training("robust", _robust())
-LOGITS_ALONE = Training("robust-logits", _robust())
+LOGITS_ALONE = Training("robust-logits", _robust(features=False))
 
 
 # How a rule fuses frozen heads.
