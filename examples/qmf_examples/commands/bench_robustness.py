@@ -38,6 +38,9 @@ def bench_robustness(
         int | None,
         typer.Option(min=1, help="Epochs of each training on a feature file: 40 if not given, 2 with --quick."),
     ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="In place of the rules: the recommended one without each ingredient.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One seed of a few steps, to see that it runs.")] = False,
 ) -> None:
     """Run the bench; see ``HELP``."""
@@ -52,6 +55,7 @@ def bench_robustness(
     from ..data.digits import load_digits
     from ..data.feature_files import load_npz
     from ..data.multiview import load_mat
+    from ..models.methods import ABLATION, ROBUSTNESS
 
     sets = [load_npz(path) if path.suffix == ".npz" else load_mat(path) for path in data or []]
     sets += [load_digits()] if digits else []
@@ -64,4 +68,4 @@ def bench_robustness(
         dataclasses.replace(FILES, seeds=chosen, epochs=epochs or (2 if quick else FILES.epochs)),
     )
     with disk_errors():
-        run_and_report(sets, settings, output)
+        run_and_report(sets, settings, output, ABLATION if ablation else ROBUSTNESS)

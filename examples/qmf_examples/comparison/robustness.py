@@ -13,7 +13,7 @@ from ..data.feature_files import FeatureFile
 from ..data.multiview import MultiView
 from ..evaluation.display import console
 from ..files import write_atomically
-from ..models.methods import RECOMMENDED
+from ..models.methods import RECOMMENDED, Method, Table
 from ..models.methods import ROBUSTNESS as TABLE
 from .compare import compare
 from .figures import Line, tabulate
@@ -55,7 +55,7 @@ class Group(NamedTuple):
     """By set."""
 
 
-def run(sets: Sequence[Set], settings: Settings, **options: Any) -> dict[str, list[Score]]:
+def run(sets: Sequence[Set], settings: Settings, table: Table = TABLE, **options: Any) -> dict[str, list[Score]]:
     """The whole bench, by set; see ``compare``."""
     results = {}
     for data in sets:
@@ -65,7 +65,7 @@ def run(sets: Sequence[Set], settings: Settings, **options: Any) -> dict[str, li
             prepared = partial(prepare_file, data, device=config.device)
         else:
             prepared = partial(prepare, data, PROTOCOL, device=config.device)
-        results[data.name] = compare(data.name, prepared, TABLE, config, **options)
+        results[data.name] = compare(data.name, prepared, table, config, **options)
     return results
 
 
@@ -94,13 +94,15 @@ def groups(sets: Sequence[Set], results: dict[str, list[Score]]) -> dict[str, Gr
     return found
 
 
-def run_and_report(sets: Sequence[Set], settings: Settings, output: Path) -> dict[str, list[Line]]:
+def run_and_report(
+    sets: Sequence[Set], settings: Settings, output: Path, table: Table = TABLE
+) -> dict[str, list[Line]]:
     """Run, write ``robustness.json`` and PNGs to the folder, print the tables; by table's name, its lines."""
-    with progress_bars(sum(len(settings.of(data).seeds) for data in sets) * len(TABLE.trainings)) as progress:
-        results = run(sets, settings, progress=progress)
+    with progress_bars(sum(len(settings.of(data).seeds) for data in sets) * len(table.trainings)) as progress:
+        results = run(sets, settings, table, progress=progress)
     found = groups(sets, results)
-    tables = {name: tabulate(group.scores, METHODS) for name, group in found.items()}
-    pairs = {name: compare_pairs(group.scores, RECOMMENDED, METHODS) for name, group in found.items()}
+    tables = {name: tabulate(group.scores, table.methods) for name, group in found.items()}
+    pairs = {name: compare_pairs(group.scores, RECOMMENDED, table.methods) for name, group in found.items()}
     kinds = {"views": MultiView, "files": FeatureFile}
     content = {
         "config": {
@@ -120,7 +122,7 @@ def run_and_report(sets: Sequence[Set], settings: Settings, output: Path) -> dic
         count = len({score.seed for scores in group.scores.values() for score in scores})
         title = f"{group.title}, {count} seed{'s' if count > 1 else ''}"
         plot(output / group.picture, tables[name], f"{title}, half of the views damaged")
-        _print(shown, title, tables[name], pairs[name])
+        _print(shown, title, table.methods, tables[name], pairs[name])
     shown.print(
         "Half of each sample's views are damaged, of an odd number the smaller half. 'worst seed': its mean. "
         "'shortfall': the largest gap to the best rule of a condition, oracle aside. ECE, AURC and AUROC are means "
@@ -131,15 +133,17 @@ def run_and_report(sets: Sequence[Set], settings: Settings, output: Path) -> dic
     return tables
 
 
-def _print(shown: Console, title: str, lines: Sequence[Line], pairs: Sequence[Paired]) -> None:
+def _print(
+    shown: Console, title: str, methods: Sequence[Method], lines: Sequence[Line], pairs: Sequence[Paired]
+) -> None:
     shown.print(accuracy_table(lines, f"Accuracy in %, and further measures: {title}"))
     if len(lines[0].sets) > 1:
         for measure in MEASURES:
             shown.print(sets_table(lines, measure))
-    shown.print(correlation_table(lines, METHODS, f"Correlation of weight and loss (Eq. 6 wants 0 or less): {title}"))
+    shown.print(correlation_table(lines, methods, f"Correlation of weight and loss (Eq. 6 wants 0 or less): {title}"))
     what = f"difference of mean accuracy in points [{LEVEL:.0%} interval over seeds], conditions won:lost"
     shown.print(pairs_table(pairs, f"{RECOMMENDED} against each other rule, {what}: {title}"))
-    for pair in best_rivals(pairs, METHODS):
+    for pair in best_rivals(pairs, methods):
         shown.print(best_rival_sentence(pair), soft_wrap=True)
     shown.print()
 

@@ -25,8 +25,11 @@ def plot(path: Path, lines: Sequence[Line], title: str) -> None:
     figure = new_figure(7.5, 6.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     conditions = list(lines[0].conditions)
-    for nth, name in enumerate(SHOWN):
-        line = next(line for line in lines if line.rule == name)
+    by_rule = {line.rule: line for line in lines}
+    # Of an ablation, whose rules have no place among those, all.
+    shown = SHOWN if by_rule.keys() >= set(SHOWN) else tuple(by_rule)
+    for nth, name in enumerate(shown):
+        line = by_rule[name]
         told = name.startswith("oracle")
         style: dict[str, Any] = {
             "color": "black" if told else COLORS[nth % len(COLORS)],

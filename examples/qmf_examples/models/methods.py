@@ -166,7 +166,7 @@ def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Bui
     return build
 
 
-def _robust(dropout: float = 0.0, features: bool = False) -> Build:
+def _robust(dropout: float = 0.0, features: bool = False, **switches: Any) -> Build:
     """The recommended rule; with ``features`` it judges a modality by what its head sees as well."""
 
     def build(parts: Parts) -> Learner:
@@ -175,7 +175,7 @@ def _robust(dropout: float = 0.0, features: bool = False) -> Build:
             seen["features"] = [head.feature_width for head in heads.values()]
             for head in heads.values():
                 head.hands_on_features = True
-        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes, **seen)
+        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes, **seen, **switches)
         options = {"modality_dropout": dropout, "dropout_seed": parts.seed} if dropout else {}
         return QualityAware(heads, parts.num_samples, _objective(parts, {}), fusion, **options)
 
@@ -341,3 +341,25 @@ def digits_table(views: tuple[str, ...]) -> Table:
 _RIVALS = ("energy, logits", "tmc", "RCML", "PDF")
 ROBUSTNESS = Table(PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_QMF, *_VARIANTS, _ORACLE))
 """What `bench-robustness` compares."""
+
+
+def _without(ingredient: str, **switches: Any) -> Method:
+    return Method(
+        f"without {ingredient}", Training(f"robust-{'-'.join(switches)}", _robust(**switches)), role="variant"
+    )
+
+
+ABLATION = Table(
+    PLAIN,
+    (
+        *_pick("mean of probabilities", "robust", "robust, logits alone"),
+        _without("the size of logits", typicality_norm=False),
+        _without("the distance of logits", typicality_distance=False),
+        _without("either", typicality_norm=False, typicality_distance=False),
+        _without("distances as evidence", distance_evidence=0.0),
+        _without("class frequencies", class_prior=False),
+        _without("bounded votes", agreement=False),
+        *_pick(_ORACLE),
+    ),
+)
+"""What `bench-robustness --ablation` compares: the recommended rule without each of its ingredients."""

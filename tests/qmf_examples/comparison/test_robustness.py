@@ -15,6 +15,7 @@ from qmf_examples.comparison.robustness import FILES, METHODS, Settings, groups,
 from qmf_examples.corruption.conditions import FEATURES, UNSEEN
 from qmf_examples.data.feature_files import load_npz
 from qmf_examples.data.multiview import MultiView
+from qmf_examples.models.methods import ABLATION
 
 scipy_io = pytest.importorskip("scipy.io")
 SMALL = {"epochs": None, "steps": 25, "hidden": 16, "learning_rate": 1e-3, "weight_decay": 1e-4}
@@ -188,6 +189,20 @@ def test_command(tmp_path, capsys):
     first = (output / "robustness.json").read_bytes()
     assert main([*arguments, "--output", str(output)]) == 0
     assert (output / "robustness.json").read_bytes() == first
+
+
+def test_ablation_of_the_recommended_rule(tmp_path, capsys):
+    file = write_features(tmp_path / "scenes.npz")
+    arguments = ["bench-robustness", str(file), "--no-digits", "--ablation", "--quick", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "robustness.json").read_text())
+    lines = {line["rule"]: line for line in content["tables"]["scenes (inputs)"]}
+    assert list(lines) == [method.label for method in ABLATION.methods]
+    assert all(rule in printed for rule in lines)
+    taken = [line["auroc"] for rule, line in lines.items() if rule.startswith("without")]
+    assert len(set(taken)) > 3  # the switches reach the rule
+    assert (tmp_path / "robustness-inputs-scenes.png").exists()
 
 
 @pytest.mark.parametrize(
