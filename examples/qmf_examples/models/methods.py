@@ -15,6 +15,8 @@ from .mmbt import MMBT
 from .mmtm import MMTMFusion
 from .predicted_confidence import ConfidentHeads, collaborative_belief
 
+RECOMMENDED = "robust"
+"""The name of the rule to start with, which the bench holds against all others."""
 ALIGNMENT = 1.0
 """What the cosine distance of the two features counts in the alignment baseline."""
 DROPOUT = 0.3
@@ -82,7 +84,7 @@ class Fused(NamedTuple):
     """A method's answer."""
 
     scores: Tensor
-    """``[B, K]``, the largest of which is the prediction."""
+    """``[B, K]``, whose softmax is the method's probabilities."""
     weights: Tensor | None = None
     """``[V, B]`` where the method weights views per sample, for the correlation of weight and loss."""
 
@@ -100,7 +102,8 @@ class Method(NamedTuple):
     """None for a rule that fuses whatever heads a table has trained."""
     answer: Callable[[Frozen], Fused] = as_trained
     role: str = "fusion"
-    """``"single"`` view, plain ``"average"``, ``"fusion"`` (to be held against the averages) or ``"oracle"``."""
+    """``"single"`` view, plain ``"average"``, ``"fusion"`` (to be held against the averages), ``"variant"`` of the
+    recommended rule, or ``"oracle"``."""
     title: str = ""
     """What tables call it, where not by its name."""
 
@@ -163,10 +166,16 @@ def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Bui
     return build
 
 
-def _robust(dropout: float = 0.0) -> Build:
+def _robust(dropout: float = 0.0, features: bool = False, **switches: Any) -> Build:
+    """The recommended rule; with ``features`` it judges a modality by what its head sees as well."""
+
     def build(parts: Parts) -> Learner:
-        heads = parts.heads()
-        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes)
+        heads, seen = parts.heads(), dict[str, Any]()
+        if features:
+            seen["features"] = [head.feature_width for head in heads.values()]
+            for head in heads.values():
+                head.hands_on_features = True
+        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes, **seen, **switches)
         options = {"modality_dropout": dropout, "dropout_seed": parts.seed} if dropout else {}
         return QualityAware(heads, parts.num_samples, _objective(parts, {}), fusion, **options)
 
@@ -178,6 +187,7 @@ UNIMODAL = Training("unimodal", lambda parts: UnimodalHeads(parts.heads()))
 PLAIN = Training("plain", lambda parts: ConfidentHeads(parts.heads()))
 NO_RANKING = Training("qmf-no-ranking", _quality_aware(_UNRANKED))
 ROBUST = Training("robust", _robust())
+LOGITS_ALONE = Training("robust-logits", _robust(features=False))
 
 
 # How a rule fuses frozen heads.
@@ -195,7 +205,7 @@ def mean_logits(given: Frozen) -> Fused:
 
 def mean_probabilities(given: Frozen) -> Fused:
     """Late fusion: the plain mean of probabilities."""
-    return Fused(given.logits.softmax(-1).mean(0))
+    return Fused(given.logits.softmax(-1).mean(0).log())
 
 
 def best_view(given: Frozen) -> Fused:
@@ -209,7 +219,7 @@ def oracle(given: Frozen) -> Fused:
     """
     clean = (~given.corrupted | given.corrupted.all(0)).to(given.logits.dtype)
     weights = clean / clean.sum(0)
-    return Fused((weights.unsqueeze(-1) * given.logits.softmax(-1)).sum(0), weights)
+    return Fused((weights.unsqueeze(-1) * given.logits.softmax(-1)).sum(0).log(), weights)
 
 
 def _layer(**options: Any) -> Callable[[Frozen], Fused]:
@@ -221,8 +231,13 @@ def _layer(**options: Any) -> Callable[[Frozen], Fused]:
 
 
 def _calibrated(given: Frozen) -> Fused:
-    fusion = QualityAwareFusion.robust(len(given.logits), num_classes=given.logits.shape[-1])
-    out = fusion.calibrate(torch.stack(given.train.unimodal_logits), given.train_labels)(given.logits)
+    widths, fitted, seen = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    if given.answer.features:
+        widths["features"] = [x.shape[-1] for x in given.answer.features]
+        fitted["features"], seen["features"] = given.train.features, given.answer.features
+    fusion: Any = QualityAwareFusion.robust(len(given.logits), num_classes=given.logits.shape[-1], **widths)
+    fusion.calibrate(torch.stack(given.train.unimodal_logits), given.train_labels, **fitted)
+    out = fusion(given.logits, **seen)
     return Fused(out.logits, out.weights)
 
 
@@ -230,7 +245,8 @@ def belief(given: Frozen) -> Fused:
     """Evidence as the method combines it, and each view's belief mass for its weight."""
     assert isinstance(given.learner, Trusted)
     views = evidence(given.logits)
-    return Fused(given.learner.fuse(list(views)), 1 - opinion(views)[1])
+    # The logarithm of evidence + 1: its softmax is the Dirichlet's mean.
+    return Fused(torch.log1p(given.learner.fuse(list(views))), 1 - opinion(views)[1])
 
 
 def predicted_confidence(given: Frozen) -> Fused:
@@ -272,7 +288,8 @@ METHODS = {
             "energy of LogitNorm",
             Training("logitnorm", _quality_aware(_UNRANKED, normalize_logits=0.1, combine="probabilities")),
         ),
-        Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT))),
+        Method("robust, logits alone", LOGITS_ALONE, role="variant"),
+        Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT)), role="variant"),
         Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
         # Rules for heads that others have trained.
         Method("mean of logits", answer=mean_logits, role="average"),
@@ -283,7 +300,7 @@ METHODS = {
         Method("evidence, probabilities", answer=_layer(uncertainty="evidence", combine="probabilities")),
         Method("energy, logits", answer=_layer()),
         Method("PDF", PLAIN, predicted_confidence),
-        Method("robust, calibrated", ROBUST, _calibrated),
+        Method("robust, calibrated", ROBUST, _calibrated, role="variant"),
         Method("oracle: clean views only", answer=oracle, role="oracle"),
     )
 }
@@ -312,7 +329,7 @@ _AVERAGES = ("mean of logits", "mean of probabilities")
 _ORACLE = "oracle: clean views only"
 _QMF = ("QMF, paper", "QMF, margin", "QMF, released", "energy of LogitNorm", "robust")
 _PROBABILITIES = ("MSP, probabilities", "entropy, probabilities", "evidence, probabilities")
-_VARIANTS = ("robust, calibrated", "robust + modality dropout")
+_VARIANTS = ("robust, logits alone", "robust, calibrated", "robust + modality dropout")
 
 
 def digits_table(views: tuple[str, ...]) -> Table:
@@ -324,3 +341,25 @@ def digits_table(views: tuple[str, ...]) -> Table:
 _RIVALS = ("energy, logits", "tmc", "RCML", "PDF")
 ROBUSTNESS = Table(PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_QMF, *_VARIANTS, _ORACLE))
 """What `bench-robustness` compares."""
+
+
+def _without(ingredient: str, **switches: Any) -> Method:
+    return Method(
+        f"without {ingredient}", Training(f"robust-{'-'.join(switches)}", _robust(**switches)), role="variant"
+    )
+
+
+ABLATION = Table(
+    PLAIN,
+    (
+        *_pick("mean of probabilities", "robust", "robust, logits alone"),
+        _without("the size of logits", typicality_norm=False),
+        _without("the distance of logits", typicality_distance=False),
+        _without("either", typicality_norm=False, typicality_distance=False),
+        _without("distances as evidence", distance_evidence=0.0),
+        _without("class frequencies", class_prior=False),
+        _without("bounded votes", agreement=False),
+        *_pick(_ORACLE),
+    ),
+)
+"""What `bench-robustness --ablation` compares: the recommended rule without each of its ingredients."""
