@@ -20,7 +20,7 @@ class Answer(NamedTuple):
     weights: Tensor | None = None
     """``[M, B]``, of methods that weight modalities per sample."""
     features: tuple[Tensor, ...] = ()
-    """``[B, width]`` per modality, of methods whose loss or fusion looks at them."""
+    """``[B, width]`` per encoder, of methods whose loss or fusion looks at them."""
     present: Tensor | None = None
     """bool ``[M, B]``, where modalities were dropped."""
 
@@ -59,33 +59,14 @@ def classifier(width: int, num_classes: int, hidden: int, dropout: float) -> nn.
 
 
 class Head(nn.Module):
-    """An encoder and its classifier: one modality's input to logits ``[B, K]``.
+    """An encoder and its classifier: one modality's input to logits ``[B, K]``."""
 
-    Args:
-        encoder: whose ``width`` is that of what it returns.
-        head: the classifier.
-        input_width: of the input, where that is features itself, ``[B, input_width]``; None for images and texts, where
-            the encoder's output is.
-
-    With ``hands_on_features`` the head returns those features beside its logits.
-    """
-
-    def __init__(self, encoder: nn.Module, head: nn.Module, input_width: int | None = None) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.encoder, self.classifier, self.input_width = encoder, head, input_width
-        self.hands_on_features = False
+        self.encoder, self.classifier = encoder, head
 
-    @property
-    def feature_width(self) -> int:
-        width: Any = self.encoder.width if self.input_width is None else self.input_width
-        return width
-
-    def forward(self, *given: Any, **named: Any) -> Tensor | tuple[Tensor, Tensor]:
-        encoded = self.encoder(*given, **named)
-        logits: Tensor = self.classifier(encoded)
-        if not self.hands_on_features:
-            return logits
-        return logits, encoded if self.input_width is None else given[0]
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        return self.classifier(self.encoder(*given, **named))
 
 
 def encoders_of(heads: Mapping[str, Head]) -> dict[str, nn.Module]:
@@ -179,7 +160,7 @@ class QualityAware(Learner):
     """QMF, the package's own: ``FusionModel`` with its objective (Eq. 18), the trajectory of losses in the state.
 
     Args:
-        heads: by modality; either all hand on features, and the fusion takes them, or none does.
+        heads: by modality.
         num_samples: of the training set.
         objective: options of ``QMFLoss``.
         fusion: the layer.
@@ -195,19 +176,16 @@ class QualityAware(Learner):
         **dropout: Any,
     ) -> None:
         super().__init__()
-        self.model: Any = FusionModel(heads, fusion, **dropout)
-        self.with_features = any(head.hands_on_features for head in heads.values())
+        self.model = FusionModel(heads, fusion, **dropout)
         self.criterion = QMFLoss(self.model.fusion, num_samples, **objective)
         self.encoders = encoders_of(heads)
 
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
         out = self.model(inputs)
-        features = out.features if self.with_features else ()
-        return Answer(out.logits, out.unimodal_logits, out.weights, features, out.present)
+        return Answer(out.logits, out.unimodal_logits, out.weights, present=out.present)
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
-        seen = {"features": answer.features} if self.with_features else {}
-        return self.criterion(answer.unimodal_logits, target, index, answer.present, **seen).loss
+        return self.criterion(answer.unimodal_logits, target, index, answer.present).loss
 
 
 def trajectories(learner: nn.Module) -> dict[str, LossTrajectory]:

@@ -166,16 +166,10 @@ def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Bui
     return build
 
 
-def _robust(dropout: float = 0.0, features: bool = False, **switches: Any) -> Build:
-    """The recommended rule; with ``features`` it judges a modality by what its head sees as well."""
-
+def _robust(dropout: float = 0.0, **switches: Any) -> Build:
     def build(parts: Parts) -> Learner:
-        heads, seen = parts.heads(), dict[str, Any]()
-        if features:
-            seen["features"] = [head.feature_width for head in heads.values()]
-            for head in heads.values():
-                head.hands_on_features = True
-        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes, **seen, **switches)
+        heads = parts.heads()
+        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes, **switches)
         options = {"modality_dropout": dropout, "dropout_seed": parts.seed} if dropout else {}
         return QualityAware(heads, parts.num_samples, _objective(parts, {}), fusion, **options)
 
@@ -187,7 +181,6 @@ UNIMODAL = Training("unimodal", lambda parts: UnimodalHeads(parts.heads()))
 PLAIN = Training("plain", lambda parts: ConfidentHeads(parts.heads()))
 NO_RANKING = Training("qmf-no-ranking", _quality_aware(_UNRANKED))
 ROBUST = Training("robust", _robust())
-LOGITS_ALONE = Training("robust-logits", _robust(features=False))
 
 
 # How a rule fuses frozen heads.
@@ -231,13 +224,8 @@ def _layer(**options: Any) -> Callable[[Frozen], Fused]:
 
 
 def _calibrated(given: Frozen) -> Fused:
-    widths, fitted, seen = dict[str, Any](), dict[str, Any](), dict[str, Any]()
-    if given.answer.features:
-        widths["features"] = [x.shape[-1] for x in given.answer.features]
-        fitted["features"], seen["features"] = given.train.features, given.answer.features
-    fusion: Any = QualityAwareFusion.robust(len(given.logits), num_classes=given.logits.shape[-1], **widths)
-    fusion.calibrate(torch.stack(given.train.unimodal_logits), given.train_labels, **fitted)
-    out = fusion(given.logits, **seen)
+    fusion = QualityAwareFusion.robust(len(given.logits), num_classes=given.logits.shape[-1])
+    out = fusion.calibrate(torch.stack(given.train.unimodal_logits), given.train_labels)(given.logits)
     return Fused(out.logits, out.weights)
 
 
@@ -288,7 +276,6 @@ METHODS = {
             "energy of LogitNorm",
             Training("logitnorm", _quality_aware(_UNRANKED, normalize_logits=0.1, combine="probabilities")),
         ),
-        Method("robust, logits alone", LOGITS_ALONE, role="variant"),
         Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT)), role="variant"),
         Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
         # Rules for heads that others have trained.
@@ -329,7 +316,7 @@ _AVERAGES = ("mean of logits", "mean of probabilities")
 _ORACLE = "oracle: clean views only"
 _QMF = ("QMF, paper", "QMF, margin", "QMF, released", "energy of LogitNorm", "robust")
 _PROBABILITIES = ("MSP, probabilities", "entropy, probabilities", "evidence, probabilities")
-_VARIANTS = ("robust, logits alone", "robust, calibrated", "robust + modality dropout")
+_VARIANTS = ("robust, calibrated", "robust + modality dropout")
 
 
 def digits_table(views: tuple[str, ...]) -> Table:
@@ -352,7 +339,7 @@ def _without(ingredient: str, **switches: Any) -> Method:
 ABLATION = Table(
     PLAIN,
     (
-        *_pick("mean of probabilities", "robust", "robust, logits alone"),
+        *_pick("mean of probabilities", "robust"),
         _without("the size of logits", typicality_norm=False),
         _without("the distance of logits", typicality_distance=False),
         _without("either", typicality_norm=False, typicality_distance=False),
