@@ -95,7 +95,8 @@ def weigh_rows(
 
 def weights_of(u: Tensor, alpha: Tensor, beta: Tensor, counted: Tensor | None, clamp: Clamp) -> Tensor:
     """Eq. 9, clamped and normalised as asked: ``[M, *]``."""
-    return clamp_weights(affine_weights(u, per_modality(alpha, u), per_modality(beta, u)), counted, *clamp)
+    raw = affine_weights(u, per_modality(alpha, u), per_modality(beta, u))
+    return clamp_weights(raw, counted, clamp.nonnegative, clamp.normalize)
 
 
 def _safe_rows(rows: list[Tensor], present: Tensor | None) -> list[Tensor]:

@@ -86,7 +86,7 @@ class LossTrajectory(KeepsPrecision):
     def check_index(self, index: Tensor, batch: int | None = None) -> Tensor:
         """``index`` as int64 ``[B]``, within the trajectory and on its device; ``batch`` is B, None for any."""
         check_integers("index", index, "dataset")
-        if index.dim() != 1 or batch not in (None, len(index)):
+        if index.dim() != 1 or (batch is not None and batch != len(index)):
             wanted = "B" if batch is None else batch
             raise ValueError(f"index must be [{wanted}], one dataset index per sample, got {tuple(index.shape)}")
         if len(index) == 0:

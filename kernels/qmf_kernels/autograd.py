@@ -109,7 +109,7 @@ def _saved(ctx: Any) -> tuple[Sequence[Tensor], list[Any], Sequence[Tensor]]:
 
 def _option_grads(record: type, options: Sequence[Any], d_rule: Sequence[Tensor] | None) -> list[Tensor | None]:
     """What ``backward`` returns for flat options: the operators' ``RuleGrads`` where they are tensors, else None."""
-    grads = dict(zip(RuleGrads._fields, d_rule or (), strict=False))
+    grads = dict(zip(RuleGrads._fields, d_rule, strict=True)) if d_rule else {}
     parts = zip(NAMES[record], options, strict=True)
     return [grads.get(name) if isinstance(x, Tensor) else None for name, x in parts]
 

@@ -1,6 +1,7 @@
 """State: there from construction, kept by whoever saves, averages, copies or recomputes; and whose it is."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -71,10 +72,11 @@ def through_state_dict(model, kind, _):
 
 def through_distributed_checkpoint(model, kind, folder):
     dcp = pytest.importorskip("torch.distributed.checkpoint")
-    dcp.save(model.state_dict(), checkpoint_id=folder, no_dist=True)
+    alone = {"no_dist": True} if "no_dist" in inspect.signature(dcp.save).parameters else {}  # else found out by itself
+    dcp.save(model.state_dict(), checkpoint_id=folder, **alone)
     other = empty_like(kind)
     state = other.state_dict()
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    dcp.load(state, checkpoint_id=folder, **alone)
     other.load_state_dict(state, strict=True)
     return other
 
