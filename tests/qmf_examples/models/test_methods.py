@@ -4,12 +4,9 @@ import pytest
 import torch
 
 from qmf_examples.comparison.heads import small_heads
-from qmf_examples.models import methods
-from qmf_examples.models.learners import Head
 from qmf_examples.models.methods import ABLATION, METHODS, ROBUSTNESS, Frozen, Fused, digits_table, oracle
 from qmf_examples.training.settings import ABLATION as ABLATION_ROWS
 from qmf_examples.training.settings import METHODS as ROWS
-from qmf_fusion import QualityAwareFusion
 
 WIDTHS = {"a": 4, "b": 5}
 TABLES = {"digits": digits_table(tuple(WIDTHS)), "robustness": ROBUSTNESS, "ablation": ABLATION}
@@ -42,37 +39,6 @@ def test_every_method_trains_and_answers_from_its_heads(table, views):
     labels = [method.label for method in table.methods]
     assert len(set(labels)) == len(labels)
     assert [method.role for method in table.methods].count("oracle") == 1
-
-
-def test_the_recommended_rule_is_told_of_the_features_that_its_heads_see(monkeypatch, views):
-    asked = {}
-
-    def record(modalities, num_classes, features=None):
-        asked["features"] = features
-        return QualityAwareFusion(modalities)
-
-    monkeypatch.setattr(methods.QualityAwareFusion, "robust", record)
-    learner = methods._robust(features=True)(small_heads(WIDTHS, 3, 6, 8, seed=0))
-    assert asked["features"] == [4, 5]  # of the views, not of the hidden layers
-    for name, head in learner.model.heads.items():
-        logits, features = head(views[name])
-        assert features is views[name]
-        assert logits.shape == (6, 3)
-    learner = methods._robust(features=False)(small_heads(WIDTHS, 3, 6, 8, seed=0))
-    assert asked["features"] is None
-    assert learner.model.heads["a"](views["a"]).shape == (6, 3)
-
-
-def test_a_head_on_images_hands_on_what_its_encoder_says():
-    encoder = torch.nn.Linear(4, 8)
-    encoder.width = 8
-    head = Head(encoder, torch.nn.Linear(8, 3))
-    head.hands_on_features = True
-    given = torch.randn(6, 4)
-    logits, features = head(given)
-    assert head.feature_width == 8
-    torch.testing.assert_close(features, encoder(given))
-    torch.testing.assert_close(logits, head.classifier(features))
 
 
 def test_rules_share_the_heads_of_a_training():
