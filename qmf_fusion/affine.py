@@ -14,7 +14,7 @@ from .checks import check_choice
 from .coefficients import Coefficient, Coefficients, Constants, unless_one
 from .lemma_1 import Clamp, check_shares, find_shift, fit_scale, fit_temperatures
 from .rows import stack_rows
-from .rule import Rule, Weighed, ready
+from .rule import Rule, Weighed, ready_rule
 from .uncertainty import UNCERTAINTIES, Uncertainty
 
 COMBINATIONS = ("logits", "probabilities")
@@ -90,7 +90,7 @@ def weigh_rows(
     u = measure(options.uncertainty, list(x), temperature)
     weights = weights_of(u, alpha, beta, counted, options.clamp)
     fused = pool_probabilities(x, weights.detach() if options.detach else weights, counted)
-    return Weighed(rows, counted, ready(weights, fused, temperature))
+    return Weighed(rows, counted, ready_rule(weights, fused, temperature))
 
 
 def weights_of(u: Tensor, alpha: Tensor, beta: Tensor, counted: Tensor | None, clamp: Clamp) -> Tensor:

@@ -22,7 +22,7 @@ from .checks import (
 )
 from .coefficients import Coefficient, check_coefficient, unless_one
 from .logit_norm import normalize_rows
-from .rule import ready
+from .rule import ready_rule
 from .uncertainty import UNCERTAINTIES, energy_score
 
 __all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_loss"]
@@ -86,7 +86,7 @@ def fuse(logits: Logits, weights: Tensor, present: Tensor | None = None) -> Tens
     if tuple(weights.shape) != shape:
         raise ValueError(f"weights must be {shape} for these logits, got {tuple(weights.shape)}")
     mask = check_present(present, there, shape, rows[0].device)
-    return qmf_kernels.fuse(rows, mask, ready(weights))[0]
+    return qmf_kernels.fuse(rows, mask, ready_rule(weights))[0]
 
 
 def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: str = "adjacent") -> Tensor:

@@ -14,6 +14,7 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from einops import rearrange
@@ -24,7 +25,7 @@ from qmf_kernels.eager.fusion import per_modality
 from .calibration import CleanData, hold_until_eq_6
 from .checks import can_look
 from .rows import stack_rows
-from .rule import Rule, Weighed, ready
+from .rule import Rule, Weighed, ready_rule
 from .typicality import ClassStatistics, RunningStatistics, Statistics, class_distances, untypicality
 
 
@@ -36,7 +37,8 @@ def _mixture(ratio: Tensor, odds: Tensor, log_prior: Tensor, counted: Tensor) ->
     votes = torch.where(counted.unsqueeze(-1), torch.log1p(ratio / odds), 0)
     fused = torch.log_softmax(log_prior + votes.sum(0), -1)
     weights = (fused.exp() * (ratio / (ratio + odds))).sum(-1)
-    # Of a modality alone it is 1 / (1 + rho), but for roundings that the ranking would put in an order.
+    # A modality alone has exactly this weight. Left to the sum above, roundings would differ from sample to sample, and
+    # the ranking loss would take them for an order.
     return fused, torch.where(counted.sum(0) > 1, weights, (1 / (1 + odds)).squeeze(-1))
 
 
@@ -101,7 +103,7 @@ class ContaminatedProduct(Rule):
         everywhere: bool = True,
     ) -> None:
         super().__init__(num_modalities)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
             raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -120,7 +122,7 @@ class ContaminatedProduct(Rule):
         plain = odds * (1 + math.exp(min(min(0.0, ceiling) - onset, 700.0)))
         if not 1e-30 <= plain <= 1e30:  # so that float32 holds them
             raise ValueError(f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {plain}")
-        self.num_classes, self.gather = num_classes, gather
+        self.num_classes, self.gather = int(num_classes), gather
         self.running = RunningStatistics(num_modalities, num_classes, spread, everywhere)
         self.fitted = ClassStatistics(num_modalities, num_classes, spread)
 
@@ -194,7 +196,7 @@ class ContaminatedProduct(Rule):
         with torch.autocast(rows[0].device.type, enabled=False):
             x, counted = stack_rows(rows, present)
             fused, weights = self.posterior(x, counted, statistics)
-        return Weighed(rows, counted, ready(weights, fused))
+        return Weighed(rows, counted, ready_rule(weights, fused))
 
     def _check(self, rows: Sequence[Tensor]) -> None:
         known, got = self.num_classes, rows[0].shape[-1]

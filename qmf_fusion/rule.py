@@ -21,7 +21,7 @@ class Weighed(NamedTuple):
     weights: WeightRule
 
 
-def ready(weights: Tensor, fused: Tensor | None = None, temperature: Tensor | None = None) -> WeightRule:
+def ready_rule(weights: Tensor, fused: Tensor | None = None, temperature: Tensor | None = None) -> WeightRule:
     """Weights ``[M, *]`` as they are, ``1 * w + 0``, and fused logits ``[*, K]``, for the operators."""
     one = weights.new_ones(len(weights))
     return WeightRule(weights, one, torch.zeros_like(one), temperature, fused=fused)

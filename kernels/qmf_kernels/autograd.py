@@ -78,7 +78,9 @@ def _are_plain(logits: Sequence[Tensor]) -> bool:
 
 
 def _once_differentiable(backward: Any) -> Any:
-    """Let whoever differentiates the gradients fail: PyTorch's own decorator lets an incoming gradient of 1 pass."""
+    """Let whoever differentiates the gradients fail. PyTorch's own decorator does not connect them with what they come
+    from: where plain operations lead there too, a second derivative would come out without the operator's part.
+    """
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Tensor | None) -> Any:
@@ -86,11 +88,24 @@ def _once_differentiable(backward: Any) -> Any:
             return backward(ctx, *grads)
         with torch.no_grad():
             out = backward(ctx, *grads)
-        functions: Any = torch._C._functions
-        error = functions.DelayedError(b"the gradients of qmf operators can't be differentiated again", len(out))
-        return error(*(None if x is None else x.detach().requires_grad_() for x in out))
+        sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        found = [x for x in out if x is not None]
+        refusing = iter(_Refuse.apply(len(found), *found, *sources))
+        return tuple(None if x is None else next(refusing) for x in out)
 
     return once
+
+
+class _Refuse(torch.autograd.Function):
+    """``apply(count, *tensors)``: the first ``count`` tensors, to be differentiated by nobody."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("the gradients of qmf operators can't be differentiated again")
 
 
 def _save(ctx: Any, logits: Sequence[Tensor], options: Sequence[Any], *others: Tensor) -> None:
@@ -121,13 +136,13 @@ class _Rank(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, kappa: Tensor, form: str, pairs: str) -> Tensor:
         loss: Tensor
         loss, grad = ops.ranking.default(weights, kappa, form, pairs)
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, weights)
         return loss
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
+        grad, _ = ctx.saved_tensors
         return grad_loss * grad, None, None, None
 
 

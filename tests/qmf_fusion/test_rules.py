@@ -196,3 +196,19 @@ def test_modalities_alone_tie_in_the_ranking(alone):
         out = criterion(x, torch.arange(40) % 5, torch.arange(40), present)
     assert len(out.weights[0].unique()) == 1
     assert out.ranking_loss == 0
+
+
+@pytest.mark.parametrize("rule", [*RULES, "default", "msp"])
+def test_second_derivatives_are_refused(rule):
+    """Also where plain operations stand in front of the operator, along which a part of them could be found."""
+    others = {"default": QualityAwareFusion(2), "msp": QualityAwareFusion(2, uncertainty="msp")}
+    fusion = others[rule] if rule in others else RULES[rule](2)
+    x = [torch.randn(8, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    criterion, target = QMFLoss(fusion, 8), torch.arange(8) % 5
+    criterion(x, target, torch.arange(8))
+    for value in (criterion(x, target, torch.arange(8)).loss, fusion(x).logits.square().sum()):
+        plain = torch.autograd.grad(value, x[0], retain_graph=True)[0]
+        grad = torch.autograd.grad(value, x[0], create_graph=True)[0]
+        torch.testing.assert_close(grad, plain, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="can't be differentiated again"):
+            torch.autograd.grad(grad.square().sum(), x[0])
