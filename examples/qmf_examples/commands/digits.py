@@ -68,7 +68,7 @@ def digits(
     ] = False,
 ) -> None:
     """Run the job; see ``HELP``."""
-    require_extras(("numpy", "sklearn", "matplotlib", "rich"))
+    require_extras(("numpy", "sklearn", "matplotlib", "rich", "torchmetrics"))
     if strategy not in ("auto", "ddp"):
         raise typer.BadParameter(f"{strategy!r} must be auto or ddp", param_hint="'--strategy'")
     check_device(device)

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..data.multiview import MultiView
+from ..corruption.conditions import Condition
+from ..evaluation.reliability import calibration_error, damage_detection, risk_coverage_area
 from ..evaluation.statistics import correlation
 from ..models.learners import Learner
 from ..models.methods import Frozen, Table, Training
 from ..processes import place
 from .heads import Config, train_heads
-from .prepared import Prepared, Protocol, prepare
+from .prepared import Prepared
 from .results import Score
 
 Progress = Callable[[str, int, str, int], None]
@@ -21,22 +22,22 @@ Progress = Callable[[str, int, str, int], None]
 
 
 def compare(
-    data: MultiView,
+    name: str,
+    prepared: Callable[[int], Prepared],
     table: Table,
-    protocol: Protocol,
     config: Config,
     checkpoints: Path | None = None,
     resume: bool = False,
     progress: Progress = lambda *_: None,
 ) -> list[Score]:
-    """Every method of ``table`` under every condition of ``protocol``, for every seed; ordered by these three.
+    """Every method of ``table`` under every condition of a set, for every seed; ordered by these three.
 
     Of several processes (see ``train_heads``) the first has the scores, and the others return none.
 
     Args:
-        data: the set.
+        name: the set's.
+        prepared: from a seed to the set as it is split, scaled and damaged, on the settings' device.
         table: the methods.
-        protocol: how the set is split, scaled and damaged.
         config: the settings.
         checkpoints: an existing folder for them; None writes none.
         resume: go on from the checkpoints there; else those of an earlier run are removed.
@@ -50,17 +51,17 @@ def compare(
         for old in checkpoints.glob("seed*-*.pt"):
             old.unlink(missing_ok=True)
     scores: list[Score] = []
+    conditions: list[Condition] = []
     with one_thread():
         for seed in config.seeds:
-            prepared = prepare(data, protocol, seed, config.device)
+            data = prepared(seed)
+            conditions = [test.condition for test in data.tests]
             for training in table.trainings:
                 path = None if checkpoints is None else checkpoint_path(checkpoints, seed, training)
-                learner = train_heads(
-                    training, prepared, config, seed, path, resume, lambda *event: progress(data.name, *event)
-                )
+                learner = train_heads(training, data, config, seed, path, resume, lambda *event: progress(name, *event))
                 if first:
-                    scores += score(learner, training, table, prepared, seed)
-    names, conditions = [method.label for method in table.methods], list(protocol.conditions)
+                    scores += score(learner, training, table, data, seed)
+    names = [method.label for method in table.methods]
     return sorted(scores, key=lambda s: (names.index(s.method), conditions.index(s.under), s.seed))
 
 
@@ -78,14 +79,26 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
         answer = learner(test.views)
         losses = torch.stack([F.cross_entropy(x, labels, reduction="none") for x in answer.unimodal_logits])
         if number == 0:
-            right = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
-            best = right.index(max(right))
+            hits = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
+            best = hits.index(max(hits))
         given = Frozen(learner, answer, test.corrupted, seen, data.train_labels, best)
         for method in methods:
             fused = method.answer(given)
-            accuracy = (fused.scores.argmax(-1) == labels).double().mean().item()
-            r = None if fused.weights is None else correlation(fused.weights, losses)
-            scores.append(Score(method.label, *test.condition, seed, accuracy, r))
+            right = fused.scores.argmax(-1) == labels
+            # In float64, where confidences near 1 are still told apart.
+            probabilities = fused.scores.double().softmax(-1)
+            scores.append(
+                Score(
+                    method.label,
+                    *test.condition,
+                    seed,
+                    right.double().mean().item(),
+                    None if fused.weights is None else correlation(fused.weights, losses),
+                    calibration_error(probabilities, labels),
+                    risk_coverage_area(probabilities.amax(-1), right),
+                    None if fused.weights is None else damage_detection(fused.weights, test.corrupted),
+                )
+            )
     return scores
 
 

@@ -10,7 +10,7 @@ from ..processes import place
 from .accuracy_plot import plot_accuracy
 from .compare import compare
 from .heads import Config
-from .prepared import DIGITS
+from .prepared import DIGITS, Prepared, prepare
 from .progress import progress_bars
 from .results import Row, Score, summarise, write_results
 from .tables import report
@@ -21,7 +21,12 @@ TABLE = digits_table(tuple(VIEWS))
 
 def run_digits(config: Config, checkpoints: Path | None = None, resume: bool = False, **options: object) -> list[Score]:
     """The whole comparison; see ``compare``."""
-    return compare(load_digits(), TABLE, DIGITS, config, checkpoints, resume, **options)  # type: ignore[arg-type]
+    data = load_digits()
+
+    def prepared(seed: int) -> Prepared:
+        return prepare(data, DIGITS, seed, config.device)
+
+    return compare(data.name, prepared, TABLE, config, checkpoints, resume, **options)  # type: ignore[arg-type]
 
 
 def run_and_report(config: Config, output: Path, resume: bool = False) -> list[Row]:

@@ -136,10 +136,11 @@ def train_heads(
     last, in_epoch = config.all_steps(len(labels)), config.steps_of_epoch(len(labels))
     epochs, step = -(-last // in_epoch), done * in_epoch
     for epoch, batches in itertools.islice(enumerate(_epochs(len(labels), config, seed), start=1), done, epochs):
+        which = data.draw_copies(seed, epoch)
         for index in batches[: last - step]:
-            index = index.to(device)
+            copies, index = which[index].to(device), index.to(device)
             optimizer.zero_grad()
-            given = answer({name: x[index] for name, x in data.train.items()})
+            given = answer(data.batch(index, copies))
             # Evidential losses take their second half of the training whole.
             loss = learner.loss(given, labels[index], index, annealing=min(1.0, step / (0.5 * last)))
             loss.backward()

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..corruption import features, view_copies
-from ..corruption.conditions import CLEAN, FEATURES, VIEW_COPIES, Condition
+from ..corruption.conditions import CLEAN, CONFLICT, FEATURES, UNSEEN, VIEW_COPIES, Condition
+from ..data.feature_files import FeatureFile
 from ..data.multiview import Array, MultiView
 
 Ids = NDArray[np.int64]
@@ -36,6 +37,26 @@ class Prepared(NamedTuple):
     """The clean one first."""
     test_labels: Tensor
     num_classes: int
+    copies: tuple[dict[str, Tensor], ...] = ()
+    """Augmented copies of ``train``, of which each epoch takes one of each sample, or the sample itself."""
+
+    def draw_copies(self, seed: int, epoch: int) -> Tensor:
+        """Which copy of each training sample an epoch takes, int ``[N]``; 0 is ``train``'s."""
+        if not self.copies:
+            return torch.zeros(len(self.train_labels), dtype=torch.int64)
+        # Of seed and epoch alone, so that a resumed run and each of several processes draw the same.
+        draw = np.random.default_rng([seed, epoch, zlib.crc32(b"copies")])
+        return torch.from_numpy(draw.integers(len(self.copies) + 1, size=len(self.train_labels)))
+
+    def batch(self, index: Tensor, which: Tensor) -> dict[str, Tensor]:
+        """The views of these training samples ``[B]``, the same copy ``[B]`` in all views of a sample."""
+        if not self.copies:
+            return {name: view[index] for name, view in self.train.items()}
+        rows = torch.arange(len(index), device=index.device)
+        return {
+            name: torch.stack([copy[name][index] for copy in (self.train, *self.copies)])[which, rows]
+            for name in self.train
+        }
 
 
 class Protocol(NamedTuple):
@@ -64,13 +85,10 @@ def prepare(data: MultiView, protocol: Protocol, seed: int, device: torch.device
     def scaled(views: Mapping[str, Array]) -> dict[str, Array]:
         return {name: scales[name](view) for name, view in views.items()}
 
-    def tensors(views: Mapping[str, Array]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(view.astype(np.float32)).to(device) for name, view in views.items()}
-
     clean = scaled({name: view[test] for name, view in data.views.items()})
     tests = []
     for condition in protocol.conditions:
-        if condition in FEATURES:
+        if condition in (*FEATURES, *UNSEEN):
             damaged, chosen = features.corrupt(list(clean.values()), condition, seed)
             views = dict(zip(clean, damaged, strict=True))
         elif data.images is None:
@@ -80,10 +98,48 @@ def prepare(data: MultiView, protocol: Protocol, seed: int, device: torch.device
             copies = view_copies.corrupt(data.images[test], test, chosen, condition.kind, condition.level, seed)
             looks = zip(data.looks.items(), copies, strict=True)
             views = scaled({name: look(copy) for (name, look), copy in looks})
-        tests.append(Damaged(condition, tensors(views), torch.from_numpy(chosen).to(device)))
-    seen = tensors(scaled({name: view[train] for name, view in data.views.items()}))
+        tests.append(Damaged(condition, _tensors(views, device), torch.from_numpy(chosen).to(device)))
+    seen = _tensors(scaled({name: view[train] for name, view in data.views.items()}), device)
     labels = (torch.from_numpy(data.labels[ids]).to(device) for ids in (train, test))
     return Prepared(seen, next(labels), tests, next(labels), data.num_classes)
+
+
+def prepare_file(data: FeatureFile, seed: int, device: torch.device | str = "cpu") -> Prepared:
+    """Scale by the clean training rows, and choose the half of each test sample's modalities to damage.
+
+    Args:
+        data: the set, with its own split.
+        seed: of that choice.
+        device: where the tensors go.
+    """
+    scales = {name: fit_each_feature(copies["clean"].astype(np.float64)) for name, copies in data.train.items()}
+
+    def scaled(name: str, rows: NDArray[Any]) -> Array:
+        return scales[name](rows.astype(np.float64))
+
+    clean = [scaled(name, damages["clean"]) for name, damages in data.test.items()]
+    tests = []
+    for condition in (CLEAN, *(Condition(damage) for damage in data.damages), CONFLICT):
+        if condition in (CLEAN, CONFLICT):
+            views, chosen = features.corrupt(clean, condition, seed)
+        else:
+            damaged = [
+                scaled(name, damages[condition.kind]) if condition.kind in damages else None
+                for name, damages in data.test.items()
+            ]
+            views, chosen = features.replace(clean, damaged, condition, seed)
+        shown = _tensors(dict(zip(data.test, views, strict=True)), device)
+        tests.append(Damaged(condition, shown, torch.from_numpy(chosen).to(device)))
+    copies = [
+        _tensors({name: scaled(name, made.get(copy, made["clean"])) for name, made in data.train.items()}, device)
+        for copy in ("clean", *data.copies)
+    ]
+    train, test = (torch.from_numpy(labels).to(device) for labels in (data.train_labels, data.test_labels))
+    return Prepared(copies[0], train, tests, test, len(data.classes), tuple(copies[1:]))
+
+
+def _tensors(views: Mapping[str, Array], device: torch.device | str) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(view.astype(np.float32)).to(device) for name, view in views.items()}
 
 
 def split_60_40(labels: NDArray[np.int64], seed: int) -> tuple[Ids, Ids]:
@@ -120,4 +176,4 @@ def fit_each_feature(view: Array) -> Scale:
 
 
 DIGITS = Protocol(split_60_40, fit_centre, VIEW_COPIES)
-ROBUSTNESS = Protocol(split_80_20, fit_each_feature, (*FEATURES, *(each for each in VIEW_COPIES if each != CLEAN)))
+ROBUSTNESS = Protocol(split_80_20, fit_each_feature, (*FEATURES, *UNSEEN, *VIEW_COPIES[1:]))

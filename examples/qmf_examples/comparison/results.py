@@ -22,6 +22,12 @@ class Score(NamedTuple):
     """In [0, 1]."""
     correlation: float | None
     """Of weight and loss; None where the weights do not vary."""
+    ece: float | None = None
+    """Expected calibration error of the fused probabilities, in [0, 1]."""
+    aurc: float | None = None
+    """Area under the risk-coverage curve of the fused confidence, in [0, 1]."""
+    auroc: float | None = None
+    """How well the weights tell damaged modalities from others, in [0, 1]; None where none is damaged, or weighted."""
 
     @property
     def under(self) -> Condition:

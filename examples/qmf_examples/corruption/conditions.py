@@ -24,9 +24,21 @@ class Condition(NamedTuple):
 
 
 CLEAN = Condition("clean")
+CONFLICT = Condition("conflict")
+"""Of feature files too, which bring all their other damages with them (``features.replace``)."""
 NOISE_LEVELS = (1.0, 2.0, 5.0, 10.0)
-FEATURES = (CLEAN, *(Condition("noise", level) for level in NOISE_LEVELS), Condition("blank"), Condition("conflict"))
+FEATURES = (CLEAN, *(Condition("noise", level) for level in NOISE_LEVELS), Condition("blank"), CONFLICT)
 """What half of each sample's feature views suffer (``features.corrupt``); levels in standard deviations."""
+UNSEEN = (
+    Condition("scale", 0.1),
+    Condition("scale", 5.0),
+    Condition("drop", 0.8),
+    Condition("impulses", 0.3),
+    Condition("stuck"),
+    Condition("offset", 2.0),
+    Condition("sign"),
+)
+"""As ``FEATURES``: damages that no rule was designed on. The first's levels are factors, then shares, deviations."""
 VIEW_COPIES = (CLEAN, *(Condition(kind, level) for kind, damage in CORRUPTIONS.items() for level in damage.levels))
 """What half of each image's copies suffer, of which each view looks at its own (``view_copies.corrupt``)."""
 

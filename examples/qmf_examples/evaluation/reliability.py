@@ -44,6 +44,31 @@ def calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> 
     return float(multiclass_calibration_error(probabilities, target, probabilities.shape[1], n_bins=bins, norm="l1"))
 
 
+def damage_detection(weights: Tensor, damaged: Tensor) -> float | None:
+    """Area under the ROC curve of "this modality is damaged" as small weights say it, averaged over modalities.
+
+    Args:
+        weights: ``[V, B]``.
+        damaged: bool ``[V, B]``.
+
+    Returns:
+        From 0 to 1; 0.5 is chance. None where no modality is damaged in some of the samples and whole in others.
+
+    Example:
+        >>> damage_detection(torch.tensor([[0.1, 0.9, 0.3]]), torch.tensor([[True, False, False]]))
+        1.0
+    """
+    from torchmetrics.functional.classification import binary_auroc
+
+    found = []
+    for w, hit in zip(weights.double(), damaged, strict=True):
+        if bool(hit.any()) and not bool(hit.all()):
+            # Into [0, 1], as torchmetrics takes whatever lies outside for logits, whose sigmoid would make ties.
+            span = (w.max() - w.min()).clamp_min(torch.finfo(w.dtype).tiny)
+            found.append(float(binary_auroc((w.max() - w) / span, hit.long())))
+    return sum(found) / len(found) if found else None
+
+
 def relative_robustness(levels: Sequence[float], accuracies: Sequence[float]) -> float | None:
     """Area under accuracy over noise, the levels scaled to reach from 0 to 1; None for fewer than two levels.
 

@@ -15,6 +15,8 @@ from .mmbt import MMBT
 from .mmtm import MMTMFusion
 from .predicted_confidence import ConfidentHeads, collaborative_belief
 
+RECOMMENDED = "robust"
+"""The name of the rule to start with, which the bench holds against all others."""
 ALIGNMENT = 1.0
 """What the cosine distance of the two features counts in the alignment baseline."""
 DROPOUT = 0.3
@@ -82,7 +84,7 @@ class Fused(NamedTuple):
     """A method's answer."""
 
     scores: Tensor
-    """``[B, K]``, the largest of which is the prediction."""
+    """``[B, K]``, whose softmax is the method's probabilities."""
     weights: Tensor | None = None
     """``[V, B]`` where the method weights views per sample, for the correlation of weight and loss."""
 
@@ -100,7 +102,8 @@ class Method(NamedTuple):
     """None for a rule that fuses whatever heads a table has trained."""
     answer: Callable[[Frozen], Fused] = as_trained
     role: str = "fusion"
-    """``"single"`` view, plain ``"average"``, ``"fusion"`` (to be held against the averages) or ``"oracle"``."""
+    """``"single"`` view, plain ``"average"``, ``"fusion"`` (to be held against the averages), ``"variant"`` of the
+    recommended rule, or ``"oracle"``."""
     title: str = ""
     """What tables call it, where not by its name."""
 
@@ -163,10 +166,10 @@ def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Bui
     return build
 
 
-def _robust(dropout: float = 0.0) -> Build:
+def _robust(dropout: float = 0.0, **switches: Any) -> Build:
     def build(parts: Parts) -> Learner:
         heads = parts.heads()
-        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes)
+        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes, **switches)
         options = {"modality_dropout": dropout, "dropout_seed": parts.seed} if dropout else {}
         return QualityAware(heads, parts.num_samples, _objective(parts, {}), fusion, **options)
 
@@ -195,7 +198,7 @@ def mean_logits(given: Frozen) -> Fused:
 
 def mean_probabilities(given: Frozen) -> Fused:
     """Late fusion: the plain mean of probabilities."""
-    return Fused(given.logits.softmax(-1).mean(0))
+    return Fused(given.logits.softmax(-1).mean(0).log())
 
 
 def best_view(given: Frozen) -> Fused:
@@ -209,7 +212,7 @@ def oracle(given: Frozen) -> Fused:
     """
     clean = (~given.corrupted | given.corrupted.all(0)).to(given.logits.dtype)
     weights = clean / clean.sum(0)
-    return Fused((weights.unsqueeze(-1) * given.logits.softmax(-1)).sum(0), weights)
+    return Fused((weights.unsqueeze(-1) * given.logits.softmax(-1)).sum(0).log(), weights)
 
 
 def _layer(**options: Any) -> Callable[[Frozen], Fused]:
@@ -230,7 +233,8 @@ def belief(given: Frozen) -> Fused:
     """Evidence as the method combines it, and each view's belief mass for its weight."""
     assert isinstance(given.learner, Trusted)
     views = evidence(given.logits)
-    return Fused(given.learner.fuse(list(views)), 1 - opinion(views)[1])
+    # The logarithm of evidence + 1: its softmax is the Dirichlet's mean.
+    return Fused(torch.log1p(given.learner.fuse(list(views))), 1 - opinion(views)[1])
 
 
 def predicted_confidence(given: Frozen) -> Fused:
@@ -272,7 +276,7 @@ METHODS = {
             "energy of LogitNorm",
             Training("logitnorm", _quality_aware(_UNRANKED, normalize_logits=0.1, combine="probabilities")),
         ),
-        Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT))),
+        Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT)), role="variant"),
         Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
         # Rules for heads that others have trained.
         Method("mean of logits", answer=mean_logits, role="average"),
@@ -283,7 +287,7 @@ METHODS = {
         Method("evidence, probabilities", answer=_layer(uncertainty="evidence", combine="probabilities")),
         Method("energy, logits", answer=_layer()),
         Method("PDF", PLAIN, predicted_confidence),
-        Method("robust, calibrated", ROBUST, _calibrated),
+        Method("robust, calibrated", ROBUST, _calibrated, role="variant"),
         Method("oracle: clean views only", answer=oracle, role="oracle"),
     )
 }
@@ -324,3 +328,25 @@ def digits_table(views: tuple[str, ...]) -> Table:
 _RIVALS = ("energy, logits", "tmc", "RCML", "PDF")
 ROBUSTNESS = Table(PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_QMF, *_VARIANTS, _ORACLE))
 """What `bench-robustness` compares."""
+
+
+def _without(ingredient: str, **switches: Any) -> Method:
+    return Method(
+        f"without {ingredient}", Training(f"robust-{'-'.join(switches)}", _robust(**switches)), role="variant"
+    )
+
+
+ABLATION = Table(
+    PLAIN,
+    (
+        *_pick("mean of probabilities", "robust"),
+        _without("the size of logits", typicality_norm=False),
+        _without("the distance of logits", typicality_distance=False),
+        _without("either", typicality_norm=False, typicality_distance=False),
+        _without("distances as evidence", distance_evidence=0.0),
+        _without("class frequencies", class_prior=False),
+        _without("bounded votes", agreement=False),
+        *_pick(_ORACLE),
+    ),
+)
+"""What `bench-robustness --ablation` compares: the recommended rule without each of its ingredients."""
