@@ -14,7 +14,6 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from einops import rearrange
@@ -103,7 +102,7 @@ class ContaminatedProduct(Rule):
         everywhere: bool = True,
     ) -> None:
         super().__init__(num_modalities)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
             raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -122,7 +121,7 @@ class ContaminatedProduct(Rule):
         plain = odds * (1 + math.exp(min(min(0.0, ceiling) - onset, 700.0)))
         if not 1e-30 <= plain <= 1e30:  # so that float32 holds them
             raise ValueError(f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {plain}")
-        self.num_classes, self.gather = int(num_classes), gather
+        self.num_classes, self.gather = num_classes, gather
         self.running = RunningStatistics(num_modalities, num_classes, spread, everywhere)
         self.fitted = ClassStatistics(num_modalities, num_classes, spread)
 
