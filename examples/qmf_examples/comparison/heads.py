@@ -75,7 +75,7 @@ def small_heads(widths: dict[str, int], num_classes: int, num_samples: int, hidd
         return classifier(width, num_classes, hidden=0, dropout=0.0)
 
     def heads() -> dict[str, Head]:
-        return {name: Head(encoder(name), classify(hidden)) for name in widths}
+        return {name: Head(encoder(name), classify(hidden), width) for name, width in widths.items()}
 
     return Parts(tuple(widths), num_classes, num_samples, encoder, classify, heads, seed=seed)
 

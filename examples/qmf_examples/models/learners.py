@@ -19,8 +19,8 @@ class Answer(NamedTuple):
     """``[B, K]`` per modality, of methods that decide per modality."""
     weights: Tensor | None = None
     """``[M, B]``, of methods that weight modalities per sample."""
-    features: tuple[Tensor, ...] = ()
-    """``[B, width]`` per encoder, of methods whose loss or fusion looks at them."""
+    features: tuple[Tensor, ...] | None = None
+    """``[B, width]`` per modality, of methods whose loss or fusion looks at them."""
     present: Tensor | None = None
     """bool ``[M, B]``, where modalities were dropped."""
 
@@ -58,15 +58,32 @@ def classifier(width: int, num_classes: int, hidden: int, dropout: float) -> nn.
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, num_classes))
 
 
+class HeadOutput(NamedTuple):
+    """What ``FusionModel`` takes from a head that shows what it sees."""
+
+    logits: Tensor
+    """``[B, K]``."""
+    features: Tensor | None = None
+    """``[B, width]``, for a rule that judges by them."""
+
+
 class Head(nn.Module):
-    """An encoder and its classifier: one modality's input to logits ``[B, K]``."""
+    """An encoder and its classifier: one modality's input to logits.
 
-    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+    Args:
+        encoder: from the input to features.
+        head: from the features to logits.
+        input_width: of inputs that are themselves features, such as a frozen encoder's: a rule may judge by these.
+            None for any other input, and for rules that look at logits alone.
+    """
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, input_width: int | None = None) -> None:
         super().__init__()
-        self.encoder, self.classifier = encoder, head
+        self.encoder, self.classifier, self.input_width = encoder, head, input_width
 
-    def forward(self, *given: Any, **named: Any) -> Tensor:
-        return self.classifier(self.encoder(*given, **named))
+    def forward(self, *given: Any, **named: Any) -> HeadOutput:
+        logits = self.classifier(self.encoder(*given, **named))
+        return HeadOutput(logits, None if self.input_width is None else given[0])
 
 
 def encoders_of(heads: Mapping[str, Head]) -> dict[str, nn.Module]:
@@ -97,6 +114,7 @@ class Joint(Learner):
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
         loss = super().loss(answer, target, index, annealing)
         if self.alignment:
+            assert answer.features is not None
             loss = loss + self.alignment * cosine_distance(*answer.features).mean()
         return loss
 
@@ -120,7 +138,7 @@ class LateFusion(Learner):
         self.encoders = encoders_of(heads)
 
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
-        logits = tuple(give(head, inputs[name]) for name, head in self.heads.items())
+        logits = tuple(give(head, inputs[name]).logits for name, head in self.heads.items())
         return Answer(torch.stack(logits).mean(0), logits)
 
 
@@ -182,10 +200,10 @@ class QualityAware(Learner):
 
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
         out = self.model(inputs)
-        return Answer(out.logits, out.unimodal_logits, out.weights, present=out.present)
+        return Answer(out.logits, out.unimodal_logits, out.weights, out.features, out.present)
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
-        return self.criterion(answer.unimodal_logits, target, index, answer.present).loss
+        return self.criterion(answer.unimodal_logits, target, index, answer.present, answer.features).loss
 
 
 def trajectories(learner: nn.Module) -> dict[str, LossTrajectory]:

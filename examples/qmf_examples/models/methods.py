@@ -1,5 +1,6 @@
 """The one registry of methods: how each is trained, and how it answers. The rows of every table are picked from it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -166,10 +167,13 @@ def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Bui
     return build
 
 
-def _robust(dropout: float = 0.0, **switches: Any) -> Build:
+def _robust(dropout: float = 0.0, features: bool = True, **switches: Any) -> Build:
+    """The recommended rule; it judges by features where heads have any to show, unless ``features`` is False."""
+
     def build(parts: Parts) -> Learner:
         heads = parts.heads()
-        fusion = QualityAwareFusion.robust(parts.modalities, num_classes=parts.num_classes, **switches)
+        widths = [head.input_width if features else None for head in heads.values()]
+        fusion = QualityAwareFusion.robust(parts.modalities, parts.num_classes, features=widths, **switches)
         options = {"modality_dropout": dropout, "dropout_seed": parts.seed} if dropout else {}
         return QualityAware(heads, parts.num_samples, _objective(parts, {}), fusion, **options)
 
@@ -224,8 +228,10 @@ def _layer(**options: Any) -> Callable[[Frozen], Fused]:
 
 
 def _calibrated(given: Frozen) -> Fused:
-    fusion = QualityAwareFusion.robust(len(given.logits), num_classes=given.logits.shape[-1])
-    out = fusion.calibrate(torch.stack(given.train.unimodal_logits), given.train_labels)(given.logits)
+    assert isinstance(given.learner, QualityAware)
+    fusion = copy.deepcopy(given.learner.model.fusion)
+    fusion.calibrate(given.train.unimodal_logits, given.train_labels, features=given.train.features)
+    out = fusion(given.logits, features=given.answer.features)
     return Fused(out.logits, out.weights)
 
 
@@ -239,6 +245,7 @@ def belief(given: Frozen) -> Fused:
 
 def predicted_confidence(given: Frozen) -> Fused:
     assert isinstance(given.learner, ConfidentHeads)
+    assert given.answer.features is not None
     return Fused(*collaborative_belief(given.logits, given.learner.confidences(given.answer.features)))
 
 
@@ -276,6 +283,7 @@ METHODS = {
             "energy of LogitNorm",
             Training("logitnorm", _quality_aware(_UNRANKED, normalize_logits=0.1, combine="probabilities")),
         ),
+        Method("robust, logits alone", Training("robust-logits", _robust(features=False)), role="variant"),
         Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT)), role="variant"),
         Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
         # Rules for heads that others have trained.
@@ -316,7 +324,7 @@ _AVERAGES = ("mean of logits", "mean of probabilities")
 _ORACLE = "oracle: clean views only"
 _QMF = ("QMF, paper", "QMF, margin", "QMF, released", "energy of LogitNorm", "robust")
 _PROBABILITIES = ("MSP, probabilities", "entropy, probabilities", "evidence, probabilities")
-_VARIANTS = ("robust, calibrated", "robust + modality dropout")
+_VARIANTS = ("robust, logits alone", "robust, calibrated", "robust + modality dropout")
 
 
 def digits_table(views: tuple[str, ...]) -> Table:
@@ -343,8 +351,9 @@ ABLATION = Table(
         _without("the size of logits", typicality_norm=False),
         _without("the distance of logits", typicality_distance=False),
         _without("either", typicality_norm=False, typicality_distance=False),
+        *_pick("robust, logits alone"),
+        _without("the evidential likelihood", evidential=False),
         _without("distances as evidence", distance_evidence=0.0),
-        _without("class frequencies", class_prior=False),
         _without("bounded votes", agreement=False),
         *_pick(_ORACLE),
     ),

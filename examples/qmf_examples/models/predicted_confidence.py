@@ -64,5 +64,6 @@ class ConfidentHeads(Learner):
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
         own = torch.stack([F.cross_entropy(x, target, reduction="none") for x in answer.unimodal_logits])
+        assert answer.features is not None
         predicted = self.confidences(tuple(x.detach() for x in answer.features))
         return F.nll_loss(answer.scores, target) + own.mean(1).sum() + F.mse_loss(predicted, own.detach().neg().exp())
