@@ -92,10 +92,15 @@ class QMFLoss(nn.Module):
         )
 
     def forward(
-        self, logits: Logits, target: Tensor, index: Tensor | None = None, present: Tensor | None = None
+        self,
+        logits: Logits,
+        target: Tensor,
+        index: Tensor | None = None,
+        present: Tensor | None = None,
+        features: Logits | None = None,
     ) -> ObjectiveOutput:
-        """The objective of a batch; in training mode, with gradients on, it is learned from: its unimodal losses are
-        recorded, and the rule may observe it.
+        """The objective of a batch; where criterion and fusion are in training mode and gradients are on, it is learned
+        from: its unimodal losses are recorded, and the rule may observe it.
 
         Args:
             logits: the M heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
@@ -103,6 +108,7 @@ class QMFLoss(nn.Module):
             index: int ``[B]``, the dataset index of each sample. May be None outside of training or where
                 ``ranking_weight`` is 0: no ranking then, and nothing is recorded.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
+            features: what the heads see, as ``QualityAwareFusion`` takes them.
 
         Returns:
             ObjectiveOutput, with fused logits laid out as the inputs are.
@@ -112,16 +118,18 @@ class QMFLoss(nn.Module):
         """
         fusion, options, trajectory = self.fusion, self._options(), self.ranking.trajectory
         rows, target, mask = check_batch(logits, target, present, fusion.names, fusion.class_dim)
+        seen = fusion.check_features(features, rows)
         self._check_devices(rows[0].device)
         if options.class_weight is not None and len(options.class_weight) != rows[0].shape[-1]:
             check_loss_rule(options, rows[0].shape[-1])
 
+        training = self.training and fusion.training
         if index is not None:
             index = check_index(index, len(target), trajectory.num_samples)
-        elif self.training and self.ranking_weight:
+        elif training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.
-        learns = self.training and torch.is_grad_enabled()
+        learns = training and torch.is_grad_enabled()
         ranks = index is not None and bool(self.ranking_weight)
         kappa = past = None
         if index is not None and not compiling():  # a compiled graph may not write to a history inside
@@ -131,7 +139,8 @@ class QMFLoss(nn.Module):
         rows = fusion.prepare(rows)
         losses = fusion.rule.objective(
             *(rows, target, kappa, mask, options),
-            plain=self.training,
+            features=seen,
+            plain=training,
             past=past,
             backend=self.backend,
             return_logits=self.return_logits,
@@ -140,7 +149,7 @@ class QMFLoss(nn.Module):
         if learns and index is not None and past is None:
             trajectory.record_checked(out.sample_losses, index)
         if learns:
-            fusion.rule.observe(rows, target, mask, self.ignore_index)
+            fusion.rule.observe(rows, target, mask, self.ignore_index, seen)
         if fusion.class_dim != -1 and self.return_logits:
             # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
             fused = out.logits.movedim(-1, fusion.class_dim)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Features = Sequence[Tensor | None]  # ``[*, D]`` for each modality that has any
+
 
 def wide_dtype(rows: Sequence[Tensor]) -> torch.dtype:
     """What is computed in: float32, or float64 if any row is."""

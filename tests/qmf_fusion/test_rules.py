@@ -35,7 +35,7 @@ def test_losses_are_pytorchs(rule, smoothing, weighted):
     fusion = RULES[rule](3)
     fused = fusion(x).logits
     out = QMFLoss(fusion, 12, ranking_weight=0, weight=weight, label_smoothing=smoothing)(x, target)
-    seen = [normalize_logits(v, 0.1) if fusion.normalize_logits else v for v in x]
+    seen = [fusion.rule.likelihood(normalize_logits(v, 0.1) if fusion.normalize_logits else v) for v in x]
     options = {"weight": weight, "label_smoothing": smoothing}
     expected = [F.cross_entropy(v.flatten(0, -2), target.flatten(), **options) for v in seen]
     torch.testing.assert_close(out.unimodal_losses, torch.stack(expected))
