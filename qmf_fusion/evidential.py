@@ -1,7 +1,6 @@
 """The evidential likelihood (Sensoy et al., NeurIPS 2018): logits as a Dirichlet's evidence, for its mean."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,5 +23,6 @@ def evidential(logits: Tensor) -> Tensor:
         tensor([0.9091, 0.0909])
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
-    # The threshold from which softplus is taken for the identity, at 20 by default, would show in float64.
-    return torch.where(x == -torch.inf, x, torch.log1p(F.softplus(x, threshold=40)))
+    # 1 is added to it anyway, so that log1p, in PyTorch dozens of times slower on a CPU, would be of no use.
+    softplus = (1 + x.clamp_max(80).exp()).log() + (x - 80).clamp_min(0)
+    return (1 + softplus).log().masked_fill(x == -torch.inf, -torch.inf)

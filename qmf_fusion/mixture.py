@@ -63,9 +63,10 @@ def _mixture(ratio: Tensor, odds: Tensor, counted: Tensor) -> tuple[Tensor, Tens
 
     In plain autograd: with its slopes written down, a training step takes only 3 % less.
     """
-    votes = torch.where(counted.unsqueeze(-1), torch.log1p(ratio / odds), 0)
+    either = ratio + odds
+    votes = torch.where(counted.unsqueeze(-1), either.log(), 0)
     fused = torch.log_softmax(votes.sum(0), -1)
-    weights = (fused.exp() * (ratio / (ratio + odds))).sum(-1)
+    weights = (fused.exp() * (ratio / either)).sum(-1)
     # Of a modality alone it is 1 / (1 + rho), but for roundings that the ranking would put in an order.
     return fused, torch.where(counted.sum(0) > 1, weights, (1 / (1 + odds)).squeeze(-1))
 

@@ -22,6 +22,6 @@ def stack_rows(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, 
     """Rows as one ``[M, *, K]``, 0 where they do not count, and where they do, ``[M, *]``: present and all finite."""
     dtype = wide_dtype(rows)
     x = torch.stack([x.to(dtype) for x in rows])
-    counted = torch.isfinite(x).all(-1)
+    counted = x.detach().abs().amax(-1) < torch.inf  # NaN is not; several times as fast as isfinite
     counted = counted if present is None else counted & present
     return torch.where(counted.unsqueeze(-1), x, 0), counted
