@@ -24,5 +24,5 @@ def evidential(logits: Tensor) -> Tensor:
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
     # 1 is added to it anyway, so that log1p, in PyTorch dozens of times slower on a CPU, would be of no use.
-    softplus = (1 + x.clamp_max(80).exp()).log() + (x - 80).clamp_min(0)
-    return (1 + softplus).log().masked_fill(x == -torch.inf, -torch.inf)
+    low = x.clamp_max(80)
+    return ((1 + low.exp()).log() + (x - low + 1)).log().masked_fill(x == -torch.inf, -torch.inf)

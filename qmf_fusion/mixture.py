@@ -64,7 +64,7 @@ def _mixture(ratio: Tensor, odds: Tensor, counted: Tensor) -> tuple[Tensor, Tens
     In plain autograd: with its slopes written down, a training step takes only 3 % less.
     """
     either = ratio + odds
-    votes = torch.where(counted.unsqueeze(-1), either.log(), 0)
+    votes = either.log() * counted.unsqueeze(-1).to(odds.dtype)  # all of them finite
     fused = torch.log_softmax(votes.sum(0), -1)
     weights = (fused.exp() * (ratio / either)).sum(-1)
     # Of a modality alone it is 1 / (1 + rho), but for roundings that the ranking would put in an order.

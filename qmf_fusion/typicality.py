@@ -265,7 +265,7 @@ def _counts(x: Tensor, counted: Tensor, features: Features, dtype: torch.dtype) 
 def _sum_classes(x: Tensor, target: Tensor, counts: Tensor) -> Tensor:
     """``Sums.classes`` of a batch."""
     y = target.expand(len(x), -1)
-    x = torch.where(counts.unsqueeze(-1) > 0, x, 0)
+    x = x * counts.unsqueeze(-1).to(x.dtype)
     of_rows = torch.stack([counts, x.gather(-1, y.unsqueeze(-1)).squeeze(-1).to(counts)], 1)  # [M, 2, R]
     own = counts.new_zeros(len(x), 2, x.shape[-1]).scatter_add(-1, y.unsqueeze(1).expand_as(of_rows), of_rows)
     every = torch.stack([counts.sum(1, keepdim=True).expand(-1, x.shape[-1]), x.sum(1, dtype=counts.dtype)], 1)
