@@ -242,7 +242,10 @@ class ContaminatedProduct(Rule):
         with torch.autocast(rows[0].device.type, enabled=False):
             batch = self.stack(rows, present, features)
             fused, weights = self.posterior(batch, None if plain else self.statistics(batch.x.dtype))
-        return Weighed(batch.z.unbind(0), batch.counted, ready(weights, fused), batch.energy())
+        counted = batch.counted
+        # A mask costs the operators more than to see here that there is nothing to leave out.
+        mask = None if can_look(counted) and bool(counted.all()) else counted
+        return Weighed(batch.z.unbind(0), mask, ready(weights, fused), batch.energy())
 
     def fuse(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None = None

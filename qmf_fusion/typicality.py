@@ -8,6 +8,7 @@ Everything kept is a number of rows and sums over them: such sums add up over ba
 two models' is again that of some data. A row costs O(K + D), the state is O(M (K + D)): no matrix between classes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -156,7 +157,7 @@ class CleanStatistics(KeepsPrecision):
             added = sum_over_processes(added)
         number = added[0][:, :, :1]
         step = torch.where(number[:, 0].sum(-1, keepdim=True) > 0, MOMENTUM, 1.0)
-        keep = torch.stack([CLASS_MOMENTUM ** number[:, 0], step.expand_as(number[:, 0])], 1)
+        keep = torch.stack([torch.exp(math.log(CLASS_MOMENTUM) * number[:, 0]), step.expand_as(number[:, 0])], 1)
         kept = [keep * self.classes, step * self.measured, *([] if self.features is None else [step * self.features])]
         self._store([a + b for a, b in zip(kept, added, strict=True)])
 
