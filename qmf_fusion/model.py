@@ -132,10 +132,7 @@ class FusionModel(nn.Module):
             both = type(out) is tuple and len(out) == 2
             logits, features = out if both else (getattr(out, "logits", None), getattr(out, "features", None))
         if not isinstance(logits, Tensor) or not isinstance(features, Tensor | None):
-            raise TypeError(
-                f"heads[{name!r}] must return logits, a tuple of logits and features, or an object with .logits (and "
-                f".features), got {type(out).__name__}"
-            )
+            raise TypeError(f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}")
         return logits, features
 
     def freeze(self, *names: str) -> Self:

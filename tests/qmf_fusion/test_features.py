@@ -184,7 +184,7 @@ def test_a_model_takes_them_from_its_heads():
     assert model({**inputs, "a": None}).features[0] is None
     other = model_of(QualityAwareFusion(["a", "b", "c"]))
     assert [f is None for f in other(inputs).features] == [False, True, False]  # handed on
-    with pytest.raises(TypeError, match=r"heads\['a'\] must return logits, a tuple of logits and features"):
+    with pytest.raises(TypeError, match=r"heads\['a'\] must return logits or an object with .logits, got tuple"):
         FusionModel({"a": nn.LSTM(4, 5)})({"a": x})
 
 
