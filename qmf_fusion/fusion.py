@@ -41,7 +41,7 @@ class FusionOutput(NamedTuple):
     present: Tensor | None
     """Which modalities were there, bool ``[M, *]``; None for all."""
     features: tuple[Tensor | None, ...] | None = None
-    """What ``FusionModel``'s heads returned beside their logits, ``[*, D]`` each or None, for a rule that judges by it."""
+    """What ``FusionModel``'s heads returned beside their logits, ``[*, D]`` each or None, if the rule judges by it."""
 
 
 class QualityAwareFusion(nn.Module):
