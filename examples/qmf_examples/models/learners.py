@@ -182,7 +182,8 @@ class QualityAware(Learner):
         num_samples: of the training set.
         objective: options of ``QMFLoss``.
         fusion: the layer.
-        dropout: options of ``FusionModel``'s modality dropout.
+        dropout: how often ``FusionModel`` drops a modality in training.
+        seed: of what it drops.
     """
 
     def __init__(
@@ -191,10 +192,11 @@ class QualityAware(Learner):
         num_samples: int,
         objective: Mapping[str, Any],
         fusion: QualityAwareFusion,
-        **dropout: Any,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model = FusionModel(heads, fusion, **dropout)
+        self.model = FusionModel(heads, fusion, modality_dropout=dropout, dropout_seed=seed)
         self.criterion = QMFLoss(self.model.fusion, num_samples, **objective)
         self.encoders = encoders_of(heads)
 

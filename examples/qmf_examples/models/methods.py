@@ -21,6 +21,7 @@ RECOMMENDED = "robust"
 ALIGNMENT = 1.0
 """What the cosine distance of the two features counts in the alignment baseline."""
 DROPOUT = 0.3
+"""How often a modality is dropped in training, where it is."""
 
 
 @dataclass(frozen=True)
@@ -156,26 +157,27 @@ def _objective(parts: Parts, options: dict[str, Any]) -> dict[str, Any]:
     return {"ranking_weight": chosen.ranking_weight, "form": chosen.form, "pairs": chosen.pairs}
 
 
-def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Build:
-    """QMF with options of its objective fixed, and options of its layer."""
+def _quality_aware(objective: dict[str, Any] | None = None, dropout: float = 0.0, **layer: Any) -> Build:
+    """QMF with options of its objective fixed, modality dropout, and options of its layer."""
 
     def build(parts: Parts) -> Learner:
         heads = parts.heads()
         fusion = QualityAwareFusion(parts.modalities, detach_weights=parts.objective.detach_weights, **layer)
-        return QualityAware(heads, parts.num_samples, _objective(parts, objective or {}), fusion)
+        return QualityAware(heads, parts.num_samples, _objective(parts, objective or {}), fusion, dropout, parts.seed)
 
     return build
 
 
-def _robust(dropout: float = 0.0, features: bool = True, **switches: Any) -> Build:
-    """The recommended rule; it judges by features where heads have any to show, unless ``features`` is False."""
+def _robust(dropout: float = DROPOUT, features: bool = True, **switches: Any) -> Build:
+    """The recommended rule, trained as recommended, with modality dropout; it judges by features where heads have any
+    to show, unless ``features`` is False.
+    """
 
     def build(parts: Parts) -> Learner:
         heads = parts.heads()
         widths = [head.input_width if features else None for head in heads.values()]
         fusion = QualityAwareFusion.robust(parts.modalities, parts.num_classes, features=widths, **switches)
-        options = {"modality_dropout": dropout, "dropout_seed": parts.seed} if dropout else {}
-        return QualityAware(heads, parts.num_samples, _objective(parts, {}), fusion, **options)
+        return QualityAware(heads, parts.num_samples, _objective(parts, {}), fusion, dropout, parts.seed)
 
     return build
 
@@ -184,6 +186,7 @@ _UNRANKED = {"ranking_weight": 0.0}
 UNIMODAL = Training("unimodal", lambda parts: UnimodalHeads(parts.heads()))
 PLAIN = Training("plain", lambda parts: ConfidentHeads(parts.heads()))
 NO_RANKING = Training("qmf-no-ranking", _quality_aware(_UNRANKED))
+DROPPED = Training("qmf-no-ranking-dropout", _quality_aware(_UNRANKED, DROPOUT))
 ROBUST = Training("robust", _robust())
 
 
@@ -284,7 +287,10 @@ METHODS = {
             Training("logitnorm", _quality_aware(_UNRANKED, normalize_logits=0.1, combine="probabilities")),
         ),
         Method("robust, logits alone", Training("robust-logits", _robust(features=False)), role="variant"),
-        Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT)), role="variant"),
+        Method("robust, no modality dropout", Training("robust-no-dropout", _robust(0.0)), role="variant"),
+        # What modality dropout does for others.
+        Method("energy + modality dropout", DROPPED),
+        Method("mean of logits + modality dropout", DROPPED, mean_logits),
         Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
         # Rules for heads that others have trained.
         Method("mean of logits", answer=mean_logits, role="average"),
@@ -324,7 +330,7 @@ _AVERAGES = ("mean of logits", "mean of probabilities")
 _ORACLE = "oracle: clean views only"
 _QMF = ("QMF, paper", "QMF, margin", "QMF, released", "energy of LogitNorm", "robust")
 _PROBABILITIES = ("MSP, probabilities", "entropy, probabilities", "evidence, probabilities")
-_VARIANTS = ("robust, logits alone", "robust, calibrated", "robust + modality dropout")
+_VARIANTS = ("robust, logits alone", "robust, calibrated", "robust, no modality dropout")
 
 
 def digits_table(views: tuple[str, ...]) -> Table:
@@ -334,7 +340,10 @@ def digits_table(views: tuple[str, ...]) -> Table:
 
 
 _RIVALS = ("energy, logits", "tmc", "RCML", "PDF")
-ROBUSTNESS = Table(PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_QMF, *_VARIANTS, _ORACLE))
+_DROPPED = ("mean of logits + modality dropout", "energy + modality dropout")
+ROBUSTNESS = Table(
+    PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_DROPPED, *_QMF, *_VARIANTS, _ORACLE)
+)
 """What `bench-robustness` compares."""
 
 
@@ -351,7 +360,7 @@ ABLATION = Table(
         _without("the size of logits", typicality_norm=False),
         _without("the distance of logits", typicality_distance=False),
         _without("either", typicality_norm=False, typicality_distance=False),
-        *_pick("robust, logits alone"),
+        *_pick("robust, logits alone", "robust, no modality dropout"),
         _without("the evidential likelihood", evidential=False),
         _without("distances as evidence", distance_evidence=0.0),
         _without("bounded votes", agreement=False),

@@ -72,7 +72,7 @@ def test_every_rule_under_every_condition(results):
     assert len(scores) == len(METHODS) * (len(FEATURES) + len(UNSEEN)) * 2
     assert [method.role == "oracle" for method in METHODS] == [False] * (len(METHODS) - 1) + [True]
     variants = {method.label for method in METHODS if method.role == "variant"}
-    assert variants == {"robust, logits alone", "robust, calibrated", "robust + modality dropout"}
+    assert variants == {"robust, logits alone", "robust, calibrated", "robust, no modality dropout"}
 
 
 def test_every_measure_that_a_rule_can_have(results):
