@@ -290,7 +290,7 @@ METHODS = {
         Method("robust, no modality dropout", Training("robust-no-dropout", _robust(0.0)), role="variant"),
         # What modality dropout does for others.
         Method("energy + modality dropout", DROPPED),
-        Method("mean of logits + modality dropout", DROPPED, mean_logits),
+        Method("mean of logits + modality dropout", DROPPED, mean_logits, role="average"),
         Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
         # Rules for heads that others have trained.
         Method("mean of logits", answer=mean_logits, role="average"),
