@@ -23,8 +23,9 @@ from torch import Tensor
 from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import CleanData, hold_until_eq_6
-from .checks import can_look, check_widths
+from .checks import can_look, check_integer, check_widths
 from .evidential import evidential
+from .precision import without_autocast
 from .rows import Features, stack_rows
 from .rule import Rule, Weighed, ready_rule
 from .typicality import (
@@ -115,6 +116,7 @@ class ContaminatedProduct(Rule):
     """
 
     num_classes: int
+    takes_clean_statistics = True
 
     def __init__(
         self,
@@ -135,8 +137,7 @@ class ContaminatedProduct(Rule):
         everywhere: bool = True,
     ) -> None:
         super().__init__(num_modalities)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
+        num_classes = check_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         for demand, holds, values in (
@@ -164,14 +165,15 @@ class ContaminatedProduct(Rule):
         """rho, broken : clean before the others are heard, which rises with the untypicality u."""
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
 
-    def statistics(self, dtype: torch.dtype = torch.float64) -> Statistics | None:
+    def statistics(self, dtype: torch.dtype = torch.float64, *, look: bool = True) -> Statistics | None:
         """The calibrated ones, else those gathered in training; None where there can be seen to be neither.
 
-        On a device, to ask would be to wait for it: there, nothing may be known of what is returned.
+        On a device, to ask would be to wait for it: there, or without ``look``, nothing may be known of what is
+        returned, and nothing follows from it.
         """
         fitted, running = self.fitted.sums(), self.running.sums()
         calibrated, gathered = (sums.measured[:, 0, SIZE].any() for sums in (fitted, running))
-        if not can_look(calibrated):
+        if not (look and can_look(calibrated)):
             either = [
                 torch.where(calibrated, f, r)
                 for f, r in zip(self.fitted.buffers(), self.running.buffers(), strict=True)
@@ -218,7 +220,7 @@ class ContaminatedProduct(Rule):
         odds, held = self.odds_of(u), None
         if not can_look(self.calibration.held) or any(self.calibration.held.tolist()):
             held = per_modality(self.calibration.held, odds)
-            odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1) - 1).clamp_min(1e-6))
+            odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1.0) - 1).clamp_min(1e-6))
         fused, weights = (_mixture if self.agreement else _product)(probs, odds.unsqueeze(-1), counted)
         if held is not None:
             weights = torch.where(held == 0, weights, held)
@@ -229,7 +231,7 @@ class ContaminatedProduct(Rule):
     def weigh(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None = None, *, plain: bool = False
     ) -> Weighed:
-        with torch.autocast(rows[0].device.type, enabled=False):
+        with without_autocast(rows[0].device):
             batch = self.stack(rows, present, features, look=True)
             z = self.likelihood(batch.x)
             fused, weights = self.posterior(batch, z, None if plain else self.statistics(z.dtype))
@@ -239,10 +241,13 @@ class ContaminatedProduct(Rule):
         self, rows: list[Tensor], present: Tensor | None, features: Features | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Without the operators, which would have nothing to add."""
-        with torch.autocast(rows[0].device.type, enabled=False):
+        with without_autocast(rows[0].device):
             batch = self.stack(rows, present, features)
             z = self.likelihood(batch.x)
-            return *self.posterior(batch, z, self.statistics(z.dtype)), self._energy(batch)
+            # Activation checkpointing, which computes this again when the criterion has learned from the batch, must
+            # find the same operations: no look at what there is.
+            known = self.statistics(z.dtype, look=not torch.is_grad_enabled())
+            return *self.posterior(batch, z, known), self._energy(batch)
 
     def _energy(self, batch: Stacked) -> Tensor:
         """``[M, *]`` (Eq. 13), of the logits as they came."""
@@ -291,7 +296,7 @@ class ContaminatedProduct(Rule):
         """Count a batch in the running statistics, unless that is left to ``calibrate``."""
         if not self.gather:
             return
-        with torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
+        with torch.no_grad(), without_autocast(rows[0].device):
             batch = self.stack([row.detach() for row in rows], present, features)
             valid = target != ignore_index
             counted = valid.expand(batch.x.shape[:-1]) if batch.counted is None else batch.counted & valid
