@@ -165,7 +165,7 @@ class QualityAwareFusion(nn.Module):
             >>> agree, other = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.0, 6.0, 0.0]])
             >>> out = fusion([agree, agree, other])  # the third is outvoted
             >>> out.logits.argmax(-1), out.weights[:, 0]
-            (tensor([0]), tensor([0.8043, 0.8043, 0.1263]))
+            (tensor([0]), tensor([0.7681, 0.7681, 0.6898]))
         """
         names = modality_names(modalities)
         rule = ContaminatedProduct(len(names), num_classes, features=features, **switches)
