@@ -1,10 +1,17 @@
-"""Buffers that keep float64 while their module is cast: Eq. 9's constants and the loss history."""
+"""Arithmetic that nobody lowers: buffers that stay float64 while their module is cast, and no autocast."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Computing as if there were no autocast, on devices that have one (the meta device does not)."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class KeepsPrecision(nn.Module):
