@@ -105,7 +105,7 @@ def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: 
     Args:
         weights: ``[M, B]`` (or ``[B]`` for one modality), floating point.
         kappa: the same shape, already scaled; NaN where a sample has no history, whose pairs contribute 0; so do those
-            of a weight that is not finite.
+            of a kappa or a weight that is infinite.
         form: ``"paper"``, ``"margin"`` or ``"released"``.
         pairs: ``"adjacent"``: the B pairs (i, i + 1) around the batch; ``"all"``: the B (B - 1) / 2 unordered pairs,
             exactly, in O(B log B).
