@@ -1,18 +1,19 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import qmf_kernels
 from qmf_kernels import BACKENDS, LossRule
 
-from .checks import Logits, check_batch, check_choice
+from .checks import Logits, check_batch, check_choice, check_class_weight
 from .functional import ObjectiveOutput, check_loss_rule
 from .fusion import QualityAwareFusion
+from .precision import KeepsPrecision, widened
 from .ranking import TrajectoryRankingLoss
 
 
-class QMFLoss(nn.Module):
+class QMFLoss(KeepsPrecision):
     """``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18), owning the trajectory that the ranking needs.
 
     It refers to the fusion, which the model owns: ``parameters()``, ``state_dict()`` and ``.to()`` are of trajectory
@@ -24,10 +25,12 @@ class QMFLoss(nn.Module):
         num_samples: N, the size of the training set.
         ranking_weight: lambda, at least 0; 0 leaves the ranking out.
         form, pairs, rescale, start_epoch: see ``TrajectoryRankingLoss``.
-        weight: class weights ``[K]``, finite and at least 0, as in ``torch.nn.CrossEntropyLoss``, for every
-            cross-entropy. Looked at here, wherever they lie, and not again at a step.
+        weight: class weights ``[K]``, from 0 to 1e30, as in ``torch.nn.CrossEntropyLoss``, for every
+            cross-entropy. Looked at here, wherever they lie, and not again at a step; kept in float64, whatever the
+            module is cast to.
         label_smoothing: the same.
-        ignore_index: the same; but where nothing is left to average, the loss is 0 rather than NaN.
+        ignore_index: the same; but where nothing is left to average, or nothing of any weight, the loss is 0 without a
+            gradient rather than NaN.
         return_logits: False leaves ``logits`` of the output empty: training needs no fused logits, and a GPU does not
             have to write them.
         backend: see ``functional.qmf_objective``.
@@ -77,8 +80,9 @@ class QMFLoss(nn.Module):
         self.ranking = TrajectoryRankingLoss(num_samples, fusion.num_modalities, form, pairs, rescale, start_epoch)
         self.ranking_weight, self.label_smoothing, self.ignore_index = ranking_weight, label_smoothing, ignore_index
         self.return_logits, self.backend = return_logits, backend
-        self.register_buffer("weight", weight)
-        check_loss_rule(self._options(), once=True)
+        check_class_weight(weight, once=True)
+        self.register_buffer("weight", None if weight is None else widened(weight))
+        check_loss_rule(self._options())
 
     @property
     def fusion(self) -> QualityAwareFusion:

@@ -1,10 +1,15 @@
-"""Buffers that keep float64 while their module is cast: Eq. 9's constants and the loss history."""
+"""Buffers that keep float64 while their module is cast: Eq. 9's constants, class weights and the loss history."""
 
 from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+
+def widened(x: Tensor) -> Tensor:
+    """A copy of its own, in float64, on the same device; in float32 where that has no more (MPS)."""
+    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
 
 
 class KeepsPrecision(nn.Module):
