@@ -35,6 +35,12 @@ class AffineOptions(NamedTuple):
         if not callable(self.uncertainty):
             check_choice("uncertainty", self.uncertainty, list(UNCERTAINTIES))
 
+    @property
+    def name(self) -> str:
+        """The uncertainty's, or the callable's."""
+        function = self.uncertainty
+        return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__name__)
+
     def defaults(self, alpha: Coefficient | None, beta: Coefficient | None) -> tuple[Coefficient, Coefficient]:
         """None becomes -0.1 and 0 for the energy, as published, and -1 and 1 for others, which lie in [0, 1]."""
         published = (-0.1, 0.0) if self.uncertainty == "energy" else (-1.0, 1.0)
@@ -129,6 +135,11 @@ class AffineRule(Rule):
     def __init__(self, num_modalities: int, options: AffineOptions, coefficients: Coefficients) -> None:
         super().__init__(num_modalities)
         self.options, self.coefficients = options, coefficients
+
+    def kind(self) -> str:
+        _, combine, nonnegative, normalize, _ = self.options
+        clamped = f"nonnegative={nonnegative}, normalize={normalize}"
+        return f"{super().kind()}(uncertainty={self.options.name!r}, combine={combine!r}, {clamped})"
 
     def constants(self) -> Constants:
         return self.coefficients.calibrated()

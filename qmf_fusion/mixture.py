@@ -153,6 +153,10 @@ class ContaminatedProduct(Rule):
         self.running = CleanStatistics(num_modalities, num_classes, widths, everywhere)
         self.fitted = CleanStatistics(num_modalities, num_classes, widths)
 
+    def kind(self) -> str:
+        names = "evidential typicality_norm typicality_distance agreement"
+        return f"{super().kind()}({', '.join(f'{name}={getattr(self, name)}' for name in names.split())})"
+
     def odds_of(self, u: Tensor) -> Tensor:
         """rho, broken : clean before the others are heard, which rises with the untypicality u."""
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
