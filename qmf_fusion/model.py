@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .checks import check_logits, check_present
 from .dropout import ModalityDropout
 from .fusion import FusionOutput, QualityAwareFusion
+from .inputs import break_rows, fill_rows, rows_present
 
 
 class FusionModel(nn.Module):
@@ -27,6 +28,12 @@ class FusionModel(nn.Module):
     A head's input may be a tensor, a tuple of positional or a mapping of keyword arguments. A head whose input is
     missing or None is an absent modality for the whole batch and is not run; its ``unimodal_logits`` are NaN, which
     count in no loss. Where ``present`` is False they are NaN too.
+
+    A tensor's first dimension is the samples. One whose row holds NaN or an infinity is absent there, whatever its head
+    would make of it, and so learns nothing of it: the head sees another sample's row in its place, as it does where
+    ``present`` is False (in a batch without any, zeros, which a batch normalisation takes for data: give None instead).
+    Tuples and mappings reach a head as they are: NaN in them, as NaN that a head makes of finite inputs itself, spoils
+    the gradients of all of its parameters in its own backward.
 
     Raises:
         TypeError, ValueError: no heads, something that is no module, or a fusion of other modalities.
@@ -87,7 +94,10 @@ class FusionModel(nn.Module):
         unknown = [name for name in inputs if name not in self.heads]
         if unknown:
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
-        ran = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
+        ran = [
+            self._run(name, head, inputs.get(name), rows_present(present, m, len(self.heads)))
+            for m, (name, head) in enumerate(self.heads.items())
+        ]
         logits, features = [x for x, _ in ran], tuple(f for _, f in ran)
         given = None if all(f is None for f in features) else features
         if self.dropout is not None and self.training:
@@ -113,10 +123,11 @@ class FusionModel(nn.Module):
         return mask & stays.view(*stays.shape, *(1,) * (mask.dim() - 2))
 
     @staticmethod
-    def _run(name: str, head: nn.Module, given: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _run(name: str, head: nn.Module, given: Any, present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Logits, and features if there are any."""
         if given is None:
             return None, None
+        given, whole = fill_rows(given, present)
         if isinstance(given, Mapping):
             out = head(**given)
         elif isinstance(given, tuple):
@@ -129,7 +140,7 @@ class FusionModel(nn.Module):
             logits, features = out if both else (getattr(out, "logits", None), getattr(out, "features", None))
         if not isinstance(logits, Tensor) or not isinstance(features, Tensor | None):
             raise TypeError(f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}")
-        return logits, features
+        return logits if whole is None else break_rows(logits, whole), features
 
     def freeze(self, *names: str) -> Self:
         """Stop training these heads (all of them, if none is named): no gradients, and evaluation mode for good.
