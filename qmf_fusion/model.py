@@ -1,12 +1,14 @@
 """Wrapping the heads one already has: a model from named inputs to fused logits."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_logits, check_present
+from .checks import can_look, check_logits, check_present
+from .divergence import RowWatch
 from .dropout import ModalityDropout
 from .fusion import FusionOutput, QualityAwareFusion
 from .inputs import break_rows, fill_rows, rows_present
@@ -34,6 +36,9 @@ class FusionModel(nn.Module):
     ``present`` is False (in a batch without any, zeros, which a batch normalisation takes for data: give None instead).
     Tuples and mappings reach a head as they are: NaN in them, as NaN that a head makes of finite inputs itself, spoils
     the gradients of all of its parameters in its own backward.
+
+    In training a warning says once of each modality that no row of it counts though some should; on a device,
+    ``QMFLoss`` does.
 
     Raises:
         TypeError, ValueError: no heads, something that is no module, or a fusion of other modalities.
@@ -70,6 +75,7 @@ class FusionModel(nn.Module):
             raise ValueError(f"fusion must be of the modalities {list(heads)}, in this order, got {list(fusion.names)}")
         self.heads = nn.ModuleDict(heads)
         self.fusion = fusion
+        self.watch = RowWatch(tuple(heads))
         self.dropout = ModalityDropout(modality_dropout, dropout_seed) if modality_dropout else None
         # What ``freeze`` turned off, by head and by the parameter's name in it, so that copies and pickles know too.
         self._frozen: dict[str, set[str]] = {}
@@ -104,6 +110,8 @@ class FusionModel(nn.Module):
             present = self._drop(self.dropout, logits, present)
         # A rule that takes none leaves them to whoever wants them.
         out = self.fusion(logits, present, given if self.fusion.rule.feature_widths else None)
+        if self.training and torch.is_grad_enabled():
+            self._watch_rows(out)
         shown, dim = out.unimodal_logits, self.fusion.class_dim
         if out.present is not None:
             shown = tuple(
@@ -112,6 +120,14 @@ class FusionModel(nn.Module):
             )
         # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
         return FusionOutput(out.logits, out.weights, out.energy, shown, out.present, given)
+
+    def _watch_rows(self, out: FusionOutput) -> None:
+        """Warn where no row of a modality counts though some should; on a device, the criterion does."""
+        if not torch.compiler.is_compiling():
+            self.watch.steps += 1
+        if can_look(out.energy) and not math.isfinite(out.energy.sum().item()):
+            counted = out.energy < torch.inf
+            self.watch.see(counted, torch.ones_like(counted) if out.present is None else out.present)
 
     def _drop(self, dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None) -> Tensor:
         rows, there = check_logits(logits, class_dim=self.fusion.class_dim)
