@@ -94,7 +94,8 @@ class ContaminatedProduct(Rule):
         odds: rho at u far below ``onset``; where nothing is untypical it must come to 1e-30 to 1e30.
         onset: the u at which rho has doubled and starts to rise.
         ceiling: the u at which it stops.
-        floor: the least standard deviation of a logarithm of logits that the statistics are believed to have.
+        floor: the least standard deviation of a logarithm of logits that the statistics are believed to have; below
+            1e-5, which roundings make of equal ones, it is taken for that.
         gather: let ``QMFLoss`` gather running statistics in training. False leaves them to ``calibrate``.
         everywhere: where ``torch.distributed`` is initialised, gather over all its processes, step by step, as
             ``SyncBatchNorm`` does (so every process takes the same number of steps). False keeps each to its own

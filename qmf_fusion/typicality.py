@@ -25,6 +25,7 @@ MOMENTUM = 0.99  # of the sums, per step: about the last 100 steps count
 CLASS_MOMENTUM = 0.95  # of a class's own mean, per sample of the class: about the last 20 samples count
 MOST_ROWS = 4096  # per step, process and modality; a dense prediction's positions beyond that are thinned out evenly
 LARGEST = 1e15  # what float32 can square and sum: larger values are measured as this, and not learned from
+LOGIT_FLOOR = 1e-5  # of the logarithm of a size or distance of logits: less is how float32 rounds equal ones
 FEATURE_FLOOR = 0.02  # the least standard deviation believed of the logarithm of a distance of features
 
 SIZE, NEAREST, OWN, FEATURE = range(4)  # what is measured of a row: see ``Sums.measured``
@@ -207,7 +208,7 @@ def untypicality(
 
     ``u = max(|z(log |x|)|, z(log min_y distance_y), |z(log feature distance)|, 0)``: of an unusual size either way, far
     from every class, or seen through unusual features, where ``norm`` and ``distance`` let the first two count;
-    ``floor`` is the least standard deviation believed of these. Logits ``[M, *, K]`` are finite and at most
+    ``floor``, or ``LOGIT_FLOOR``, is the least standard deviation believed of these. Logits ``[M, *, K]`` are finite and at most
     ``LARGEST``, distances those of ``class_distances``.
     """
 
@@ -216,7 +217,7 @@ def untypicality(
         z = (values - per_modality(mean, values)) / per_modality(deviation, values)
         return torch.where(statistics.known[:, kind].view(-1, *(1,) * (z.dim() - 1)), z, 0)
 
-    u = torch.zeros_like(x[..., 0])
+    u, floor = torch.zeros_like(x[..., 0]), max(floor, LOGIT_FLOOR)
     if norm:
         u = z_score(log_size(x), SIZE, floor).abs()
     if distance:
