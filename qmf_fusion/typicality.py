@@ -208,8 +208,8 @@ def untypicality(
 
     ``u = max(|z(log |x|)|, z(log min_y distance_y), |z(log feature distance)|, 0)``: of an unusual size either way, far
     from every class, or seen through unusual features, where ``norm`` and ``distance`` let the first two count;
-    ``floor``, or ``LOGIT_FLOOR``, is the least standard deviation believed of these. Logits ``[M, *, K]`` are finite and at most
-    ``LARGEST``, distances those of ``class_distances``.
+    ``floor``, or ``LOGIT_FLOOR``, is the least standard deviation believed of these. Logits ``[M, *, K]`` are finite
+    and at most ``LARGEST``, distances those of ``class_distances``.
     """
 
     def z_score(values: Tensor, kind: int, least: float) -> Tensor:
