@@ -18,7 +18,6 @@ from .rule import Rule, Weighed, ready_rule
 from .uncertainty import UNCERTAINTIES, Uncertainty
 
 COMBINATIONS = ("logits", "probabilities")
-LEAST_SHARE = 1e-12  # of a weight among fused probabilities, so that shares are equal where all weights are 0
 
 
 class AffineOptions(NamedTuple):
@@ -35,6 +34,12 @@ class AffineOptions(NamedTuple):
         check_choice("combine", self.combine, COMBINATIONS)
         if not callable(self.uncertainty):
             check_choice("uncertainty", self.uncertainty, list(UNCERTAINTIES))
+
+    @property
+    def name(self) -> str:
+        """The uncertainty's, or the callable's."""
+        function = self.uncertainty
+        return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__name__)
 
     def defaults(self, alpha: Coefficient | None, beta: Coefficient | None) -> tuple[Coefficient, Coefficient]:
         """None becomes -0.1 and 0 for the energy, as published, and -1 and 1 for others, which lie in [0, 1]."""
@@ -112,17 +117,16 @@ def _safe_rows(rows: list[Tensor], present: Tensor | None) -> list[Tensor]:
 def pool_probabilities(logits: Tensor, weights: Tensor, counted: Tensor | None) -> Tensor:
     """``f = log(sum_m w[m] softmax(x[m]) / sum_m w[m])``, ``[*, K]``; 0 where no modality counts.
 
-    Logits ``[M, *, K]`` are finite, weights ``[M, *]`` at least 0; ``counted`` ``[M, *]`` None is all.
+    Logits ``[M, *, K]`` are finite, weights ``[M, *]`` at least 0; ``counted`` ``[M, *]`` None is all. A weight of 0 is
+    no share at all, and of no gradient, as those that were clamped; where all are 0, those that count share equally.
     """
-    share = weights.clamp_min(LEAST_SHARE).log()
-    some = None
-    if counted is not None:
-        some = counted.any(0)
-        share = share.masked_fill(~counted & some, -torch.inf)
-    share = share - torch.logsumexp(share, 0)
-    terms = share.unsqueeze(-1) + torch.log_softmax(logits.to(share.dtype), -1)
-    fused = torch.logsumexp(terms, 0)
-    return fused if some is None else torch.where(some.unsqueeze(-1), fused, 0)
+    weights = torch.where(weights > 0, weights, 0)
+    share = clamp_weights(weights, counted, nonnegative=True, normalize=True)
+    some = (share > 0).any(0)
+    votes = (share > 0) | ~some
+    log_share = torch.where(votes & some, share, 1).log().masked_fill(~votes, -torch.inf)
+    terms = log_share.unsqueeze(-1) + torch.log_softmax(logits.to(share.dtype), -1)
+    return torch.where(some.unsqueeze(-1), torch.logsumexp(terms, 0), 0)
 
 
 class AffineRule(Rule):
@@ -131,6 +135,11 @@ class AffineRule(Rule):
     def __init__(self, num_modalities: int, options: AffineOptions, coefficients: Coefficients) -> None:
         super().__init__(num_modalities)
         self.options, self.coefficients = options, coefficients
+
+    def kind(self) -> str:
+        _, combine, nonnegative, normalize, _ = self.options
+        clamped = f"nonnegative={nonnegative}, normalize={normalize}"
+        return f"{super().kind()}(uncertainty={self.options.name!r}, combine={combine!r}, {clamped})"
 
     def constants(self) -> Constants:
         return self.coefficients.calibrated()

@@ -5,7 +5,6 @@ Nothing here waits for a device: values are looked at only where they lie in the
 a device-side assertion.
 """
 
-import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -217,7 +216,9 @@ def check_target(target: Tensor, shape: Sequence[int], device: torch.device) -> 
 
 
 def check_class_weight(weight: Tensor | None, num_classes: int | None = None, once: bool = False) -> None:
-    """Class weights ``[K]``, finite and at least 0; on a device, where that takes a wait, only if ``once``."""
+    """Class weights ``[K]``, 0 to 1e30, whose sums float32 holds; on a device, where to look takes a wait, only if
+    ``once``.
+    """
     if weight is None:
         return
     if not isinstance(weight, Tensor) or weight.is_complex():
@@ -227,10 +228,11 @@ def check_class_weight(weight: Tensor | None, num_classes: int | None = None, on
         raise ValueError(f"class_weight must be [{num_classes or 'K'}], one per class, got {tuple(weight.shape)}")
     if not can_look(weight) and (not once or weight.is_meta or torch.compiler.is_compiling()):
         return
-    wrong = ~((weight >= 0) & (weight < math.inf))
+    values = weight.float()
+    wrong = ~((values >= 0) & (values <= 1e30))
     if bool(wrong.any()):
         first = int(wrong.int().argmax())
-        raise ValueError(f"class_weight must be finite and at least 0, got {weight[first].item()} for class {first}")
+        raise ValueError(f"class_weight must be from 0 to 1e30, got {weight[first].item()} for class {first}")
 
 
 def as_integer(value: object) -> int | None:

@@ -105,7 +105,7 @@ def ranking_loss(weights: Tensor, kappa: Tensor, *, form: str = "paper", pairs: 
     Args:
         weights: ``[M, B]`` (or ``[B]`` for one modality), floating point.
         kappa: the same shape, already scaled; NaN where a sample has no history, whose pairs contribute 0; so do those
-            of a weight that is not finite.
+            of a kappa or a weight that is infinite.
         form: ``"paper"``, ``"margin"`` or ``"released"``.
         pairs: ``"adjacent"``: the B pairs (i, i + 1) around the batch; ``"all"``: the B (B - 1) / 2 unordered pairs,
             exactly, in O(B log B).
@@ -228,8 +228,7 @@ def qmf_objective(
     )
 
 
-def check_loss_rule(options: LossRule, num_classes: int | None = None, once: bool = False) -> None:
-    """``once`` looks at class weights on any device, which waits for it: for what is not done at every step."""
+def check_loss_rule(options: LossRule, num_classes: int | None = None) -> None:
     check_choice("form", options.form, FORMS)
     check_choice("pairs", options.pairs, PAIRS)
     for name, value, most in (
@@ -240,4 +239,4 @@ def check_loss_rule(options: LossRule, num_classes: int | None = None, once: boo
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 <= value <= most or value == math.inf:
             raise ValueError(f"{name} must be {'from 0 to 1' if most == 1 else 'finite and at least 0'}, got {value}")
-    check_class_weight(options.class_weight, num_classes, once)
+    check_class_weight(options.class_weight, num_classes)

@@ -1,6 +1,7 @@
 """The layer: weight each modality per sample by how certain it is (Eq. 9), and add up (Eq. 11)."""
 
 import copy
+import json
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
@@ -349,6 +350,25 @@ class QualityAwareFusion(nn.Module):
         """Undo ``calibrate``, exactly; statistics gathered in training stay."""
         self.rule.reset_calibration()
         return self
+
+    def get_extra_state(self) -> Tensor:
+        """What the rest of the state belongs to, as text in bytes, for formats of files that hold tensors alone."""
+        kind = self.rule.kind()
+        if self.normalize_logits is not None:
+            kind += f" of normalize_logits={self.normalize_logits}"
+        # Names by number are those of any modalities.
+        names = None if self.names == modality_names(len(self.names)) else self.names
+        return torch.tensor(list(json.dumps([names, kind]).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the state of other modalities, or of another kind of rule, whose numbers would mean something else."""
+        if state.is_meta:
+            return
+        (names, kind), (own_names, own_kind) = (json.loads(bytes(x.tolist())) for x in (state, self.get_extra_state()))
+        if None not in (names, own_names) and names != own_names:
+            raise RuntimeError(f"state is of a fusion of the modalities {names}, and this one is of {own_names}")
+        if kind != own_kind:
+            raise RuntimeError(f"state is of another kind of fusion, {kind}, and this one is {own_kind}")
 
     def extra_repr(self) -> str:
         shown = [repr(list(self.names))]

@@ -102,7 +102,8 @@ class ContaminatedProduct(Rule):
         odds: rho at u far below ``onset``; where nothing is untypical it must come to 1e-30 to 1e30.
         onset: the u at which rho has doubled and starts to rise.
         ceiling: the u at which it stops.
-        floor: the least standard deviation of a logarithm of logits that the statistics are believed to have.
+        floor: the least standard deviation of a logarithm of logits that the statistics are believed to have; below
+            1e-5, which roundings make of equal ones, it is taken for that.
         gather: let ``QMFLoss`` gather running statistics in training. False leaves them to ``calibrate``.
         everywhere: where ``torch.distributed`` is initialised, gather over all its processes, step by step, as
             ``SyncBatchNorm`` does (so every process takes the same number of steps). False keeps each to its own
@@ -160,6 +161,10 @@ class ContaminatedProduct(Rule):
         widths = self.feature_widths or (None,) * num_modalities
         self.running = CleanStatistics(num_modalities, num_classes, widths, everywhere)
         self.fitted = CleanStatistics(num_modalities, num_classes, widths)
+
+    def kind(self) -> str:
+        names = "evidential typicality_norm typicality_distance agreement"
+        return f"{super().kind()}({', '.join(f'{name}={getattr(self, name)}' for name in names.split())})"
 
     def odds_of(self, u: Tensor) -> Tensor:
         """rho, broken : clean before the others are heard, which rises with the untypicality u."""

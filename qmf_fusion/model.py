@@ -1,14 +1,17 @@
 """Wrapping the heads one already has: a model from named inputs to fused logits."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_logits, check_present
+from .checks import can_look, check_logits, check_present
+from .divergence import RowWatch
 from .dropout import ModalityDropout
 from .fusion import FusionOutput, QualityAwareFusion
+from .inputs import break_rows, fill_rows, rows_present
 
 
 class FusionModel(nn.Module):
@@ -27,6 +30,15 @@ class FusionModel(nn.Module):
     A head's input may be a tensor, a tuple of positional or a mapping of keyword arguments. A head whose input is
     missing or None is an absent modality for the whole batch and is not run; its ``unimodal_logits`` are NaN, which
     count in no loss. Where ``present`` is False they are NaN too.
+
+    A tensor's first dimension is the samples. One whose row holds NaN or an infinity is absent there, whatever its head
+    would make of it, and so learns nothing of it: the head sees another sample's row in its place, as it does where
+    ``present`` is False (in a batch without any, zeros, which a batch normalisation takes for data: give None instead).
+    Tuples and mappings reach a head as they are: NaN in them, as NaN that a head makes of finite inputs itself, spoils
+    the gradients of all of its parameters in its own backward.
+
+    In training a warning says once of each modality that no row of it counts though some should; on a device,
+    ``QMFLoss`` does.
 
     Raises:
         TypeError, ValueError: no heads, something that is no module, or a fusion of other modalities.
@@ -63,6 +75,7 @@ class FusionModel(nn.Module):
             raise ValueError(f"fusion must be of the modalities {list(heads)}, in this order, got {list(fusion.names)}")
         self.heads = nn.ModuleDict(heads)
         self.fusion = fusion
+        self.watch = RowWatch(tuple(heads))
         self.dropout = ModalityDropout(modality_dropout, dropout_seed) if modality_dropout else None
         # What ``freeze`` turned off, by head and by the parameter's name in it, so that copies and pickles know too.
         self._frozen: dict[str, set[str]] = {}
@@ -87,12 +100,17 @@ class FusionModel(nn.Module):
         unknown = [name for name in inputs if name not in self.heads]
         if unknown:
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
-        ran = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
+        ran = [
+            self._run(name, head, inputs.get(name), rows_present(present, m, len(self.heads)))
+            for m, (name, head) in enumerate(self.heads.items())
+        ]
         logits, features = [x for x, _ in ran], tuple(f for _, f in ran)
         given = features if self.fusion.rule.feature_widths and any(f is not None for f in features) else None
         if self.dropout is not None and self.training:
             present = self._drop(self.dropout, logits, present)
         out = self.fusion(logits, present, given)
+        if self.training and torch.is_grad_enabled():
+            self._watch_rows(out)
         shown, dim = out.unimodal_logits, self.fusion.class_dim
         if out.present is not None:
             shown = tuple(
@@ -101,6 +119,14 @@ class FusionModel(nn.Module):
             )
         # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
         return FusionOutput(out.logits, out.weights, out.energy, shown, out.present, given)
+
+    def _watch_rows(self, out: FusionOutput) -> None:
+        """Warn where no row of a modality counts though some should; on a device, the criterion does."""
+        if not torch.compiler.is_compiling():
+            self.watch.steps += 1
+        if can_look(out.energy) and not math.isfinite(out.energy.sum().item()):
+            counted = out.energy < torch.inf
+            self.watch.see(counted, torch.ones_like(counted) if out.present is None else out.present)
 
     def _drop(self, dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None) -> Tensor:
         rows, there = check_logits(logits, class_dim=self.fusion.class_dim)
@@ -112,10 +138,11 @@ class FusionModel(nn.Module):
         return mask & stays.view(*stays.shape, *(1,) * (mask.dim() - 2))
 
     @staticmethod
-    def _run(name: str, head: nn.Module, given: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _run(name: str, head: nn.Module, given: Any, present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Logits, and features if there are any."""
         if given is None:
             return None, None
+        given, whole = fill_rows(given, present)
         if isinstance(given, Mapping):
             out = head(**given)
         elif isinstance(given, tuple):
@@ -128,7 +155,7 @@ class FusionModel(nn.Module):
             logits, features = out if both else (getattr(out, "logits", None), getattr(out, "features", None))
         if not isinstance(logits, Tensor) or not isinstance(features, Tensor | None):
             raise TypeError(f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}")
-        return logits, features
+        return logits if whole is None else break_rows(logits, whole), features
 
     def freeze(self, *names: str) -> Self:
         """Stop training these heads (all of them, if none is named): no gradients, and evaluation mode for good.

@@ -1,18 +1,23 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
+import math
+from typing import Self
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import qmf_kernels
 from qmf_kernels import BACKENDS, LossRule
 
-from .checks import Logits, check_batch, check_choice
+from .checks import Logits, can_look, check_batch, check_choice, check_class_weight
+from .divergence import RowWatch
 from .functional import ObjectiveOutput, check_loss_rule
 from .fusion import QualityAwareFusion
+from .precision import KeepsPrecision, widened
 from .ranking import TrajectoryRankingLoss
 
 
-class QMFLoss(nn.Module):
+class QMFLoss(KeepsPrecision):
     """``CE(f, y) + sum_m CE(x[m], y) + lambda * ranking`` (Eq. 18), owning the trajectory that the ranking needs.
 
     It refers to the fusion, which the model owns: ``parameters()``, ``state_dict()`` and ``.to()`` are of trajectory
@@ -24,17 +29,22 @@ class QMFLoss(nn.Module):
         num_samples: N, the size of the training set.
         ranking_weight: lambda, at least 0; 0 leaves the ranking out.
         form, pairs, rescale, start_epoch: see ``TrajectoryRankingLoss``.
-        weight: class weights ``[K]``, finite and at least 0, as in ``torch.nn.CrossEntropyLoss``, for every
-            cross-entropy. Looked at here, wherever they lie, and not again at a step.
+        weight: class weights ``[K]``, from 0 to 1e30, as in ``torch.nn.CrossEntropyLoss``, for every
+            cross-entropy. Looked at here, wherever they lie, and not again at a step; kept in float64, whatever the
+            module is cast to.
         label_smoothing: the same.
-        ignore_index: the same; but where nothing is left to average, the loss is 0 rather than NaN.
+        ignore_index: the same; but where nothing is left to average, or nothing of any weight, the loss is 0 without a
+            gradient rather than NaN.
         return_logits: False leaves ``logits`` of the output empty: training needs no fused logits, and a GPU does not
             have to write them.
         backend: see ``functional.qmf_objective``.
 
-    A modality that is absent counts in no loss, and a sample with none in none. In dense prediction (``[B, *, K]``),
-    a sample's weight and loss in the ranking are their means over its positions. The trajectory records plain
-    cross-entropies, without class weights and smoothing.
+    A modality that is absent counts in no loss, and a sample with none in none. Of one of which no row counts in a
+    training step though some should, a warning says so once: its head has probably diverged. On a device, and in a
+    compiled step, that shows when the criterion leaves training mode (``eval()``), or after some 1,000 steps.
+
+    In dense prediction (``[B, *, K]``), a sample's weight and loss in the ranking are their means over its positions.
+    The trajectory records plain cross-entropies, without class weights and smoothing.
 
     Raises:
         TypeError, ValueError: an argument out of the above, naming it.
@@ -77,8 +87,10 @@ class QMFLoss(nn.Module):
         self.ranking = TrajectoryRankingLoss(num_samples, fusion.num_modalities, form, pairs, rescale, start_epoch)
         self.ranking_weight, self.label_smoothing, self.ignore_index = ranking_weight, label_smoothing, ignore_index
         self.return_logits, self.backend = return_logits, backend
-        self.register_buffer("weight", weight)
-        check_loss_rule(self._options(), once=True)
+        self.watch = RowWatch(fusion.names)
+        check_class_weight(weight, once=True)
+        self.register_buffer("weight", None if weight is None else widened(weight))
+        check_loss_rule(self._options())
 
     @property
     def fusion(self) -> QualityAwareFusion:
@@ -143,6 +155,7 @@ class QMFLoss(nn.Module):
         )
         if learns:
             fusion.rule.observe(rows, target, mask, self.ignore_index, seen)
+            self._watch_rows(out.sample_losses, target, mask, recorded=past is not None)
         if weighed.energy is not None:
             out = ObjectiveOutput(*out[:6], weighed.energy, *out[7:])
         if fusion.class_dim != -1 and self.return_logits:
@@ -150,6 +163,24 @@ class QMFLoss(nn.Module):
             fused = out.logits.movedim(-1, fusion.class_dim)
             return ObjectiveOutput(*out[:4], fused, *out[5:])
         return out
+
+    def _watch_rows(self, losses: Tensor, target: Tensor, mask: Tensor | None, *, recorded: bool) -> None:
+        """Warn where none of a modality's losses ``[M, B]`` is one though some should be."""
+        if not torch.compiler.is_compiling():
+            self.watch.steps += 1
+        if can_look(losses) and math.isnan(losses.sum().item()):
+            valid = (target != self.ignore_index).view(len(target), -1)
+            if mask is not None:
+                valid = mask.view(*mask.shape[:2], -1) & valid
+            self.watch.see(~losses.isnan(), valid.any(-1), sure=mask is not None)
+        if recorded:
+            self.watch.count_step(self.ranking.trajectory)
+
+    def train(self, mode: bool = True) -> Self:
+        """Leaving training mode looks for modalities that no longer count, and warns of them once."""
+        if self.training and not mode:
+            self.watch.look(self.ranking.trajectory)
+        return super().train(mode)
 
     def _check_devices(self, device: torch.device) -> None:
         own, of_fusion = self.ranking.trajectory.history.device, self.fusion.calibration.held.device

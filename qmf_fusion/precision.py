@@ -14,6 +14,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
+def widened(x: Tensor) -> Tensor:
+    """A copy of its own, in float64, on the same device; in float32 where that has no more (MPS)."""
+    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
+
+
 class KeepsPrecision(nn.Module):
     """Moves with ``.to(device)`` but leaves its own float64 buffers alone under ``.half()``, ``.to(dtype)`` and kin.
 

@@ -59,6 +59,13 @@ class Rule(nn.Module):
         """
         raise NotImplementedError
 
+    def kind(self) -> str:
+        """What the numbers in ``state_dict`` belong to: the rule, and the options that say what they mean.
+
+        State of another kind does not load. Numbers that are not learned and only tune the rule are not part of it.
+        """
+        return type(self).__name__
+
     def constants(self) -> Constants:
         """alpha, beta and the temperature as calibrated; an AttributeError where the rule has none."""
         raise AttributeError(f"{type(self).__name__} has no alpha, beta and temperature")

@@ -26,7 +26,7 @@ class LossTrajectory(KeepsPrecision):
         num_samples: N, the size of the training set, at least 1.
         num_modalities: M, at least 1.
         start_epoch: ``T_s`` of Eq. 14, counted from 1. A sample's own visits stand for epochs: the losses of its first
-            ``start_epoch - 1`` visits are not recorded.
+            ``start_epoch - 1`` visits are not recorded. One that stands in a batch twice has visited twice.
 
     Raises:
         ValueError: a count below 1.

@@ -26,6 +26,7 @@ CLASS_MOMENTUM = 0.95  # of a class's own mean, per sample of the class: about t
 MOST_ROWS = 4096  # per step, process and modality; a dense prediction's positions beyond that are thinned out evenly
 LARGEST = 1e15  # what float32 can square and sum: larger values are measured as this, and not learned from
 UNSEEN = 1e18  # by how much a class without samples lies higher: farther from every row than any other
+LOGIT_FLOOR = 1e-5  # of the logarithm of a size or distance of logits: less is how float32 rounds equal ones
 FEATURE_FLOOR = 0.02  # the least standard deviation believed of the logarithm of a distance of features
 
 SIZE, NEAREST, OWN, FEATURE = range(4)  # what is measured of a row: see ``Sums.measured``
@@ -209,8 +210,8 @@ def untypicality(
 
     ``u = max(|z(log |x|)|, z(log min_y distance_y), |z(log feature distance)|, 0)``: of an unusual size either way, far
     from every class, or seen through unusual features, where ``norm`` and ``distance`` let the first two count;
-    ``floor`` is the least standard deviation believed of these. Logits ``[M, *, K]`` are finite and at most
-    ``LARGEST``, distances those of ``class_distances``.
+    ``floor``, or ``LOGIT_FLOOR``, is the least standard deviation believed of these. Logits ``[M, *, K]`` are finite
+    and at most ``LARGEST``, distances those of ``class_distances``.
     """
 
     def z_score(values: Tensor, kind: int, least: float) -> Tensor:
@@ -218,7 +219,7 @@ def untypicality(
         z = (values - per_modality(mean, values)) / per_modality(deviation, values)
         return torch.where(statistics.known[:, kind].view(-1, *(1,) * (z.dim() - 1)), z, 0)
 
-    u = torch.zeros_like(x[..., 0])
+    u, floor = torch.zeros_like(x[..., 0]), max(floor, LOGIT_FLOOR)
     if norm:
         u = z_score(_log(torch.linalg.vector_norm(x, dim=-1)), SIZE, floor).abs()
     if distance:

@@ -222,7 +222,7 @@ CASES = {
     "class_weight nan": (
         objective(class_weight=torch.tensor([1.0, 2.0, float("nan"), 1.0])),
         ValueError,
-        r"class_weight must be finite and at least 0, got nan for class 2",
+        r"class_weight must be from 0 to 1e30, got nan for class 2",
     ),
     "class_weight complex": (
         objective(class_weight=torch.ones(4) * 1j),
@@ -232,9 +232,14 @@ CASES = {
     "criterion weight below 0": (
         criterion(weight=torch.tensor([1.0, -0.5, 1.0, 1.0])),
         ValueError,
-        r"class_weight must be finite and at least 0, got -0.5 for class 1",
+        r"class_weight must be from 0 to 1e30, got -0.5 for class 1",
     ),
     "criterion weight inf": (criterion(weight=torch.full((4,), float("inf"))), ValueError, r"class_weight .* got inf"),
+    "class_weight too large": (
+        objective(class_weight=torch.tensor([1.0, 1.0, 1e31, 1.0])),
+        ValueError,
+        r"class_weight must be from 0 to 1e30, got .*e\+3. for class 2",
+    ),
     "criterion weight count": (criterion(weight=X[0, :3]), ValueError, r"class_weight must be \[4\], .* got \(3,\)"),
     "criterion smoothing": (criterion(label_smoothing=-1), ValueError, r"label_smoothing must be .* got -1"),
     "criterion backend": (criterion(backend="x"), ValueError, r"backend must be one of .* got 'x'"),

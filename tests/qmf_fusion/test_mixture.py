@@ -427,3 +427,20 @@ def test_rows_whose_squares_overflow_do_not_spoil_the_running_statistics():
     sound.observe(list(logits), target, None)
     torch.testing.assert_close(spoilt(logits).weights, sound(logits).weights)
     assert all(torch.isfinite(x).all() for x in spoilt.rule.running.buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sizes_that_do_not_vary_make_no_row_untypical(dtype):
+    """LogitNorm gives every row one size: without a floor, its deviation is 0, or that of roundings."""
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        x, target = torch.randn(2, 60, 5, generator=g, dtype=dtype), torch.randint(5, (60,), generator=g)
+        fusion = QualityAwareFusion.robust(2, 5, floor=0.0, normalize_logits=0.04, typicality_distance=False)
+        criterion = QMFLoss(fusion, 60)
+        for index in torch.randperm(60, generator=g).split(20):
+            criterion(x[:, index], target[index], index)
+        fusion.eval()
+        given = x.clone().requires_grad_()
+        assert fusion.uncertainties(x).max() < 1
+        fusion(given).logits.sum().backward()
+        assert torch.isfinite(given.grad).all()

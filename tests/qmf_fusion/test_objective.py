@@ -236,6 +236,7 @@ def test_nothing_to_average_is_a_loss_of_zero():
         functional.qmf_objective(leaves, torch.full((3,), -100), None),
         functional.qmf_objective(leaves, targets(3), kappas(2, 3), present=torch.zeros(2, 3, dtype=torch.bool)),
         functional.qmf_objective(leaves, torch.full((3,), 2), None, class_weight=CLASS_WEIGHT),
+        functional.qmf_objective(leaves, torch.full((3,), 2), None, class_weight=CLASS_WEIGHT, label_smoothing=0.2),
     ):
         assert out.loss.item() == 0
         out.loss.backward()
@@ -335,6 +336,16 @@ def test_casting_keeps_the_history_in_float64():
         criterion.to(dtype)
         assert criterion.ranking.trajectory.total.dtype == torch.float64
         assert torch.equal(criterion.ranking.trajectory.total, total)
+
+
+def test_casting_keeps_class_weights():
+    """One that float16 doesn't hold would make every loss NaN."""
+    weight = torch.tensor([1.0, 70_000.0, 0.1, 1.0])
+    criterion = QMFLoss(QualityAwareFusion(2), 5, weight=weight, ranking_weight=0)
+    expected = criterion(heads(2), targets()).loss
+    assert torch.equal(criterion.half()(heads(2), targets()).loss, expected)
+    weight.fill_(0)  # the criterion's are its own
+    assert torch.equal(criterion.to(torch.bfloat16)(heads(2), targets()).loss, expected)
 
 
 def test_loss_draws_nothing_from_the_global_random_state():

@@ -86,6 +86,23 @@ def test_ties_and_single_samples_contribute_nothing(pairs):
     assert ranking_loss(rand(2, 4), torch.full((2, 4), torch.nan), pairs=pairs) == 0
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["kappa", "weights"])
+def test_what_is_not_finite_is_in_no_pair(form, pairs, value, where):
+    w, kappa = rand(2, 6, seed=1), rand(2, 6, seed=2)
+    unknown = kappa.clone()
+    unknown[1, 3] = torch.nan
+    expected = ranking_loss(w, unknown, form=form, pairs=pairs)
+    (w if where == "weights" else kappa)[1, 3] = value
+    w.requires_grad_()
+    loss = ranking_loss(w, kappa, form=form, pairs=pairs)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert w.grad[1, 3] == 0
+
+
 def test_one_modality_without_its_dimension():
     w, kappa = rand(6, seed=1), rand(6, seed=2)
     assert torch.equal(ranking_loss(w, kappa), ranking_loss(w[None], kappa[None]))

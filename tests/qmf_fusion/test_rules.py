@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
+from qmf_fusion.affine import pool_probabilities
 from qmf_fusion.logit_norm import normalize_logits
 
 RULES = {
@@ -107,6 +108,38 @@ def test_fused_probabilities_are_the_weighted_mean():
     out = QualityAwareFusion(3, combine="probabilities", uncertainty="msp")(x)
     mean = (out.weights.unsqueeze(-1) * x.softmax(-1)).sum(0) / out.weights.sum(0).unsqueeze(-1)
     torch.testing.assert_close(out.logits.exp(), mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fused_probabilities_leave_out_a_weight_of_zero(dtype):
+    """Evidence's weights are 0 where logits are far below 0; and so small as these are shares yet."""
+    x = torch.tensor([[-60.0, -80.0, -90.0], [3.0, 40.0, 1.0], [2.0, 0.0, -90.0]], dtype=dtype).unsqueeze(1)
+    for weights in ([0.0, 1e-6, 2e-6], [0.0, 0.7, 0.0], [0.0, 0.0, 0.0], [0.5, 1e-20, 1e-30], [0.2, 0.3, 0.5]):
+        w, logits = torch.tensor(weights, dtype=dtype).view(3, 1).requires_grad_(), x.clone().requires_grad_()
+        share = [Fraction(v) for v in w.flatten().tolist()]
+        share = [float(v / sum(share)) if sum(share) else 1 / 3 for v in share]
+        fused = pool_probabilities(logits, w, None)
+        probs = x.double().softmax(-1)
+        expected = sum(s * p for s, p in zip(share, probs, strict=True)).log()
+        torch.testing.assert_close(fused.double(), expected, rtol=1e-5, atol=1e-6)
+        grads = torch.autograd.grad(fused[0, 2], [w, logits])
+        assert all(torch.isfinite(g).all() for g in grads)
+        assert not grads[0][w == 0].any()
+        if sum(weights) > 0:
+            assert not grads[1][(w == 0).flatten()].any()
+            slope = probs[:, 0, 2] / sum(s * p for s, p in zip(share, probs, strict=True))[0, 2] - 1
+            slope = torch.where(w.flatten() > 0, slope / sum(weights), 0)
+            torch.testing.assert_close(grads[0].flatten().double(), slope, rtol=1e-3, atol=1e-6)
+
+
+def test_a_layer_of_fused_probabilities_trusts_no_weight_of_zero():
+    fusion = QualityAwareFusion(2, combine="probabilities", uncertainty="entropy", beta=0.3)
+    x = torch.tensor([[[0.0, 0.0, 0.1]], [[5.0, 0.0, 0.0]]]).requires_grad_()  # the first is too uncertain
+    out = fusion(x)
+    assert out.weights[0] == 0
+    torch.testing.assert_close(out.logits, x[1].log_softmax(-1), rtol=0, atol=0)
+    out.logits[0, 0].backward()
+    assert not x.grad[0].any()
 
 
 def test_logit_norm():

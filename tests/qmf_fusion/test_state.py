@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion.uncertainty import msp_uncertainty
 
 from .test_mixture import clean_data
 
@@ -143,6 +145,59 @@ def test_another_number_of_classes_does_not_load():
         QualityAwareFusion.robust(2, 5).load_state_dict(state)
     with pytest.raises(TypeError, match=r"num_classes must be an integer, got 4\.0"):
         QualityAwareFusion.robust(2, 4.0)
+
+
+KIND = {
+    "energy": lambda: QualityAwareFusion(2),
+    "msp": lambda: QualityAwareFusion(2, uncertainty="msp"),
+    "callable": lambda: QualityAwareFusion(2, uncertainty=msp_uncertainty),
+    "probabilities": lambda: QualityAwareFusion(2, combine="probabilities"),
+    "normalize": lambda: QualityAwareFusion(2, normalize=True),
+    "nonnegative": lambda: QualityAwareFusion(2, nonnegative=True),
+    "LogitNorm": lambda: QualityAwareFusion(2, normalize_logits=0.04),
+    "LogitNorm 1": lambda: QualityAwareFusion(2, normalize_logits=1),
+    "robust": lambda: QualityAwareFusion.robust(2, 5),
+    "robust of softmax": lambda: QualityAwareFusion.robust(2, 5, evidential=False),
+    "product": lambda: QualityAwareFusion.robust(2, 5, agreement=False),
+    "robust LogitNorm": lambda: QualityAwareFusion.robust(2, 5, normalize_logits=0.04),
+    "typicality": lambda: QualityAwareFusion.robust(2, 5, typicality_norm=False),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_state_of_another_kind_of_rule_does_not_load(strict, wrapped):
+    """Under the same names, the same numbers would mean something else."""
+
+    def build(name):
+        return FusionModel(heads(), KIND[name]()) if wrapped else KIND[name]()
+
+    for one in KIND:
+        state = build(one).state_dict()
+        for other in KIND:
+            if one == other:
+                assert str(build(other).load_state_dict(state, strict=strict)) == "<All keys matched successfully>"
+            else:
+                own = re.escape(build(other).get_submodule("fusion" if wrapped else "").rule.kind())
+                with pytest.raises(RuntimeError, match=rf"of another kind of fusion, .*, and this one is {own}"):
+                    build(other).load_state_dict(state, strict=strict)
+
+
+def test_state_of_other_modalities_does_not_load():
+    state = QualityAwareFusion(["rgb", "depth"]).state_dict()
+    QualityAwareFusion(["rgb", "depth"]).load_state_dict(state)
+    QualityAwareFusion(2).load_state_dict(state)  # of whatever modalities
+    QualityAwareFusion(["rgb", "depth"]).load_state_dict(QualityAwareFusion(2).state_dict())
+    with pytest.raises(RuntimeError, match=r"of the modalities \['rgb', 'depth'\], and this one is of \['depth', 'rgb"):
+        QualityAwareFusion(["depth", "rgb"]).load_state_dict(state)
+
+
+def test_tuning_and_training_options_are_no_other_kind():
+    for one, other in (
+        (QualityAwareFusion(2), QualityAwareFusion(2, detach_weights=True)),
+        (QualityAwareFusion.robust(2, 5), QualityAwareFusion.robust(2, 5, odds=0.1, gather=False)),
+    ):
+        other.load_state_dict(one.state_dict())
 
 
 def test_temperature_filled_in_place_is_honoured():

@@ -64,6 +64,21 @@ def test_first_visits_are_left_out():
     assert state[0][:, 0, 1].tolist() == [3.0, 2.0]
 
 
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("start_epoch", [2, 3, 5])
+def test_a_sample_that_stands_in_a_batch_several_times_visits_as_often(start_epoch):
+    """One batch is the same as its samples one by one, whichever of their visits are the first that count."""
+    generator = torch.Generator().manual_seed(start_epoch)
+    together, alone = (empty(2, 4), torch.zeros(4, dtype=torch.int64)), (empty(2, 4), torch.zeros(4, dtype=torch.int64))
+    for _ in range(3):
+        index, losses = torch.randint(4, (7,), generator=generator), torch.rand(2, 7, generator=generator)
+        record(*together[0], together[1], start_epoch, losses, index)
+        for b in range(7):
+            record(*alone[0], alone[1], start_epoch, losses[:, b : b + 1], index[b : b + 1])
+        torch.testing.assert_close(together, alone)
+    assert together[0][0][1].sum() > 0
+
+
 @pytest.mark.parametrize("visits", [None, torch.zeros(5, dtype=torch.int64, device="meta")])
 def test_no_value_on_a_device_is_looked_at(visits):
     """Which would mean waiting for it; a meta tensor has none."""

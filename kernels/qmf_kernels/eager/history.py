@@ -26,7 +26,8 @@ def record(
 ) -> None:
     """Add ``losses`` to the sums, in place, and bring ``low`` and ``span`` up to date.
 
-    A loss that is not finite is left out, and so are those of a sample's first ``start_epoch - 1`` visits.
+    A loss that is not finite is left out, and so are those of a sample's first ``start_epoch - 1`` visits, of which one
+    batch may hold several, in its order.
     """
     everywhere = _everywhere(index, history)
     if visits is None and losses.is_cpu and math.isfinite(losses.sum().item()):
@@ -35,7 +36,7 @@ def record(
     else:
         counted = torch.isfinite(losses)
         if visits is not None:
-            counted = counted & (visits[index] >= start_epoch - 1)
+            counted = counted & (visits[index] + _earlier(index) >= start_epoch - 1)
             visits.index_add_(0, index, torch.ones_like(index))
         update = torch.stack([torch.where(counted, losses, 0), counted]).to(history.dtype)
     # On a device, to ask would be to wait.
@@ -50,6 +51,14 @@ def record(
     least, most = torch.aminmax(scaled.nan_to_num_(nan=0.5))
     if not (least.item() > 0 and most.item() < 1):
         find_range(history, low, span)
+
+
+def _earlier(index: Tensor) -> Tensor:
+    """How many times each sample of the batch stands in it before, ``[B]``."""
+    order = index.argsort(stable=True)
+    ordered = index[order]
+    place = torch.arange(len(index), device=index.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(order).scatter_(0, order, place)
 
 
 def find_range(history: Tensor, low: Tensor, span: Tensor) -> None:

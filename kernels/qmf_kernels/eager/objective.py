@@ -131,7 +131,7 @@ def _mean_losses(
     losses = torch.where(hard > 0, hard * entropies, 0).sum(dims)
     if soft is not None:
         mass, sums = _class_sums(groups, rule.class_weight)
-        smoothed = soft * (mass * lse - sums)
+        smoothed = torch.where(soft > 0, soft * (mass * lse - sums), 0)
         losses = losses + (smoothed if counted is None else torch.where(counted, smoothed, 0)).sum(dims)
     return losses
 
@@ -213,8 +213,8 @@ def _coefficients(
         ones = torch.ones_like(lse) if counted is None else counted.to(lse.dtype)
         hard = ones if rule.class_weight is None else ones * rule.class_weight.to(lse.dtype)[label]
         total = hard.sum(tuple(range(1, hard.dim())), keepdim=True)
-        total = torch.where(total > 0, total, 1)
-        hard, soft = hard / total, ones / total
+        # Where the targets' classes weigh nothing, there is nothing to average: coefficients of 0, not of 1.
+        hard, soft = (torch.where(total > 0, x / total, 0) for x in (hard, ones))
     if not rule.label_smoothing:
         return hard, None
     return hard * (1 - rule.label_smoothing), soft * (rule.label_smoothing / num_classes)

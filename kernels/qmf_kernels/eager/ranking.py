@@ -4,8 +4,8 @@ All three published forms are one hinge, ``sum over pairs with o_i > o_j of relu
 orders a pair (``o``) and what is compared (``s``). Since ``s`` always holds the weight with coefficient +1, the
 gradient with respect to the weight is the gradient with respect to ``s``, and ``o`` needs none.
 
-Shape contract: ``weights`` and ``kappa`` are ``[M, B]``, float32 or float64; a NaN in ``kappa`` marks a sample that
-takes part in no pair. The loss is the mean over pairs, summed over modalities.
+Shape contract: ``weights`` and ``kappa`` are ``[M, B]``, float32 or float64; a sample whose kappa or weight is not
+finite takes part in no pair. The loss is the mean over pairs, summed over modalities.
 """
 
 import torch
@@ -27,8 +27,8 @@ def ranking(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> tuple[Tens
 
 def _adjacent(order: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs (i, i + 1) around the batch."""
-    both = torch.stack([order, score])
-    # A sample without a history makes its gaps NaN, here 0.
+    # A sample without a history makes its gaps NaN, here 0; so must one whose score is infinite.
+    both = torch.stack([order, torch.where(score.abs() < torch.inf, score, torch.nan)])
     order_gap, score_gap = torch.nan_to_num_(both - both.roll(-1, 2)).unbind(0)
     sign = order_gap.sign()
     hinge = (score_gap * sign).relu_()

@@ -63,8 +63,9 @@ def finish_sums(memory, trajectory, programs, batch, CONFIG: tl.constexpr):
     for m in range(CONFIG.M + 1):
         numerator = _sum_programs(memory.partial, 1 + CONFIG.M + m, programs, CONFIG)
         denominator = _sum_programs(memory.partial, 2 + 2 * CONFIG.M + m, programs, CONFIG)
-        inverse = 1.0 / tl.where(denominator > 0, denominator, 1.0)
-        mean = numerator * inverse
+        # Where the targets' classes weigh nothing, there is nothing to average, and no gradient.
+        inverse = tl.where(denominator > 0, 1.0 / tl.where(denominator > 0, denominator, 1.0), 0.0)
+        mean = tl.where(denominator > 0, numerator * inverse, 0.0)
         tl.store(memory.inverse + m, inverse.to(CONFIG.ACC))
         if m < CONFIG.M:
             tl.store(memory.unimodal_losses + m, mean.to(CONFIG.ACC))

@@ -45,6 +45,13 @@ def read_history(trajectory, memory, sample, wanted, batch, CONFIG: tl.constexpr
     within = (index >= 0) & (index < trajectory.num_samples)
     tl.device_assert((wanted == 0) | within, "index must be within the trajectory's num_samples")
     there = wanted & within
+    early = wanted & (wanted == 0)
+    if CONFIG.records and trajectory.visits is not None:
+        visits = tl.load(trajectory.visits + index, there, other=0)
+        early = there & (visits < trajectory.start_epoch - 1)
+        if tl.max(early.to(tl.int32), 0) > 0:
+            visits += _count_earlier(trajectory, index, sample, batch)
+            early = there & (visits < trajectory.start_epoch - 1)
     for m in tl.static_range(M):
         total, count = _sums(trajectory, m, index, there, CONFIG)
         mean = tl.where(count > 0, total / tl.where(count > 0, count, 1.0), float("nan"))
@@ -52,10 +59,21 @@ def read_history(trajectory, memory, sample, wanted, batch, CONFIG: tl.constexpr
             mean = (mean - tl.load(trajectory.low + m)) / tl.load(trajectory.span + m)
         tl.store(memory.past + m * batch + sample, mean, wanted)
         if CONFIG.records:
-            if trajectory.visits is not None:
-                visits = tl.load(trajectory.visits + index, there, other=0)
-                count = tl.where(visits >= trajectory.start_epoch - 1, count, float("nan"))
-            tl.store(memory.past + (CONFIG.M + m) * batch + sample, count, wanted)
+            tl.store(memory.past + (CONFIG.M + m) * batch + sample, tl.where(early, float("nan"), count), wanted)
+
+
+@triton.jit
+def _count_earlier(trajectory, index, sample, batch):
+    """How many times samples ``[ROWS]`` stand in the batch before, int64: each of them is a visit too."""
+    BLOCK: tl.constexpr = 32
+    count = index * 0
+    start = tl.zeros((), tl.int64)
+    while start < batch:
+        other = start + tl.arange(0, BLOCK)
+        same = index[:, None] == tl.load(trajectory.index + other, other < batch, other=-1)[None, :]
+        count += tl.sum((same & (other[None, :] < sample[:, None])).to(tl.int64), 1)
+        start += BLOCK
+    return count
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The ranking hinge (Eq. 15 to 17) in a kernel: ``sum over pairs with o_i > o_j of relu(s_i - s_j)``.
 
 For each sample of a block its partners are read from memory, so that its gradient is a sum that one program makes in
-one order. A NaN in kappa or in the sample's loss, or a weight that is not finite, takes a sample out of every pair.
+one order. A kappa or a weight that is not finite, or a NaN as the sample's loss, takes a sample out of every pair.
 """
 
 import triton

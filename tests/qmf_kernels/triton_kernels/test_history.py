@@ -124,6 +124,19 @@ def test_the_range_follows_a_mean_that_was_its_end(how, single):
     assert past.history[1, 0].tolist() == [1, 1, 1, 1, 1, 1, 0, 3, 0]
 
 
+@pytest.mark.parametrize("single", [False, True])
+def test_visits_within_a_batch_count(single):
+    """40 samples, more than one load of them: of the 20 visits each, the last 16 are recorded."""
+    index = torch.arange(40) % 2
+    past = make_past(1, 3, start_epoch=5)._replace(samples=index)
+    heads, target = [torch.stack([torch.zeros(40), torch.arange(40.0)], 1)], torch.zeros(40, dtype=torch.int64)
+    out, _, _ = step(past, heads, target, LossRule(), single, math.nan)
+    assert past.history[1, 0].tolist() == [16, 16, 0]
+    assert past.visits.tolist() == [20, 20, 0]
+    expected = out.sample_losses[0, 8:].double()
+    torch.testing.assert_close(past.history[0, 0, :2], torch.stack([expected[::2].sum(), expected[1::2].sum()]))
+
+
 def test_more_programs_than_one_load_of_their_sums():
     """Each program's sums are added up in order; 130 of them take two loads."""
     heads = [torch.randn(260, 3) for _ in range(2)]

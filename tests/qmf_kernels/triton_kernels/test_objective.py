@@ -244,3 +244,22 @@ def test_samples_without_any_modality_leave_the_others_as_they_were():
         masked.present[0, 2] = masked.present[0, 4] = False
         left, right = (run(x, one, gradients=single)[0] for x in (masked._replace(logits=broken, present=None), masked))
         assert all(same(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("ruled_out", [False, True])
+def test_targets_whose_classes_weigh_nothing_are_no_loss(ruled_out):
+    """Smoothed labels put something on the other classes, which is an average over nothing all the same."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(4, 3, generator=generator) for _ in range(2)]
+    if ruled_out:
+        heads[0][1, 1] = -torch.inf
+    rule = WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None)
+    loss_rule = LossRule(torch.tensor([0.0, 2.0, 1.0]), label_smoothing=0.2)
+    case = Case(heads, torch.zeros(4, dtype=torch.int64), None, None, rule, loss_rule)
+    one = LossGrads(loss=torch.ones(()))
+    for single in (False, True):
+        ours, d_logits = run(case, one, gradients=single)
+        for found, rows in ((ours, d_logits), (compute(case, one), [])):
+            assert found["loss"] == found["fused_loss"] == 0
+            assert not found["unimodal_losses"].any()
+            assert not any(d.any() for d in (*rows, *(found[f"d_logits[{m}]"] for m in range(2))))
