@@ -137,6 +137,12 @@ class AffineRule(Rule):
         super().__init__(num_modalities)
         self.options, self.coefficients = options, coefficients
 
+    @property
+    def judged_by(self) -> str:
+        if self.options.combine == "probabilities":
+            return "Theorem 1, by the shares of its weights, as only they act on fused probabilities"
+        return "Theorem 1, by its weights"
+
     def constants(self) -> Constants:
         return self.coefficients.calibrated()
 

@@ -1,11 +1,12 @@
 """Whether weight and loss correlate beyond chance (Eq. 6): one test, for ``calibrate`` and ``fusion_report`` alike.
 
 Fisher's z, ``atanh(r)``, against its standard error, one-sided. The error comes from the data (a sandwich of ``r``'s
-influence, summed over each sample), so that neither heavy tails nor samples of many positions make chance look like
-more: positions of one sample are not independent, and samples are what counts. It is never taken for smaller than
-Fisher's own, ``1 / sqrt(n - 3)``. M modalities are M chances to err, for which Holm's procedure corrects: some modality
-is wrongly called positive with a probability of at most ``1 - confidence`` (Holm, *A Simple Sequentially Rejective
-Multiple Test Procedure*, 1979).
+influence, summed over each sample; Student's t makes up for a few samples), so that neither heavy tails nor samples of
+many positions make chance look like more: positions of one sample are not independent, and samples are what counts. It
+is never taken for smaller than Fisher's own, ``1 / sqrt(n - 3)``.
+
+M modalities are M chances to err, for which Holm's procedure corrects: some modality is wrongly called positive with a
+probability of at most ``1 - confidence`` (Holm, *A Simple Sequentially Rejective Multiple Test Procedure*, 1979).
 """
 
 import math
@@ -70,5 +71,9 @@ def _fishers_z(x: Tensor, y: Tensor, counted: Tensor) -> tuple[float, float, flo
     a, b = (x - mean_x) / math.sqrt(xx / n), (y - mean_y) / math.sqrt(yy / n)
     influence = torch.zeros(num, dtype=torch.float64).index_add_(0, sample, a * b - r / 2 * (a * a + b * b))
     z = math.atanh(max(-1 + 1e-15, min(r, 1 - 1e-15)))
-    own = float(influence.square().sum().sqrt()) / n / max(1 - r * r, 1e-15)
-    return r, z, max(own * math.sqrt(num / (num - 3)), 1 / math.sqrt(n - 3))
+    own = float(influence.square().sum().sqrt()) / n / max(1 - r * r, 1e-15) * math.sqrt(num / (num - 3))
+    # Of a few samples the error is uncertain itself, so that ``z / own`` has Student's t distribution: Wallace's
+    # approximation (1959) of the normal score as probable.
+    score, free = abs(z) / max(own, 1e-15), num - 2
+    normal = math.sqrt(free * math.log1p(score * score / free)) * (8 * free + 1) / (8 * free + 3)
+    return r, z, max(abs(z) / normal, 1 / math.sqrt(n - 3))

@@ -306,9 +306,9 @@ class QualityAwareFusion(nn.Module):
 
         Example:
             >>> logits = 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
-            >>> fusion = QualityAwareFusion(2).calibrate(logits, logits.sum(0).argmax(-1), static_weights=0.5)
+            >>> fusion = QualityAwareFusion(2).calibrate(logits, logits.sum(0).argmax(-1), static_weights=0.6)
             >>> fusion(logits).weights.mean(1)
-            tensor([0.5000, 0.5000])
+            tensor([0.6000, 0.6000])
         """
         if isinstance(fit, str) or not set(fit) <= set(FITTABLE):
             raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")

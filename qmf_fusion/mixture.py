@@ -275,6 +275,20 @@ class ContaminatedProduct(Rule):
             valid = target != ignore_index
             self.running.update(*_flat(batch._replace(counted=batch.counted & valid), torch.where(valid, target, 0)))
 
+    @property
+    def judged_by(self) -> str:
+        return (
+            "what is measured, and whether P(clean) can be relied on: Theorem 1 is about weighted averages of logits, "
+            "and says nothing of this rule, whose weights are probabilities"
+        )
+
+    def clean_given_label(self, data: CleanData) -> Tensor:
+        """``r(y) / (r(y) + rho)`` at the class y, ``[M, *]``: its mean over p(y | all) is the weight."""
+        batch = self.stack(data.rows, data.counted, data.features)
+        ratio, u = self.evidence(batch, self.statistics(batch.x.dtype))
+        own = ratio.gather(-1, data.target.expand(u.shape).unsqueeze(-1)).squeeze(-1)
+        return own / (own + self.odds_of(u))
+
     def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
         if static is not None:
             raise ValueError(

