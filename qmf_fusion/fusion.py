@@ -13,6 +13,7 @@ from .calibration import FITTABLE, Calibration, CleanData, clean_data
 from .checks import (
     Logits,
     check_batch,
+    check_confidence,
     check_features,
     check_logit_norm,
     check_logits,
@@ -310,10 +311,9 @@ class QualityAwareFusion(nn.Module):
             >>> fusion(logits).weights.mean(1)
             tensor([0.6000, 0.6000])
         """
-        if isinstance(fit, str) or not set(fit) <= set(FITTABLE):
+        if isinstance(fit, str) or not isinstance(fit, Iterable) or not set(fit) <= set(FITTABLE):
             raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+        check_confidence(confidence)
         if static_weights is not None:
             static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
         data = self.clean_data(logits, target, present, ignore_index, features)

@@ -23,7 +23,7 @@ from torch import Tensor
 from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import CleanData, hold_until_eq_6
-from .checks import can_look, check_widths
+from .checks import can_look, check_number, check_widths
 from .evidential import evidential
 from .rows import Features, stack_rows
 from .rule import Rule, Weighed, ready_rule
@@ -139,6 +139,7 @@ class ContaminatedProduct(Rule):
             ("a number", lambda _: True, {"onset": onset, "ceiling": ceiling}),
         ):
             for name, value in values.items():
+                check_number(name, value)
                 if not math.isfinite(value) or not holds(value):
                     raise ValueError(f"{name} must be finite and {demand}, got {value}")
         self.feature_widths = check_widths(features, num_modalities)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .calibration import CleanData, excess
-from .checks import Logits
+from .checks import Logits, check_confidence, check_count
 from .coefficients import Coefficient, own_coefficient
 from .correlation import Correlation, WeightLossCorrelation, spearman
 from .correlation_test import FEWEST, CorrelationTest, judge_correlations
@@ -99,10 +99,8 @@ def fusion_report(
         >>> report.recommended, report.verdict, [m.eq6 for m in report.modalities]
         ('static', 'fails', ['holds', 'holds'])
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    check_confidence(confidence)
+    check_count("resamples", resamples)
     rule, data = fusion.rule, fusion.clean_data(logits, target, present, ignore_index, features)
     some = data.counted.any(0)
     if not bool(some.any()):

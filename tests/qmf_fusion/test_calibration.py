@@ -210,12 +210,14 @@ def test_absent_and_ignored_samples_do_not_count():
         ("energy", {"static_weights": -1.0}, "static_weights"),
         ("energy", {"static_weights": [1.0, 2.0]}, "static_weights"),
         ("energy", {"confidence": 1.5}, "confidence"),
+        ("energy", {"confidence": "a"}, "confidence"),
+        ("energy", {"fit": 5}, "fit"),
         ("normalize", {"static_weights": 0.5}, "sum to 1"),
     ],
 )
 def test_bad_arguments_are_named(rule, arguments, match):
     logits, target = data()
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         RULES[rule](3).calibrate(logits, target, **arguments)
     with pytest.raises(IndexError, match="target"):
         RULES[rule](3).calibrate(logits, target + 2)
