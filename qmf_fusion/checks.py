@@ -239,7 +239,7 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def check_number(name: str, value: float) -> None:
+def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
