@@ -26,7 +26,12 @@ def recommend(measured: Measured, confidence: float) -> str:
     if recommended == "depends":
         lower, other = ("dynamic", "static") if loss.sign < 0 else ("static", "dynamic")
         return f"It depends: the {lower} rule has the lower loss, the {other} rule the higher accuracy ({figures})."
-    return f"Use the {recommended} rule: {figures}; {told}."
+    said = f"Use the {recommended} rule: {figures}; {told}."
+    if not accuracy.sign:
+        said += (
+            " By loss alone: part of it may be how sharp the fused logits are, which the size of the weights decides."
+        )
+    return said
 
 
 def explain(verdict: str, bounds: Bounds, modalities: Sequence[ModalityReport], measured: Measured) -> str:
