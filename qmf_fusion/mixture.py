@@ -308,8 +308,8 @@ class ContaminatedProduct(Rule):
     def clean_given_label(self, data: CleanData) -> Tensor:
         """``r(y) / (r(y) + rho)`` at the class y, ``[M, *]``: its mean over p(y | all) is the weight."""
         batch = self.stack(data.rows, data.counted, data.features)
-        ratio, u = self.evidence(batch, self.statistics(batch.x.dtype))
-        own = ratio.gather(-1, data.target.expand(u.shape).unsqueeze(-1)).squeeze(-1)
+        probs, u = self.evidence(batch, self.likelihood(batch.x), self.statistics(batch.x.dtype))
+        own = self.num_classes * probs.gather(-1, data.target.expand(u.shape).unsqueeze(-1)).squeeze(-1)
         return own / (own + self.odds_of(u))
 
     def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
