@@ -127,7 +127,7 @@ class FusionReport:
         if self.scale > 1:
             lines.append(f"Here all weights are divided by {self.scale:.4g}, the largest sum of a sample's weights.")
         for name, bound in (("dynamic", self.bound), ("static", self.bound_static)):
-            parts = f"Term-L {bound.term_l:.4f}, Term-Cov {_signed(bound.term_cov)}, missing weight {bound.missing:.4f}"
+            parts = f"Term-L {bound.term_l:.4f}, Term-Cov {_signed(bound.term_cov)}, missing {bound.missing:.4f}"
             lines.append(f"{name}: {bound.total:.4f} ({parts}), a limit of the loss {bound.loss:.4f}")
         return [*lines, NOT_COMPUTED]
 

@@ -54,7 +54,11 @@ def explain(verdict: str, bounds: Bounds, modalities: Sequence[ModalityReport], 
     else:
         said = f"Whether Theorem 2 applies is undecided: more data would tell; the bound is {sides}."
     if measured.recommended in ("dynamic", "static") and bounds.lower != measured.recommended and dynamic != static:
-        said += " The bound favours the other rule than what is measured: it is a limit, and need not be close."
+        why = "it is a limit, and need not be close"
+        if bounds.scale > 1 and (bounds.dynamic.loss > bounds.static.loss) == (bounds.lower == "static"):
+            limited = f"{bounds.dynamic.loss:.4g} dynamic and {bounds.static.loss:.4g} static"
+            why = f"of fused logits divided by {bounds.scale:.3g}, which are less sharp, the losses are {limited}"
+        said += f" The bound favours the other rule than what is measured: {why}."
     return said
 
 
