@@ -9,10 +9,10 @@ from torch import Tensor
 from qmf_kernels import WeightRule, affine_weights, clamp_weights
 from qmf_kernels.eager.fusion import accumulate_dtype, per_modality
 
-from .calibration import CleanData, hold_until_eq_6
+from .calibration import CleanData, excess, hold_until_eq_6
 from .checks import check_choice
 from .coefficients import Coefficient, Coefficients, Constants, unless_one
-from .lemma_1 import Clamp, check_shares, find_shift, fit_scale, fit_temperatures
+from .lemma_1 import Clamp, find_shift, fit_scale, fit_temperatures, keep_nonnegative
 from .rows import Features, stack_rows
 from .rule import Rule, Weighed, ready_rule
 from .uncertainty import UNCERTAINTIES, Uncertainty
@@ -50,6 +50,11 @@ class AffineOptions(NamedTuple):
     def clamp(self) -> Clamp:
         """Probabilities are no probabilities with weights below 0."""
         return Clamp(self.nonnegative or self.combine == "probabilities", self.normalize)
+
+    @property
+    def acting(self) -> Clamp:
+        """What becomes of weights before they act: of those of probabilities, only the shares do."""
+        return Clamp(True, True) if self.combine == "probabilities" else self.clamp
 
 
 def measure(uncertainty: str | Uncertainty, rows: Sequence[Tensor], temperature: Tensor | None) -> Tensor:
@@ -141,6 +146,12 @@ class AffineRule(Rule):
         clamped = f"nonnegative={nonnegative}, normalize={normalize}"
         return f"{super().kind()}(uncertainty={self.options.name!r}, combine={combine!r}, {clamped})"
 
+    @property
+    def judged_by(self) -> str:
+        if self.options.combine == "probabilities":
+            return "Theorem 1, by the shares of its weights, as only they act on fused probabilities"
+        return "Theorem 1, by its weights"
+
     def constants(self) -> Constants:
         return self.coefficients.calibrated()
 
@@ -158,29 +169,31 @@ class AffineRule(Rule):
         return weights_of(uncertainties, alpha, beta, None, self.options.clamp)
 
     def logits_from(self, rows: list[Tensor], weights: Tensor) -> Tensor:
+        return self._add_up(rows, weights, None)
+
+    def _add_up(self, rows: list[Tensor], weights: Tensor, counted: Tensor | None) -> Tensor:
         x = torch.stack(rows)
         if self.options.combine == "probabilities":
-            return pool_probabilities(x, weights, None)
+            return pool_probabilities(x, weights, counted)
         return (weights.unsqueeze(-1) * x).sum(0)
 
-    def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
-        if "temperature" in fit and self.options.combine != "logits":
-            raise ValueError(f"fit must be empty for this rule, which has no such constants, got {list(fit)}")
+    def convex_weights(self, weights: Tensor, counted: Tensor) -> Tensor:
+        acting = self.options.acting
+        return clamp_weights(weights, counted, True, True) if acting.normalize else weights
+
+    def static_fusion(self, rows: list[Tensor], counted: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.options.acting.static(static.to(rows[0]), counted)
+        return self._add_up(rows, weights, counted), weights
+
+    def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> Tensor | None:
+        clamp = self.options.acting
+        static = self._check_static(static, data).to(data.losses)
+        wanted = clamp.static(static, data.counted)
 
         def weigh() -> Tensor:
             self.coefficients.hold(self.calibration.held)
-            return self.fuse(data.rows, data.counted)[1]
+            return excess(self.convex_weights(self.fuse(data.rows, data.counted)[1], data.counted), wanted, data)
 
-        clamp = self.options.clamp
-        if static is None:
-            weights = weigh()
-            # Shares of rows without some modality have no mean of 1 / M, but one over all that are there.
-            mean = weights[data.counted].mean() if clamp.normalize else data.mean(weights).mean()
-            if not mean > 0:
-                raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(mean)}")
-            static = mean.expand(len(weights))
-        static = static.to(data.losses)
-        static = check_shares(static, data) if clamp.normalize else static
         scale, shift, temper = torch.ones_like(static), torch.zeros_like(static), torch.ones_like(static)
         if "temperature" in fit:
             temper = fit_temperatures(data) / self.constants().temperature.to(static)
@@ -189,11 +202,33 @@ class AffineRule(Rule):
         alpha, beta, _ = (per_modality(x, u) for x in self.constants())
         slope = alpha * u
         if "alpha" in fit:
-            scale = scale * fit_scale(slope, beta, data, static, clamp)
+            scale = scale * fit_scale(
+                slope, data, static, clamp, lambda weights: self._add_up(data.rows, weights, data.counted)
+            )
             slope = slope * per_modality(scale, slope)
+        cut = None
+        if not clamp.nonnegative and not clamp.normalize:
+            cut = keep_nonnegative(slope, data, static)
+            scale, slope = scale * cut, slope * per_modality(cut, slope)
         shift = find_shift(slope + beta, data, static, clamp)
         self.coefficients.correct(scale=scale, shift=shift, temper=temper)
         hold_until_eq_6(self.calibration, weigh, data, confidence, static, together=clamp.normalize)
+        return cut
+
+    def _check_static(self, static: Tensor | None, data: CleanData) -> Tensor:
+        """Static weights ``[M]``: of shares they sum to 1."""
+        if self.options.acting.normalize:
+            if static is None:
+                return torch.full((self.num_modalities,), 1 / self.num_modalities, dtype=torch.float64)
+            if self.options.normalize and abs(float(static.sum()) - 1) > 1e-6:
+                raise ValueError(f"static_weights must sum to 1 with normalize=True, got {static.tolist()}")
+            return static / static.sum()
+        if static is None:
+            mean = data.mean(self.fuse(data.rows, data.counted)[1]).mean()
+            if not mean > 0:
+                raise ValueError(f"static_weights must be given where the mean weight is not positive: {float(mean)}")
+            static = mean.expand(self.num_modalities)
+        return static
 
     def reset_calibration(self) -> None:
         super().reset_calibration()

@@ -3,9 +3,7 @@
 Eq. 5 is ``E(w_m) = w_static_m``, which each rule meets in its own way (``lemma_1``); Eq. 6 ``r(w_m, loss_m) <= 0``.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from qmf_kernels.eager.objective import valid_targets
 
-from .correlation import pearson
+from .correlation_test import judge_correlations
 from .logit_norm import normalize_rows
 from .precision import KeepsPrecision
 from .rows import Features, stack_rows
@@ -124,15 +122,23 @@ def clean_data(
     return CleanData(list(x), target, counted & valid, losses, features)
 
 
+def excess(weights: Tensor, static: Tensor, data: CleanData) -> Tensor:
+    """What must not correlate with the loss (Eq. 6), ``[M, *]``, of weights and the static rule's, ``[M, *]`` both.
+
+    The weights, where each static one is a constant. Shares of static weights are none where modalities are absent:
+    then it is what the weights have over them, and 0 for a modality that has nothing to speak of.
+    """
+    w, s, c = (x.flatten(1) for x in (weights, static, data.counted))
+    low, high = (torch.where(c, s, end) for end in (torch.inf, -torch.inf))
+    low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+    more = torch.where(c, w - s, 0)
+    more = torch.where(more.abs().amax(1, keepdim=True) <= 1e-6 * high, 0, more)
+    return torch.where(low == high, w, more).view_as(weights)
+
+
 def positive_correlation(weights: Tensor, data: CleanData, confidence: float) -> Tensor:
-    """``[M]`` bool: Pearson's r is above 0, one-sided, by Fisher's z (never with fewer than 4 samples)."""
-    least = NormalDist().inv_cdf(confidence)
-    wrong = []
-    for w, v, c in zip(weights, data.losses, data.counted, strict=True):
-        n = int(c.sum())
-        r = float(pearson(w[c], v[c])) if n else 0.0
-        wrong.append(n > 3 and r > 0 and math.atanh(min(r, 1 - 1e-15)) * math.sqrt(n - 3) > least)
-    return torch.tensor(wrong, device=weights.device)
+    """``[M]`` bool: whose weights correlate positively with their loss, by the test of Eq. 6."""
+    return judge_correlations(weights, data.losses, data.counted, confidence).sign.to(weights.device) > 0
 
 
 def hold_until_eq_6(

@@ -7,6 +7,7 @@ a device-side assertion.
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -255,6 +256,17 @@ def check_count(name: str, value: int) -> int:
     if count is None or count < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return count
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_confidence(value: float) -> None:
+    check_number("confidence", value)
+    if not 0 < value < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {value}")
 
 
 def check_logit_norm(temperature: float | None) -> float | None:

@@ -14,6 +14,7 @@ from .calibration import FITTABLE, Calibration, CleanData, clean_data
 from .checks import (
     Logits,
     check_batch,
+    check_confidence,
     check_features,
     check_integer,
     check_logit_norm,
@@ -280,24 +281,28 @@ class QualityAwareFusion(nn.Module):
     ) -> Self:
         """Make Theorem 2's conditions hold on clean data, held out if there is any, and keep them in ``state_dict``.
 
-        Eq. 5: ``beta`` becomes, by Lemma 1, what makes each modality's mean weight its static weight, to 1e-6. Eq. 6:
-        a modality whose weights correlate positively with its loss at ``confidence`` is held at its static weight,
-        with a warning. ``robust`` also fits its statistics, for which the data must be held out: those of the logits
-        that a head has fitted describe the training set alone. Calling it again starts from the uncalibrated layer, and
-        ``reset_calibration`` restores that exactly.
+        Eq. 5: ``beta`` becomes, by Lemma 1, what makes each modality's mean weight that of the static rule, to 1e-6. No
+        weight becomes negative by that on this data, as Theorem 1 needs them: where one would, ``alpha`` shrinks as
+        far as it takes, with a warning that says how far. Eq. 6: a modality whose weights correlate positively with
+        its loss is held at its static weight, with a warning. ``robust`` also fits its statistics, for which the data
+        must be held out: those of logits that a head has fitted describe the training set alone. Calling it again
+        starts from the uncalibrated layer, and ``reset_calibration`` restores that exactly.
+
+        Weights that only act by their shares (``normalize``, fused probabilities) are compared as shares: with those
+        that the static weights have among the modalities that are there. If one of them is held, all are.
 
         Args:
             logits: as ``forward`` takes them.
             target: int ``[*]``.
-            static_weights: positive; a number or one per modality. With ``normalize`` they sum to 1, each times the
-                share of rows that have the modality. Default: the same for all, at the mean of all
-                weights (a plain mean of logits at the present scale); for ``robust`` its mean weights, as they are
-                probabilities, not coefficients, and cannot be set.
+            static_weights: positive; a number or one per modality. With ``normalize`` they sum to 1. Default: the same
+                for all, at the mean of all weights (a plain mean of logits at the present scale); for ``robust`` its
+                mean weights, as they are probabilities, not coefficients, and cannot be set.
             present: as ``forward`` takes it.
             features: as ``forward`` takes them; of modalities without, ``robust`` keeps what was gathered in training.
             fit: also ``"temperature"`` (each modality's, by its likelihood; Guo et al., ICML 2017) and ``"alpha"`` (one
                 factor for all, by the fused likelihood under Eq. 5).
-            confidence: from 0 to 1, of the one-sided test of Eq. 6 by Fisher's z; 0.5 takes the correlation's sign.
+            confidence: from 0 to 1, of the test of Eq. 6 (``qmf_fusion.correlation_test``), which ``fusion_report``
+                shares: with this probability no modality is held by chance alone.
             ignore_index: a target that does not count.
 
         Raises:
@@ -308,14 +313,13 @@ class QualityAwareFusion(nn.Module):
 
         Example:
             >>> logits = 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
-            >>> fusion = QualityAwareFusion(2).calibrate(logits, logits.sum(0).argmax(-1), static_weights=0.5)
+            >>> fusion = QualityAwareFusion(2).calibrate(logits, logits.sum(0).argmax(-1), static_weights=0.6)
             >>> fusion(logits).weights.mean(1)
-            tensor([0.5000, 0.5000])
+            tensor([0.6000, 0.6000])
         """
-        if isinstance(fit, str) or not set(fit) <= set(FITTABLE):
+        if isinstance(fit, str) or not isinstance(fit, Iterable) or not set(fit) <= set(FITTABLE):
             raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+        check_confidence(confidence)
         if static_weights is not None:
             static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
         data = self.clean_data(logits, target, present, ignore_index, features)
@@ -332,7 +336,15 @@ class QualityAwareFusion(nn.Module):
         before = copy.deepcopy(self.rule.state_dict())
         try:
             self.rule.reset_calibration()
-            self.rule.calibrate(data, static_weights, fit, confidence)
+            cut = self.rule.calibrate(data, static_weights, fit, confidence)
+            if cut is not None and bool((cut < 1).any()):
+                less = {name: round(c, 4) for name, c in zip(self.names, cut.tolist(), strict=True) if c < 1}
+                warnings.warn(
+                    f"alpha is multiplied by {less}: at these static weights some sample's weight would be negative. "
+                    "Larger static weights leave more of it; nonnegative=True clamps those samples' weights instead",
+                    UserWarning,
+                    stacklevel=3,
+                )
             held = [name for name, value in zip(self.names, self.calibration.held.tolist(), strict=True) if value]
             if held:
                 warnings.warn(

@@ -24,9 +24,17 @@ class Clamp(NamedTuple):
         """``[M, *]`` from the same, with ``shift`` ``[M]`` added to beta."""
         return clamp_weights(raw + per_modality(shift, raw), counted, self.nonnegative, self.normalize)
 
+    def static(self, static: Tensor, counted: Tensor) -> Tensor:
+        """``[M, *]`` of the static rule with weights ``[M]``: themselves, or their shares of what is there."""
+        there = counted.to(static.dtype)
+        return clamp_weights(there * per_modality(static, there), counted, True, self.normalize)
+
 
 def find_shift(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Tensor:
-    """What to add to beta so that the mean weight is ``static``, ``[M]``, where it is ``raw`` ``[M, *]`` without."""
+    """What to add to beta, ``[M]``, so that the mean weight is that of the static rule with weights ``static`` ``[M]``.
+
+    The weights are ``raw`` ``[M, *]`` without.
+    """
     if clamp.normalize:
         return _shift_shares(raw, data, static, clamp)
     high = static - data.mean(raw)
@@ -49,10 +57,11 @@ def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) ->
     """
     size = torch.where(data.counted, raw, 0).flatten(1).abs().amax()
     size = torch.where(size > 0, size, 1)
+    wanted = data.mean(clamp.static(static, data.counted))
     for level in (size, 4 * size, 16 * size):
         shift, step, error = static * level - data.mean(raw), level, torch.inf
         for _ in range(2000):
-            gap = static - data.mean(clamp.weights(raw, shift, data.counted))
+            gap = wanted - data.mean(clamp.weights(raw, shift, data.counted))
             new = float(gap.abs().max())
             if new < 1e-9:
                 return shift
@@ -61,25 +70,30 @@ def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) ->
     raise ValueError(f"static_weights must be reachable with normalize=True: {static.tolist()} is off by {error:.1e}")
 
 
-def check_shares(static: Tensor, data: CleanData) -> Tensor:
-    """Static weights of normalised weights ``[M]``, rounded to the sum of a row's shares; a ValueError for others."""
-    # Each row's shares sum to 1, so the static weights do too where every modality is in every row.
-    often = data.counted.flatten(1).sum(1).to(static) / data.counted.any(0).sum()
-    total = float((often * static).sum())
-    if abs(total - 1) > 1e-6:
-        each = "" if bool((often == 1).all()) else f", each times the {often.tolist()} of rows that have it"
-        raise ValueError(f"static_weights{each} must sum to 1 with normalize=True, got {static.tolist()}")
-    return static / total
+def keep_nonnegative(slope: Tensor, data: CleanData, static: Tensor) -> Tensor:
+    """What to multiply ``alpha * u`` ``[M, *]`` by, ``[M]``, so that no weight is negative at a mean of ``static``.
+
+    Lemma 1 leaves alpha free: less of it keeps Eq. 5, the order of the weights and so Eq. 6. A thousandth of the static
+    weight stays, for the roundings of float32.
+    """
+    below = per_modality(data.mean(slope), slope) - slope
+    deepest = torch.where(data.counted, below, 0).flatten(1).amax(1)
+    return torch.where(deepest > 0, 0.999 * static / deepest, 1).clamp_max(1)
 
 
-def fit_scale(slope: Tensor, beta: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> float:
-    """The factor of every alpha that makes the fused logits likeliest under Eq. 5; ``slope`` is ``alpha * u``."""
-    some, x = data.counted.any(0), torch.stack(data.rows)
+def fit_scale(slope: Tensor, data: CleanData, static: Tensor, clamp: Clamp, fuse: Callable[[Tensor], Tensor]) -> float:
+    """The factor of every alpha that makes the fused logits likeliest under Eq. 5.
+
+    ``slope`` is ``alpha * u`` ``[M, *]``; ``fuse`` makes fused logits ``[*, K]`` of weights ``[M, *]``.
+    """
+    some = data.counted.any(0)
 
     def loss(log_scale: float) -> float:
-        raw = slope * math.exp(log_scale) + beta
+        raw = slope * math.exp(log_scale)
+        if not clamp.nonnegative and not clamp.normalize:
+            raw = raw * per_modality(keep_nonnegative(raw, data, static), raw)
         weights = clamp.weights(raw, find_shift(raw, data, static, clamp), data.counted)
-        return float(F.cross_entropy((weights.unsqueeze(-1) * x).sum(0)[some], data.target[some]))
+        return float(F.cross_entropy(fuse(weights)[some], data.target[some]))
 
     return math.exp(_golden(loss, math.log(1e-3), math.log(1e2)))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import CleanData, hold_until_eq_6
-from .checks import can_look, check_integer, check_widths
+from .checks import can_look, check_integer, check_number, check_widths
 from .evidential import evidential
 from .precision import without_autocast
 from .rows import Features, stack_rows
@@ -148,6 +148,7 @@ class ContaminatedProduct(Rule):
             ("a number", lambda _: True, {"onset": onset, "ceiling": ceiling}),
         ):
             for name, value in values.items():
+                check_number(name, value)
                 if not math.isfinite(value) or not holds(value):
                     raise ValueError(f"{name} must be finite and {demand}, got {value}")
         self.feature_widths = check_widths(features, num_modalities)
@@ -306,6 +307,20 @@ class ContaminatedProduct(Rule):
             valid = target != ignore_index
             counted = valid.expand(batch.x.shape[:-1]) if batch.counted is None else batch.counted & valid
             self.running.update(*_flat(batch, torch.where(valid, target, 0), counted))
+
+    @property
+    def judged_by(self) -> str:
+        return (
+            "what is measured, and whether P(clean) can be relied on: Theorem 1 is about weighted averages of logits, "
+            "and says nothing of this rule, whose weights are probabilities"
+        )
+
+    def clean_given_label(self, data: CleanData) -> Tensor:
+        """``r(y) / (r(y) + rho)`` at the class y, ``[M, *]``: its mean over p(y | all) is the weight."""
+        batch = self.stack(data.rows, data.counted, data.features)
+        probs, u = self.evidence(batch, self.likelihood(batch.x), self.statistics(batch.x.dtype))
+        own = self.num_classes * probs.gather(-1, data.target.expand(u.shape).unsqueeze(-1)).squeeze(-1)
+        return own / (own + self.odds_of(u))
 
     def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
         if static is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import qmf_kernels
 from qmf_kernels import WeightRule
+from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import Calibration, CleanData
 from .coefficients import Constants
@@ -44,6 +45,11 @@ class Rule(nn.Module):
     takes_clean_statistics: bool = False
     """Whether ``calibrate`` measures what is typical of clean rows, for which no head may have fitted them."""
 
+    @property
+    def judged_by(self) -> str:
+        """What ``fusion_report`` judges the rule by, in words."""
+        return "what is measured: no theorem covers this rule, whose fused logits are no weighted average"
+
     def __init__(self, num_modalities: int) -> None:
         super().__init__()
         self.num_modalities = num_modalities
@@ -78,10 +84,11 @@ class Rule(nn.Module):
         """What the weights never rise with, ``[M, *]``; NaN or infinite where a row does not count."""
         raise NotImplementedError
 
-    def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
+    def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> Tensor | None:
         """Make Theorem 2's conditions hold on data, starting from the uncalibrated rule.
 
-        A ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet.
+        Returns ``[M]`` what each alpha was multiplied by so that no weight is negative, None for a rule without. A
+        ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet.
         """
         raise NotImplementedError
 
@@ -102,6 +109,28 @@ class Rule(nn.Module):
         features: Features | None = None,
     ) -> None:
         """Learn from a training batch whose targets ``[*]`` have been checked; most rules do not."""
+
+    def static_fusion(self, rows: list[Tensor], counted: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
+        """Fused logits ``[*, K]`` and weights ``[M, *]`` of the static rule that this one is measured against.
+
+        With constant weights ``[M]`` where a row counts, bool ``[M, *]``: the weighted sum of what the unimodal losses
+        take for logits.
+        """
+        there = counted.to(rows[0].dtype)
+        weights = there * per_modality(static.to(there), there)
+        return (weights.unsqueeze(-1) * self.likelihood(torch.stack(rows))).sum(0), weights
+
+    def convex_weights(self, weights: Tensor, counted: Tensor) -> Tensor | None:
+        """The weights ``[M, *]`` that Theorem 1 is about, of the rule's own ``[M, *]``.
+
+        The fused loss is at most their sum of the unimodal losses, if they are not negative and sum to 1. None for a
+        rule whose fused logits are no such average, of which the theorem says nothing.
+        """
+        return None
+
+    def clean_given_label(self, data: CleanData) -> Tensor | None:
+        """For a rule whose weights are P(clean): what that becomes ``[M, *]`` once the class is known; else None."""
+        return None
 
     def weights_from(self, uncertainties: Tensor) -> Tensor | None:
         """The weights ``[M, *]`` of uncertainties, where they alone decide them (Eq. 9); else None."""

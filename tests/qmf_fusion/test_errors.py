@@ -69,6 +69,12 @@ CASES = {
         r"alpha must be .* one per modality \(2\), got shape \(3,\)",
     ),
     "beta": (layer(2, beta=-0.1), ValueError, r"beta must be finite and at least 0, got -0\.1"),
+    "robust odds": (lambda: QualityAwareFusion.robust(2, 3, odds="a"), TypeError, r"odds must be a number, got 'a'"),
+    "robust floor": (
+        lambda: QualityAwareFusion.robust(2, 3, floor=None),
+        TypeError,
+        r"floor must be a number, got None",
+    ),
     "temperature": (layer(2, temperature=0), ValueError, r"temperature must be finite and positive, got 0"),
     "uncertainty": (layer(2, uncertainty="enrgy"), ValueError, r"uncertainty must be one of .*'energy'.* got 'enrgy'"),
     "learnable alpha": (layer(2, alpha=1.0, learnable=True), ValueError, r"alpha must be finite and negative"),

@@ -5,12 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qmf_fusion import QualityAwareFusion, fusion_report
+from qmf_fusion.correlation_test import judge_correlations
+from qmf_fusion.measured import Difference, Measured
 from qmf_fusion.theory import WeightLossCorrelation, spearman
 
 from ..two_processes import run_two
-from .test_calibration import data, quietly
+from .test_calibration import data, loud_where_right, quietly
 
 
 def test_report_is_the_definitions():
@@ -21,28 +25,200 @@ def test_report_is_the_definitions():
     lse = np.log(np.exp(x).sum(-1))
     weights, losses = 0.1 * lse, lse - np.take_along_axis(x, target.numpy()[None, :, None], -1)[..., 0]
     stats = pytest.importorskip("scipy.stats")
+    scale = max(1.2, weights.sum(0).max())
+    assert report.scale == pytest.approx(scale)
     term_l = term_cov = 0.0
     for m, row in enumerate(report.modalities):
         w, v = weights[m], losses[m]
         assert row.samples == 200
         assert row.mean_weight == pytest.approx(w.mean())
-        assert row.static_weight == static[m]
+        assert row.static_weight == pytest.approx(static[m])
         assert row.pearson == pytest.approx(np.corrcoef(w, v)[0, 1])
+        assert row.uncertainty_pearson == pytest.approx(-row.pearson)
         assert row.spearman == pytest.approx(stats.spearmanr(w, v)[0])
-        assert row.covariance == pytest.approx(np.cov(w, v, bias=True)[0, 1])
-        assert row.term_l == pytest.approx(w.mean() * v.mean())
-        assert row.term_l_static == pytest.approx(static[m] * v.mean())
+        assert row.term_cov == pytest.approx(np.cov(w, v, bias=True)[0, 1] / scale)
+        assert row.term_l == pytest.approx(w.mean() * v.mean() / scale)
+        assert row.term_l_static == pytest.approx(static[m] * v.mean() / scale)
         assert row.interval[0] < row.pearson < row.interval[1]
-        term_l, term_cov = term_l + w.mean() * v.mean(), term_cov + np.cov(w, v, bias=True)[0, 1]
-    assert report.bound == pytest.approx(term_l + term_cov)
-    assert report.bound == pytest.approx((weights * losses).mean(1).sum())
-    assert report.bound_static == pytest.approx(sum(s * v.mean() for s, v in zip(static, losses, strict=True)))
+        term_l, term_cov = term_l + row.term_l, term_cov + row.term_cov
+    assert report.bound.term_l == pytest.approx(term_l)
+    assert report.bound.term_cov == pytest.approx(term_cov)
+    missing = (1 - weights.sum(0).mean() / scale) * np.log(4)
+    assert report.bound.total == pytest.approx((weights * losses).sum(0).mean() / scale + missing)
+    expected = sum(s * v.mean() for s, v in zip(static, losses, strict=True)) / scale + (1 - 1.2 / scale) * np.log(4)
+    assert report.bound_static.total == pytest.approx(expected)
     assert [row.eq6 for row in report.modalities] == ["holds", "fails", "holds"]
+    assert [row.assumption1 for row in report.modalities] == ["holds", "fails", "holds"]
     assert report.verdict == "fails"
     assert "Eq. 6 fails for 1" in report.sentence
 
+    fused = {"dynamic": (weights[..., None] * x).sum(0), "static": (np.array(static)[:, None, None] * x).sum(0)}
+    for name, f in fused.items():
+        loss = np.log(np.exp(f).sum(-1)) - f[np.arange(200), target]
+        assert getattr(report.measured.loss, name) == pytest.approx(loss.mean())
+        assert getattr(report.measured.accuracy, name) == pytest.approx((f.argmax(-1) == target.numpy()).mean())
+        f = f / scale
+        bound = report.bound if name == "dynamic" else report.bound_static
+        assert bound.loss == pytest.approx((np.log(np.exp(f).sum(-1)) - f[np.arange(200), target]).mean())
 
-def test_bootstrap_interval_is_near_fishers_and_seeded():
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.sampled_from([0.1, 3.0, 30.0]),
+    options=st.fixed_dictionaries(
+        {
+            "nonnegative": st.booleans(),
+            "normalize": st.booleans(),
+            "combine": st.sampled_from(["logits", "probabilities"]),
+            "alpha": st.sampled_from([-0.01, -0.1, -1.0]),
+        }
+    ),
+)
+def test_the_bound_is_one_wherever_it_is_given(seed, size, options):
+    g = torch.Generator().manual_seed(seed)
+    logits = size * torch.randn(3, 20, 4, generator=g, dtype=torch.float64)
+    target, present = torch.randint(4, (20,), generator=g), torch.rand(3, 20, generator=g) < 0.7
+    report = fusion_report(QualityAwareFusion(3, **options), logits, target, [0.2, 0.3, 0.5], present, resamples=10)
+    assert (report.bound is None) == (report.negative > 0)
+    for bound in filter(None, (report.bound, report.bound_static)):
+        assert bound.loss <= bound.total + 1e-9
+        assert bound.total == pytest.approx(bound.term_l + bound.term_cov + bound.missing)
+        if options["combine"] == "probabilities":
+            assert bound.missing == pytest.approx(0, abs=1e-9)
+            assert report.scale == 1
+    if options["normalize"] or options["combine"] == "probabilities":
+        assert report.negative == 0
+        assert report.measured.loss.dynamic == pytest.approx(report.bound.loss), "what is bounded is what is measured"
+
+
+@pytest.mark.parametrize("alpha", [-0.01, -0.001])
+def test_small_weights_do_not_win_by_being_small(alpha):
+    logits, target = data(n=400)
+    report = fusion_report(QualityAwareFusion(3, alpha=alpha), logits, target, 0.5)
+    assert report.recommended == "static"
+    assert report.sentence.startswith("Use the static rule")
+    assert report.measured.loss.dynamic > 3 * report.measured.loss.static
+    assert report.bound.total > report.bound_static.total
+
+
+def test_weights_below_0_are_no_case_for_the_theorem():
+    """Lemma 1's beta for a mean weight of 0.05 by itself: weights down to -0.65, and about half of the votes turned."""
+    logits, target = loud_where_right()
+    fusion = QualityAwareFusion(2)
+    one, shift = torch.ones(2, dtype=torch.float64), 0.05 - fusion(logits).weights.mean(1)
+    fusion.rule.coefficients.correct(scale=one, shift=shift, temper=one)
+    report = fusion_report(fusion, logits, target, 0.05)
+    assert fusion(logits).weights.min() < -0.5
+    assert report.measured.accuracy.static == 1 > 0.8 > report.measured.accuracy.dynamic
+    assert report.recommended == "static"
+    assert (report.verdict, report.bound) == ("fails", None)
+    assert [(m.eq5, m.eq6) for m in report.modalities] == 2 * [("holds", "holds")]
+    assert "some weight is negative" in report.sentence
+    # What ``calibrate`` makes of the same wish.
+    report = fusion_report(quietly(QualityAwareFusion(2), logits, target, 0.05), logits, target)
+    assert (report.verdict, report.negative, report.measured.accuracy.dynamic) == ("holds", 0, 1)
+
+
+def test_fused_probabilities_are_judged_by_their_shares_alone():
+    logits, target = data(n=400, wrong=1)
+    reports = [
+        fusion_report(QualityAwareFusion(3, combine="probabilities", normalize=on), logits, target, [0.2, 0.3, 0.5])
+        for on in (False, True)
+    ]
+    assert str(reports[0]) == str(reports[1])
+    assert "shares" in reports[0].judged_by
+    assert sum(m.mean_weight for m in reports[0].modalities) == pytest.approx(1)
+
+
+def test_robust_gets_no_verdict_of_the_theorem():
+    logits, target = data(n=400)
+    fusion = QualityAwareFusion.robust(3, 4).calibrate(logits, target)
+    assert fusion(logits).weights.sum(0).mean() > 1.5
+    report = fusion_report(fusion, logits, target)
+    assert (report.verdict, report.eq5, report.bound, report.bound_static) == ("none", "none", None, None)
+    assert "No theorem covers this rule" in report.sentence
+    assert report.recommended in ("dynamic", "static", "either", "depends")
+    for m in report.modalities:
+        assert m.eq6 == "holds"
+        assert 0 <= m.clean.error < 0.1
+        assert m.clean.promised == pytest.approx(m.mean_weight)
+    assert "Theorem 2" not in str(report)
+    assert "P(clean)" in str(report)
+    assert all(m.clean is None for m in fusion_report(QualityAwareFusion(3), logits, target).modalities)
+
+
+def test_p_clean_is_the_mean_of_what_it_becomes_once_the_class_is_known():
+    logits, target = data(n=50)
+    fusion = QualityAwareFusion.robust(3, 4).calibrate(logits, target)
+    out = fusion(logits)
+    known = [
+        fusion.rule.clean_given_label(fusion.clean_data(logits, torch.full((50,), k))) * out.logits[:, k].exp()
+        for k in range(4)
+    ]
+    torch.testing.assert_close(sum(known), out.weights)
+
+
+def test_positions_of_a_sample_are_one_sample():
+    """Forty sets of twelve images, in which weight and loss are alike over an image, and independent of each other."""
+    decided = recommended = 0
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        # The size that all logits share is the weight, which of them is the target's the loss.
+        size = torch.randn(2, 12, 1, 1, 1, generator=g) + 0.3 * torch.randn(2, 12, 6, 6, 1, generator=g)
+        classes = torch.rand(2, 12, 1, 1, 4, generator=g).argsort(-1).expand(2, 12, 6, 6, 4)
+        logits, target = 5 + classes + size, torch.randint(4, (12, 1, 1), generator=g).expand(12, 6, 6)
+        report = fusion_report(QualityAwareFusion(2), logits, target, resamples=200)
+        decided += report.eq6 == "fails" or any(m.eq6 == "holds" for m in report.modalities)
+        recommended += report.recommended != "either"
+        assert (report.measured.samples, report.measured.rows) == (12, 432)
+    assert decided <= 8
+    assert recommended <= 10
+
+
+def test_the_test_of_eq_6_is_a_clustered_sandwich_with_holms_levels():
+    stats = pytest.importorskip("scipy.stats")
+    undecided = 0
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(4, 15, 1, generator=g, dtype=torch.float64) + torch.randn(4, 15, 3, generator=g)
+        y = x * torch.tensor([0.0, 0.5, 0.9, -0.7]).view(4, 1, 1) + torch.randn(4, 15, 3, generator=g)
+        counted = torch.rand(4, 15, 3, generator=g) < 0.8
+        found = judge_correlations(x, y, counted, 0.9)
+        chances = []
+        for m in range(4):
+            a, b = (v[m][counted[m]].numpy() for v in (x, y))
+            n, r = len(a), np.corrcoef(a, b)[0, 1]
+            a, b = (a - a.mean()) / a.std(), (b - b.mean()) / b.std()
+            sample = counted[m].nonzero()[:, 0].numpy()
+            sums = [(a * b - r * (a * a + b * b) / 2)[sample == s].sum() for s in np.unique(sample)]
+            num = len(sums)
+            error = np.sqrt(np.square(sums).sum()) / n / (1 - r * r) * np.sqrt(num / (num - 3))
+            one = stats.t.sf(np.arctanh(r) / error, num - 2)
+            chances.append(np.sort([stats.norm.sf(np.arctanh(r) * np.sqrt(n - 3)), one])[int(r > 0)])
+            assert found.r[m] == pytest.approx(r)
+            assert found.low[m] < r < found.high[m]
+        for sign, p in ((1, np.array(chances)), (-1, 1 - np.array(chances))):
+            order = np.argsort(p)
+            passed = np.minimum.accumulate(p[order] < 0.1 / (4 - np.arange(4)))
+            assert sorted(order[passed]) == [m for m in range(4) if found.sign[m] == sign]
+        undecided += int((found.sign == 0).sum())
+    assert 30 < undecided < 70
+
+
+def test_report_and_calibrate_share_one_test():
+    held = 0
+    for seed in range(30):
+        logits, target = data(seed, n=20, wrong=seed % 3)
+        logits[seed % 3] += 4 * torch.randn(20, 1, generator=torch.Generator().manual_seed(seed))
+        report = fusion_report(QualityAwareFusion(3), logits, target, resamples=5)
+        found = quietly(QualityAwareFusion(3), logits, target, 5.0).calibration.held > 0
+        assert found.tolist() == [m.eq6 == "fails" for m in report.modalities]
+        held += int(found.sum())
+    assert 5 < held < 25
+
+
+def test_intervals_are_near_fishers_and_the_bootstrap_is_seeded():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(1, 500, 2, generator=g, dtype=torch.float64)
     target = (a[0, :, 0] + 2 * torch.randn(500, generator=g) < a[0, :, 1]).long()
@@ -54,14 +230,48 @@ def test_bootstrap_interval_is_near_fishers_and_seeded():
     assert reports[0].to_dict() == reports[1].to_dict() != reports[2].to_dict()
 
 
+def test_the_paired_interval_is_that_of_the_mean_difference():
+    logits, target = data(n=500)
+    report = fusion_report(QualityAwareFusion(3), logits, target, [0.9, 0.1, 0.1], resamples=4000)
+    out = QualityAwareFusion(3)(logits).logits
+    static = (torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1) * logits).sum(0)
+    losses = [torch.nn.functional.cross_entropy(f, target, reduction="none") for f in (out, static)]
+    gap = losses[0] - losses[1]
+    error = float(gap.std()) / 500**0.5
+    expected = (float(gap.mean()) - 1.96 * error, float(gap.mean()) + 1.96 * error)
+    assert report.measured.loss.difference == pytest.approx(float(gap.mean()))
+    assert report.measured.loss.interval == pytest.approx(expected, abs=0.15 * error)
+
+
+def test_recommendations_weigh_both_measures():
+    def told(loss, accuracy, samples=100):
+        ends = {-1: (-2.0, -1.0), 0: (-1.0, 1.0), 1: (1.0, 2.0)}
+        measured = Measured(samples, samples, *(Difference(0.0, 0.0, ends[sign]) for sign in (loss, accuracy)))
+        return measured.recommended
+
+    assert told(-1, 0) == told(0, 1) == told(-1, 1) == "dynamic"
+    assert told(1, 0) == told(0, -1) == told(1, -1) == "static"
+    assert told(1, 1) == told(-1, -1) == "depends"
+    assert told(0, 0) == told(-1, 1, samples=3) == "either"
+
+
 def test_calibration_turns_fails_into_holds():
     logits, target = data(n=2000, wrong=1)
     fusion = QualityAwareFusion(3)
     assert fusion_report(fusion, logits, target).verdict == "fails"
     report = fusion_report(quietly(fusion, logits, target), logits, target)
     assert report.verdict == "holds"
-    assert report.bound < report.bound_static
-    assert report.modalities[1].covariance == pytest.approx(0, abs=1e-12)
+    assert report.bound.total < report.bound_static.total
+    assert report.modalities[1].term_cov == pytest.approx(0, abs=1e-12)
+
+
+def test_shares_that_are_held_where_modalities_are_absent_are_the_static_rule():
+    logits, target = data(wrong=1)
+    present = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < 0.7
+    fusion = quietly(QualityAwareFusion(3, normalize=True), logits, target, present=present)
+    report = fusion_report(fusion, logits, target, present=present)
+    assert (report.eq5, report.eq6, report.verdict, report.recommended) == ("holds", "holds", "holds", "either")
+    assert report.measured.loss.difference == pytest.approx(0, abs=1e-9)
 
 
 def test_small_data_is_undecided_and_an_absent_modality_does_not_spoil_the_rest():
@@ -73,7 +283,11 @@ def test_small_data_is_undecided_and_an_absent_modality_does_not_spoil_the_rest(
     report = fusion_report(QualityAwareFusion(3), logits, target, present=torch.tensor([True, True, False]))
     assert report.modalities[2].samples == 0
     assert report.modalities[2].eq6 == "undecided"
-    assert np.isfinite(report.bound)
+    assert np.isfinite(report.bound.total)
+    written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert written["modalities"][2]["mean_weight"] is None
+    with pytest.raises(ValueError, match="a row that counts"):
+        fusion_report(QualityAwareFusion(3), logits, torch.full_like(target, -100))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -85,6 +299,7 @@ def test_a_few_samples_decide_nothing(n, static):
         assert {report.verdict, *(m.eq5 for m in report.modalities), *(m.eq6 for m in report.modalities)} == {
             "undecided"
         }
+        assert report.recommended == "either"
         assert all(f"{n} of the 4 samples" in m.sentence for m in report.modalities)
 
 
@@ -99,7 +314,9 @@ def test_prints_converts_and_plots(fusion, tmp_path):
     logits, target = data()
     report = fusion_report(fusion, logits, target)
     text = str(report)
-    assert all(word in text for word in ("Term-L", "Term-Cov", "Spearman", "total", report.sentence))
+    assert all(word in text for word in ("Spearman", "r(u, loss)", report.judged_by, report.sentence))
+    if report.bound is not None:
+        assert all(word in text for word in ("Term-L", "Term-Cov", "data given", "Not computed: the Rademacher"))
     assert json.loads(json.dumps(report.to_dict()))["verdict"] == report.verdict
     report.plot(str(tmp_path / "report.png"))
     assert (tmp_path / "report.png").stat().st_size > 1000

@@ -1,6 +1,8 @@
-"""``fusion_report`` for a run of the digits job: Theorem 2's conditions at every kind and level of damage."""
+"""``fusion_report`` under every kind and level of damage: for a run of the digits job, and for a file of features."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,16 +10,20 @@ import torch
 from rich.table import Table
 
 from qmf_fusion import FusionReport, QualityAwareFusion, fusion_report
+from qmf_fusion.measured import Difference
 
 from ..corruption.conditions import Condition
-from ..data.digits import VIEWS, load_digits
+from ..data.digits import VIEWS as DIGIT_VIEWS
+from ..data.digits import load_digits
+from ..data.feature_files import load_npz
 from ..errors import CommandError
 from ..evaluation.display import bare_table, save_figure
 from ..files import write_atomically
-from ..models.learners import QualityAware
-from ..models.methods import digits_table
-from .heads import untrained_heads
-from .prepared import DIGITS, prepare
+from ..models.learners import Learner, QualityAware
+from ..models.methods import ROBUSTNESS, Training, digits_table
+from .heads import train_heads, untrained_heads
+from .prepared import DIGITS, Prepared, prepare, prepare_file
+from .robustness import FILES
 
 
 class LevelReport(NamedTuple):
@@ -28,10 +34,7 @@ class LevelReport(NamedTuple):
 
 
 def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
-    """Load a run's trained model, damage the test set as the run did, and report on every level.
-
-    The static counterpart is each view's mean weight on the clean training data: the static rule that Lemma 1 matches,
-    so that Eq. 5 shows how far the damage shifts the weights.
+    """Load the model of a run of the digits job, damage the test set as the run did, and report on every level.
 
     Raises:
         CommandError: no such checkpoint; the message lists those that are there.
@@ -47,48 +50,86 @@ def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         hidden = int(json.loads(state["made_with"]["hidden"]))
         data = prepare(load_digits(), DIGITS, seed)
-        how = next(each for each in digits_table(tuple(VIEWS)).trainings if each.name == training)
+        how = next(each for each in digits_table(tuple(DIGIT_VIEWS)).trainings if each.name == training)
         learner = untrained_heads(how, data, hidden, seed)
         learner.load_state_dict(state["learner"])
     except (KeyError, ValueError, RuntimeError, EOFError) as error:
         raise CommandError(f"{path} is no checkpoint of the digits job: {str(error).splitlines()[0]}") from error
-    learner.eval()
+    return _report_all(learner.eval(), data)
+
+
+def report_file(path: Path, training: str, seed: int, epochs: int | None = None) -> list[LevelReport]:
+    """Train heads on a file of features as the bench does, and report on its test split under every damage.
+
+    Raises:
+        CommandError: a file that cannot be used, or no such training; the message lists those that there are.
+    """
+    data = prepare_file(load_npz(path), seed)
+    known: dict[str, Training] = {each.name: each for each in ROBUSTNESS.trainings}
+    if training not in known:
+        raise CommandError(f"there is no training {training}; there are: {', '.join(known)}")
+    return _report_all(train_heads(known[training], data, replace(FILES, epochs=epochs or FILES.epochs), seed), data)
+
+
+def _report_all(learner: Learner, data: Prepared) -> list[LevelReport]:
+    """On the test split, against each view's mean weight on the clean training data.
+
+    That is the static rule that Lemma 1 matches, so that Eq. 5 shows how far the damage shifts the weights.
+    """
     # Heads that were trained without a layer are held against the paper's default one.
-    fusion = learner.model.fusion if isinstance(learner, QualityAware) else QualityAwareFusion(tuple(VIEWS))
+    fusion = learner.model.fusion if isinstance(learner, QualityAware) else QualityAwareFusion(tuple(data.train))
+    widths = fusion.rule.feature_widths is not None
     with torch.no_grad():
-        static = fusion(learner(data.train).unimodal_logits).weights.double().mean(1)
-        given = static if bool((static > 0).all()) else None
-        reports = []
-        for test in data.tests:
-            logits = learner(test.views).unimodal_logits
-            reports.append(LevelReport(test.condition, fusion_report(fusion, logits, data.test_labels, given)))
+        reports, given = [], None
+        for views, condition in ((data.train, None), *((test.views, test.condition) for test in data.tests)):
+            answer = learner(views)
+            features = list(answer.features) if widths else None
+            if condition is None:
+                static = fusion(answer.unimodal_logits, features=features).weights.double().mean(1)
+                given = static if bool((static > 0).all()) else None
+                continue
+            found = fusion_report(fusion, answer.unimodal_logits, data.test_labels, given, features=features)
+            reports.append(LevelReport(condition, found))
     return reports
 
 
-def table(reports: list[LevelReport], title: str) -> Table:
-    """A row per level: each view's correlation of weight and loss, both verdicts, and the bound."""
+def table(reports: Sequence[LevelReport], title: str) -> Table:
+    """A row per level: what is measured and recommended, each view's correlation of weight and loss, Theorem 2."""
     out = bare_table(title)
     out.add_column("damage", no_wrap=True)
-    for view in VIEWS:
-        out.add_column(f"r\n{view}", justify="right")
-    for column in ("Eq. 5", "Eq. 6", "bound", "static"):
+    for column in ("loss,\ndynamic", "less static's", "accuracy,\ndynamic", "less static's"):
+        out.add_column(column, justify="right")
+    out.add_column("use")
+    for m in reports[0].report.modalities if reports else []:
+        out.add_column(f"r\n{m.name}", justify="right")
+    for column in ("Eq. 5", "Eq. 6", "Theorem 2"):
         out.add_column(column, justify="right")
     for condition, report in reports:
+        measured = report.measured
+        figures = [*_cells(measured.loss, 1, 3), *_cells(measured.accuracy, 100, 1)]
         cells = [f"{m.pearson:+.2f}" + ("!" if m.eq6 == "fails" else "") for m in report.modalities]
-        out.add_row(condition.name, *cells, report.eq5, report.eq6, f"{report.bound:.2f}", f"{report.bound_static:.2f}")
+        out.add_row(condition.name, *figures, report.recommended, *cells, report.eq5, report.eq6, report.verdict)
     return out
 
 
+def _cells(measured: Difference, unit: float, digits: int) -> tuple[str, str]:
+    low, high = (f"{unit * end:+.{digits}f}" for end in measured.interval)
+    return f"{unit * measured.dynamic:.{digits}f}", f"{unit * measured.difference:+.{digits}f} [{low}, {high}]"
+
+
 def write(reports: list[LevelReport], output: Path, training: str, seed: int) -> Path:
-    """Write ``theory-TRAINING-seedN.json``, and a picture for the clean data and the strongest level of each damage.
+    """Write ``theory-TRAINING-seedN.json``, the reports as text, and pictures of the strongest level of each damage.
 
     Returns:
-        The path of the JSON; the pictures lie beside it.
+        The path of the JSON; the others lie beside it.
     """
     levels = [{"condition": c.kind, "level": c.level, **report.to_dict()} for c, report in reports]
-    text = json.dumps({"training": training, "seed": seed, "reports": levels}, indent=1) + "\n"
+    content = {"training": training, "seed": seed, "split": "test", "reports": levels}
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path = output / f"theory-{training}-seed{seed}.json"
     write_atomically(path, lambda file: file.write(text.encode()))
+    said = "\n".join(f"{condition.name}, test split\n\n{report}\n\n" for condition, report in reports)
+    write_atomically(path.with_suffix(".txt"), lambda file: file.write(said.encode()))
     strongest = {condition.kind: report for condition, report in reports}
     for condition, report in strongest.items():
         figure = report.plot()

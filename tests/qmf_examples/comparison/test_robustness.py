@@ -258,6 +258,29 @@ def test_a_run_that_is_not_there_is_not_created(tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_report_of_a_file_of_features(tmp_path, capsys):
+    given = np.random.default_rng(0)
+    target = np.arange(90) % 3
+    rows = {name: given.normal(size=(90, 4)) + 2 * np.eye(3, 4)[target] for name in ("rgb", "depth")}
+    arrays = {"classes": np.array(["a", "b", "c"]), "train_y": target, "test_y": target}
+    for name, x in rows.items():
+        arrays |= {f"train_{name}_clean": x, f"test_{name}_clean": x, f"test_{name}_black": 0 * x}
+    np.savez(tmp_path / "rooms.npz", **arrays)
+    for training in ("qmf-paper", "robust"):
+        command = ["report", str(tmp_path / "rooms.npz"), "--training", training, "--output", str(tmp_path / "out")]
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert f"rooms, test split, {training}, seed 0" in printed
+        found = json.loads((tmp_path / "out" / f"theory-{training}-seed0.json").read_text())
+        assert [level["condition"] for level in found["reports"]] == ["clean", "black", "conflict"]
+        assert [m["name"] for m in found["reports"][0]["modalities"]] == ["rgb", "depth"]
+        assert (found["reports"][0]["verdict"] == "none") == (training == "robust")
+    assert main(["report", str(tmp_path / "rooms.npz"), "--training", "nothing", "--output", str(tmp_path)]) == 1
+    assert "there is no training nothing; there are: plain" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "other.npz")]) == 2
+    assert "is no file" in capsys.readouterr().err
+
+
 def test_report_of_a_run(quick_run, tmp_path, capsys):
     run = shutil.copytree(quick_run.output, tmp_path / "run")
     assert main(["report", str(run), "--seed", "3"]) == 0
@@ -271,6 +294,12 @@ def test_report_of_a_run(quick_run, tmp_path, capsys):
     content = found["reports"]
     assert len(content) == 10
     assert content[0]["eq6"] in ("holds", "undecided", "fails")
+    assert content[0]["recommended"] in ("dynamic", "static", "either", "depends")
+    assert found["split"] == "test"
+    assert "test split" in printed
+    text = path.with_suffix(".txt").read_text()
+    assert text.startswith("clean, test split\n\nMeasured on the 719 samples given")
+    assert "Not computed: the Rademacher complexities" in text
     assert [m["name"] for m in content[0]["modalities"]] == ["pixels", "fourier", "gradients", "projections"]
     assert (run / "theory-qmf-paper-seed3-gaussian.png").exists()
     assert main(["report", str(run), "--training", "qmf-released", "--seed", "4"]) == 0
