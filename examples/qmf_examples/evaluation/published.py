@@ -5,6 +5,8 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+from ..corruption.conditions import CERTAIN_AT, TABLES_PROTOCOL
+
 SOURCE = "Zhang et al., Provable Dynamic Fusion for Low-Quality Multimodal Data, ICML 2023"
 NAMES = {"late": "late-fusion", "image": "img", "energy": "weights-only"}
 """What the tables call our methods, where they call them otherwise; weights by energy without the ranking loss are the
@@ -50,6 +52,27 @@ def published_accuracy(data_set: str, method: str, noise: str, level: float) -> 
     # Table 1 has RGB's and depth's worst swapped, as their means: only a row with the same mean is the same row.
     worst = next((cell.worst for cell in found if cell.worst is not None and cell.mean == found[0].mean), None)
     return found[0]._replace(worst=worst)
+
+
+def not_comparable(noise: str, level: float, protocol: str) -> str | None:
+    """Why the paper's figure is none to hold ours against; None where it is one.
+
+    Example:
+        >>> not_comparable("salt-pepper", 10, "released-2025")
+        'under released-2025, an image that the coin has chosen gets salt and pepper with probability 0.1 instead of 1'
+        >>> not_comparable("gaussian", 10, "released-2025")
+    """
+    if level == 0 or protocol == TABLES_PROTOCOL:
+        return None
+    if protocol == "clean":
+        return "the clean protocol damages otherwise than the code that made the tables"
+    if noise == "gaussian":
+        return None
+    shares = [min(1, level / CERTAIN_AT[name]) for name in (protocol, TABLES_PROTOCOL)]
+    return (
+        f"under {protocol}, an image that the coin has chosen gets salt and pepper with probability {shares[0]:g} "
+        f"instead of {shares[1]:g}"
+    )
 
 
 def published_correlation(data_set: str, method: str, level: float) -> float | None:

@@ -13,7 +13,7 @@ from ..files import write_atomically
 from .cells import Cell, Robustness, measure_robustness, summarise_runs
 from .display import bare_table, console
 from .pictures import plot_noise, plot_weights
-from .published import SOURCE, Published
+from .published import SOURCE, Published, not_comparable
 from .testing import NoisePlan, Tested
 
 
@@ -50,8 +50,9 @@ def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], plan: NoiseP
                 )
             )
         levels = [f"{level:g}" for level in plan.levels]
-        header = ("method", *(text for level in levels for text in (f"ε = {level}", "paper")))
-        made.append(Sheet(f"{noise}: accuracy in %, mean ± std (worst) over seeds", header, rows))
+        theirs = ["paper" if why is None else "paper, not comparable" for why in _reasons(noise, plan)]
+        columns = [text for level, paper in zip(levels, theirs, strict=True) for text in (f"ε = {level}", paper)]
+        made.append(Sheet(f"{noise}: accuracy in %, mean ± std (worst) over seeds", ("method", *columns), rows))
         made.append(
             Sheet(
                 f"{noise}: calibration error / area under risk-coverage, in % / correlation of weight and loss "
@@ -61,6 +62,11 @@ def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], plan: NoiseP
             )
         )
     return made
+
+
+def _reasons(noise: str, plan: NoisePlan) -> list[str | None]:
+    """By level, why the paper's figure is none to hold ours against."""
+    return [not_comparable(noise, level, plan.protocol) for level in plan.levels]
 
 
 def _ours(cell: Cell) -> str:
@@ -93,6 +99,8 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
         f"Paper: {SOURCE}, Tables 5, 1, 2 (gaussian), 6 (salt-pepper) and 3 (in brackets: "
         "correlations as printed, without a sign; ours are best at -1).",
     ]
+    reasons = dict.fromkeys(why for noise in plan.kinds for why in _reasons(noise, plan) if why is not None)
+    said += [f"Not comparable with the paper: {why}." for why in reasons]
     flattered = sorted({record.settings.method for record in tested if record.settings.selection == "test"})
     if flattered:
         said.append(

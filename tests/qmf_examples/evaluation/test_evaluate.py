@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qmf_examples.cli import main
-from qmf_examples.corruption.conditions import Condition
+from qmf_examples.corruption.conditions import CERTAIN_AT, PROTOCOLS, Condition
 from qmf_examples.evaluation.cells import measure_robustness, summarise_runs
 from qmf_examples.evaluation.published import published_accuracy, published_correlation
 from qmf_examples.evaluation.reliability import (
@@ -20,7 +20,7 @@ from qmf_examples.evaluation.reliability import (
     relative_robustness,
     risk_coverage_area,
 )
-from qmf_examples.evaluation.report import notes
+from qmf_examples.evaluation.report import notes, sheets
 from qmf_examples.evaluation.testing import NoisePlan
 from qmf_examples.evaluation.testing import Tested as Record
 from qmf_examples.training.settings import ABLATION, resolve
@@ -102,6 +102,37 @@ def test_published_figures():
     assert published_correlation("food101", "qmf", 10) == 0.735
 
 
+@pytest.mark.parametrize(("protocol", "possible"), [("released-2023", True), ("released-2025", False)])
+def test_table_6_can_only_come_from_the_code_of_2023(protocol, possible):
+    # Whoever is not damaged is answered as on clean data, so that one modality's accuracy falls at most by its share.
+    fits = []
+    for data_set, modality in (("nyud2", "rgb"), ("nyud2", "depth"), ("sunrgbd", "rgb"), ("food101", "image")):
+        for level in (5, 10):
+            damaged = 0.5 * min(1, level / CERTAIN_AT[protocol])
+            clean, noisy = (published_accuracy(data_set, modality, "salt-pepper", x).mean for x in (0, level))
+            fits.append(noisy >= (1 - damaged) * clean - 0.5)
+    assert fits == [possible] * 8
+
+
+def test_a_published_column_made_otherwise_is_marked():
+    columns = {}
+    for protocol in PROTOCOLS:
+        plan = NoisePlan(("gaussian", "salt-pepper"), (0.0, 10.0), protocol)
+        tested = [record("qmf", 1, level, 0.7) for level in plan.levels]
+        tested += [r._replace(condition=Condition("salt-pepper", r.condition.level)) for r in tested]
+        cells = summarise_runs(tested)
+        made = sheets(cells, measure_robustness(cells), plan)
+        columns[protocol] = [[x for x in made[n].header if "paper" in x] for n in (0, 2)]
+        said = " ".join(notes(tested, cells, plan))
+        assert ("Not comparable" in said) == (protocol != "released-2023")
+    plain, marked = ["paper", "paper"], ["paper", "paper, not comparable"]
+    assert columns == {
+        "released-2023": [plain, plain],
+        "released-2025": [plain, marked],
+        "clean": [marked, marked],
+    }
+
+
 @pytest.fixture(scope="module")
 def runs(sample, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
@@ -112,7 +143,7 @@ def runs(sample, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("protocol", ["clean", "released"])
+@pytest.mark.parametrize("protocol", ["clean", "released-2023"])
 def test_evaluate_prints_and_writes(protocol, runs, tmp_path, capsys):
     results = []
     for place in ("a", "b"):
@@ -151,7 +182,7 @@ def test_evaluate_refuses_what_makes_no_table(runs, tmp_path, capsys):
         (["--noise", "fog"], "--noise must be of gaussian, salt-pepper; got 'fog'"),
         (["--levels", "a"], "--levels must be numbers"),
         (["--levels", "20"], "--levels: level must be from 0 to 10"),
-        (["--protocol", "new"], "--protocol must be clean or released"),
+        (["--protocol", "new"], "--protocol must be one of released-2023, released-2025, clean"),
         (["--data-root", str(tmp_path)], "no file"),
     ):
         assert main(["evaluate", str(runs), "--output", str(tmp_path / "out"), *arguments]) == 1
