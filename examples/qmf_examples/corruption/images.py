@@ -22,9 +22,9 @@ The RGB-D script passes epsilon itself as the "variance", the text-image one ten
 standard deviation. The clean protocol keeps these strengths, so that its figures stand beside the published ones.
 """
 RELEASED_DENSITY = 0.1
-"""The share of pixels that the released salt-and-pepper replaces at every epsilon: there epsilon decides the probability
-that a chosen image gets any, ``epsilon / CERTAIN_AT``. The clean protocol replaces epsilon percent of the pixels of every
-chosen image."""
+"""The share of pixels that the released salt-and-pepper replaces at every epsilon: there epsilon decides with which
+probability a chosen image gets any, ``epsilon / CERTAIN_AT``. The clean protocol replaces epsilon percent of the pixels
+of every chosen image."""
 
 Pixels = NDArray[np.uint8]
 

@@ -1,5 +1,6 @@
 """What is trained: networks with an answer and a loss. Rivals with ideas of their own have files of their own."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ class Answer(NamedTuple):
     scores: Tensor
     """``[B, K]``, such that their softmax is the method's probabilities."""
     unimodal_logits: tuple[Tensor, ...] = ()
-    """``[B, K]`` per modality, of methods that decide per modality."""
+    """``[B, K]`` per modality, such that their softmax is its probabilities, of methods that decide per modality."""
     weights: Tensor | None = None
     """``[M, B]``, of methods that weight modalities per sample."""
     features: tuple[Tensor, ...] = ()
@@ -129,6 +130,14 @@ class UnimodalHeads(LateFusion):
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
         return torch.stack([F.cross_entropy(x.float(), target) for x in answer.unimodal_logits]).sum()
+
+
+class AveragedHeads(LateFusion):
+    """The mean of the modalities' probabilities; trained on the sum of its cross-entropy and each modality's own."""
+
+    def forward(self, inputs: Mapping[str, Any]) -> Answer:
+        logits = super().forward(inputs).unimodal_logits
+        return Answer(torch.logsumexp(torch.stack(logits).log_softmax(-1), 0) - math.log(len(logits)), logits)
 
 
 class RankedAverage(LateFusion):

@@ -9,11 +9,21 @@ from torch import Tensor, nn
 
 from qmf_fusion import QualityAwareFusion
 
-from .evidential import Reliable, Trusted, evidence, opinion
-from .learners import Answer, Head, Joint, LateFusion, Learner, QualityAware, RankedAverage, UnimodalHeads
+from .evidential import Reliable, Trusted
+from .learners import (
+    Answer,
+    AveragedHeads,
+    Head,
+    Joint,
+    LateFusion,
+    Learner,
+    QualityAware,
+    RankedAverage,
+    UnimodalHeads,
+)
 from .mmbt import MMBT
 from .mmtm import MMTMFusion
-from .predicted_confidence import ConfidentHeads, collaborative_belief
+from .predicted_confidence import PredictiveFusion
 
 RECOMMENDED = "robust"
 """The name of the rule to start with, which the bench holds against all others."""
@@ -64,7 +74,6 @@ class Training(NamedTuple):
 class Frozen(NamedTuple):
     """Trained networks before a test set of B samples: what a method may look at."""
 
-    learner: Learner
     answer: Answer
     corrupted: Tensor
     """bool ``[V, B]``: which views are corrupted. Only an oracle may look."""
@@ -178,7 +187,7 @@ def _robust(dropout: float = 0.0, **switches: Any) -> Build:
 
 _UNRANKED = {"ranking_weight": 0.0}
 UNIMODAL = Training("unimodal", lambda parts: UnimodalHeads(parts.heads()))
-PLAIN = Training("plain", lambda parts: ConfidentHeads(parts.heads()))
+PLAIN = Training("plain", lambda parts: AveragedHeads(parts.heads()))
 NO_RANKING = Training("qmf-no-ranking", _quality_aware(_UNRANKED))
 ROBUST = Training("robust", _robust())
 
@@ -229,19 +238,6 @@ def _calibrated(given: Frozen) -> Fused:
     return Fused(out.logits, out.weights)
 
 
-def belief(given: Frozen) -> Fused:
-    """Evidence as the method combines it, and each view's belief mass for its weight."""
-    assert isinstance(given.learner, Trusted)
-    views = evidence(given.logits)
-    # The logarithm of evidence + 1: its softmax is the Dirichlet's mean.
-    return Fused(torch.log1p(given.learner.fuse(list(views))), 1 - opinion(views)[1])
-
-
-def predicted_confidence(given: Frozen) -> Fused:
-    assert isinstance(given.learner, ConfidentHeads)
-    return Fused(*collaborative_belief(given.logits, given.learner.confidences(given.answer.features)))
-
-
 METHODS = {
     method.name: method
     for method in (
@@ -258,8 +254,10 @@ METHODS = {
         Method("concatbow", Training("concatbow", _concatenated(text="bow"))),
         Method("concatbert", Training("concatbert", _concatenated())),
         Method("mmbt", Training("mmbt", _mmbt)),
-        Method("tmc", Training("tmc", lambda parts: Trusted(parts.heads())), belief, title="TMC"),
+        Method("tmc", Training("tmc", lambda parts: Trusted(parts.heads())), title="TMC"),
         Method("etmc", Training("etmc", _etmc)),
+        Method("rcml", Training("rcml", lambda parts: Reliable(parts.heads())), title="RCML"),
+        Method("pdf", Training("pdf", lambda parts: PredictiveFusion(parts.heads())), title="PDF"),
         Method("ranking-only", Training("ranking-only", _ranking_only)),
         Method("qmf", Training("qmf", _quality_aware())),
         Method("robust", ROBUST),
@@ -277,7 +275,6 @@ METHODS = {
             Training("logitnorm", _quality_aware(_UNRANKED, normalize_logits=0.1, combine="probabilities")),
         ),
         Method("robust + modality dropout", Training("robust-dropout", _robust(DROPOUT)), role="variant"),
-        Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
         # Rules for heads that others have trained.
         Method("mean of logits", answer=mean_logits, role="average"),
         Method("mean of probabilities", answer=mean_probabilities, role="average"),
@@ -286,7 +283,6 @@ METHODS = {
         Method("entropy, probabilities", answer=_layer(uncertainty="entropy", combine="probabilities")),
         Method("evidence, probabilities", answer=_layer(uncertainty="evidence", combine="probabilities")),
         Method("energy, logits", answer=_layer()),
-        Method("PDF", PLAIN, predicted_confidence),
         Method("robust, calibrated", ROBUST, _calibrated, role="variant"),
         Method("oracle: clean views only", answer=oracle, role="oracle"),
     )
@@ -325,7 +321,7 @@ def digits_table(views: tuple[str, ...]) -> Table:
     return Table(UNIMODAL, singles + _pick(*_AVERAGES, "energy", *_QMF, _ORACLE))
 
 
-_RIVALS = ("energy, logits", "tmc", "RCML", "PDF")
+_RIVALS = ("energy, logits", "tmc", "rcml", "pdf")
 ROBUSTNESS = Table(PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_QMF, *_VARIANTS, _ORACLE))
 """What `bench-robustness` compares."""
 

@@ -12,7 +12,7 @@ from ..files import write_atomically
 FILE = "settings.yaml"
 MOST_SEEDS = 2**31
 
-_FUSED = ("tmc", "etmc", "ranking-only", "qmf", "robust", "msp", "entropy", "evidence", "energy")
+_FUSED = ("tmc", "etmc", "rcml", "pdf", "ranking-only", "qmf", "robust", "msp", "entropy", "evidence", "energy")
 RGBD_METHODS = ("rgb", "depth", "late", "concat", "align", "mmtm", *_FUSED)
 TEXT_METHODS = ("bow", "image", "bert", "late", "concatbow", "concatbert", "mmbt", *_FUSED)
 METHODS = {"nyud2": RGBD_METHODS, "sunrgbd": RGBD_METHODS, "food101": TEXT_METHODS, "mvsa": TEXT_METHODS}

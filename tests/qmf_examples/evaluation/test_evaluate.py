@@ -100,6 +100,9 @@ def test_published_figures():
     ]
     assert published_accuracy("sunrgbd", "energy", "gaussian", 0) is None
     assert published_correlation("food101", "qmf", 10) == 0.735
+    # The paper's "evidence" is Dempster-Shafer theory: what tmc does, and not vacuity of cross-entropy heads.
+    assert published_correlation("food101", "tmc", 10) == 0.265
+    assert published_correlation("food101", "evidence", 10) is None
 
 
 @pytest.mark.parametrize(("protocol", "possible"), [("released-2023", True), ("released-2025", False)])
@@ -138,7 +141,8 @@ def runs(sample, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
     arguments = ["train", "mvsa", "--quick", "--data-root", str(sample("mvsa")), "--limit-batches", "2"]
     assert (
-        main([*arguments, "--epochs", "1", "--method", "bert,late,qmf", "--seeds", "2", "--output", str(output)]) == 0
+        main([*arguments, "--epochs", "1", "--method", "bert,late,tmc,qmf", "--seeds", "2", "--output", str(output)])
+        == 0
     )
     return output
 
@@ -152,11 +156,12 @@ def test_evaluate_prints_and_writes(protocol, runs, tmp_path, capsys):
         results.append((tmp_path / place / "results.json").read_bytes())
     assert results[0] == results[1]
     content = json.loads(results[0])
-    assert len(content["cells"]) == 3 * 2 * 2
+    assert len(content["cells"]) == 4 * 2 * 2
     clean = {(c["method"], c["noise"]): c["mean"] for c in content["cells"] if c["level"] == 0}
     assert clean["qmf", "gaussian"] == clean["qmf", "salt-pepper"]
     by_method = {c["method"]: c for c in content["cells"]}
     assert by_method["bert"]["correlation"] is None
+    assert -1 <= by_method["tmc"]["correlation"] <= 1
     assert by_method["qmf"]["published"]["mean"] == 60.41
     assert by_method["qmf"]["seeds"] == [1, 2]
     out = capsys.readouterr().out
