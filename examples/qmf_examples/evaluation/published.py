@@ -76,8 +76,8 @@ def not_comparable(noise: str, level: float, protocol: str) -> str | None:
 
 
 CORRELATED = {"tmc": "evidence", "evidence": None}
-"""What Table 3 calls our methods, where otherwise: its "evidence" is TMC's own uncertainty (Dempster-Shafer theory), and
-not the vacuity of heads trained with cross-entropy, which is in none of the tables."""
+"""What Table 3 calls our methods, where otherwise: its "evidence" is TMC's own uncertainty (Dempster-Shafer theory),
+and not the vacuity of heads trained with cross-entropy, which is in none of the tables."""
 
 
 def published_correlation(data_set: str, method: str, level: float) -> float | None:

@@ -90,8 +90,8 @@ def evidential_loss(evidence: Tensor, target: Tensor, annealing: float) -> Tenso
 class Trusted(Learner):
     """TMC: each modality's evidence, combined by Dempster's rule; with ``pseudo``, ETMC's joint view as one more.
 
-    Scores, fused and unimodal, are the logarithm of evidence + 1: their softmax is the Dirichlet's mean. A view's weight
-    is 1 - u, its belief mass: what the QMF paper's Table 3 and Figure 3 correlate with the loss under "evidence".
+    Scores, fused and unimodal, are the logarithm of evidence + 1: their softmax is the Dirichlet's mean. A view's
+    weight is 1 - u, its belief mass: what the QMF paper's Table 3 and Figure 3 correlate with the loss as "evidence".
 
     Args:
         heads: by modality.
