@@ -58,7 +58,7 @@ def evaluate(
     with disk_errors():
         tested = evaluate_runs(found, plan, data_root, device, batch_size, workers, typer.echo)
         write_report(tested, plan, target)
-    typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png")
+    typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png, gaps.png, correlations.png")
 
 
 def _kinds(text: str) -> tuple[str, ...]:

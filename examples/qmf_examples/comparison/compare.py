@@ -94,6 +94,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
                     seed,
                     right.double().mean().item(),
                     None if fused.weights is None else correlation(fused.weights, losses),
+                    right.to(torch.uint8).cpu().numpy().tobytes(),
                     calibration_error(probabilities, labels),
                     risk_coverage_area(probabilities.amax(-1), right),
                     None if fused.weights is None else damage_detection(fused.weights, test.corrupted),

@@ -46,6 +46,8 @@ class Tested(NamedTuple):
     weights: Tensor | None
     """``[M, B]``, and the next: for the picture."""
     losses: Tensor | None
+    right: bytes
+    """Whether each sample's answer is right, a byte of 1 or 0, for paired tests."""
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -167,6 +169,7 @@ def _test(learner: Learner, loader: Any, settings: Settings, condition: Conditio
         r,
         w,
         x,
+        correct.to(torch.uint8).numpy().tobytes(),
     )
 
 

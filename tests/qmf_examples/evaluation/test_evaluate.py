@@ -12,7 +12,9 @@ from PIL import Image
 
 from qmf_examples.cli import main
 from qmf_examples.corruption.conditions import CERTAIN_AT, PROTOCOLS, Condition
+from qmf_examples.evaluation import paper_figures
 from qmf_examples.evaluation.cells import measure_robustness, summarise_runs
+from qmf_examples.evaluation.paper_figures import plot_correlations, plot_gaps
 from qmf_examples.evaluation.published import published_accuracy, published_correlation
 from qmf_examples.evaluation.reliability import (
     calibration_error,
@@ -62,7 +64,9 @@ def test_robustness_measures():
 
 def record(method, seed, level, accuracy, **changes):
     run = resolve("nyud2", {"method": method, "seed": seed, "data_root": "x", **changes})
-    return Record(run, Condition("gaussian", level), accuracy, 0.1, 0.2, -0.5 if method == "qmf" else None, None, None)
+    right = bytes(n < round(100 * accuracy) for n in range(100))
+    r = -0.5 if method == "qmf" else None
+    return Record(run, Condition("gaussian", level), accuracy, 0.1, 0.2, r, None, None, right)
 
 
 def test_cells_hold_mean_deviation_and_worst_beside_the_papers():
@@ -76,6 +80,45 @@ def test_cells_hold_mean_deviation_and_worst_beside_the_papers():
     measured = {r.method: r for r in measure_robustness(summarise_runs(tested))}
     assert measured["qmf"].relative == pytest.approx(0.5)
     assert measured["qmf"].effective == pytest.approx(0.0)
+
+
+def test_what_the_best_is_not_distinguishable_from_is_marked():
+    tested = [record(m, s, 0.0, a) for m, a in (("late", 0.78), ("rgb", 0.5), ("qmf", 0.8)) for s in (1, 2)]
+    plan = NoisePlan(("gaussian",), (0.0,))
+    cells = summarise_runs(tested)
+    late, rgb, qmf = cells
+    assert (late.behind.verdict, rgb.behind.verdict, qmf.behind) == ("tie", "worse", None)
+    assert (late.behind.points, rgb.behind.points) == (pytest.approx(-2), pytest.approx(-30))
+    shown = {row[0]: row[1] for row in sheets(cells, measure_robustness(cells), plan)[0].rows}
+    assert [text.endswith("≈") for text in shown.values()] == [True, False, False]
+    assert "paired bootstrap over seeds and test samples" in " ".join(notes(tested, cells, plan))
+    assert json.dumps([cell.to_dict() for cell in cells], allow_nan=False)
+    # Seeds that the best has not, and other samples, cannot be paired.
+    for other in (record("late", 3, 0.0, 0.7), record("late", 1, 0.0, 0.7)._replace(right=bytes(50))):
+        assert summarise_runs([other, record("qmf", 1, 0.0, 0.8)])[0].behind is None
+
+
+@pytest.mark.parametrize("draw", [plot_gaps, plot_correlations])
+def test_the_papers_figures_are_drawn_or_say_why_not(draw, tmp_path):
+    plan = NoisePlan(("gaussian",), (0.0, 10.0))
+    tested = [record(m, 1, level, 0.7 - level / 20) for m in ("rgb", "depth", "qmf") for level in plan.levels]
+    cells = summarise_runs(tested)
+    draw(tmp_path / "full.png", cells, plan, "nyud2")
+    draw(tmp_path / "empty.png", [cell for cell in cells if cell.method == "rgb"], plan, "nyud2")
+    full, empty = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("full", "empty"))
+    assert (full < 200).sum() > 2 * (empty < 200).sum() > 0
+
+
+def test_gaps_are_to_the_best_single_modality(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        paper_figures, "save_figure", lambda figure, *_: drawn.extend(x.get_ydata() for x in figure.axes[0].lines)
+    )
+    plan = NoisePlan(("gaussian",), (0.0, 10.0))
+    accuracies = {"rgb": (0.6, 0.5), "depth": (0.7, 0.3), "qmf": (0.8, 0.4)}
+    tested = [record(m, 1, x, a) for m, pair in accuracies.items() for x, a in zip(plan.levels, pair, strict=True)]
+    plot_gaps(tmp_path / "x.png", summarise_runs(tested), plan, "nyud2")
+    assert list(drawn[0]) == pytest.approx([10, -10])
 
 
 def test_selection_on_the_test_set_is_said():
@@ -169,7 +212,7 @@ def test_evaluate_prints_and_writes(protocol, runs, tmp_path, capsys):
     assert "78.07 ± 1.10 (76.30)" in out
     text = (tmp_path / "a" / "results.md").read_text()
     assert text.count("| qmf |") == 4
-    for name in ("accuracy.png", "weights.png"):
+    for name in ("accuracy.png", "weights.png", "gaps.png", "correlations.png"):
         assert Image.open(tmp_path / "a" / name).size[0] > 200
 
 
