@@ -10,7 +10,6 @@ from . import functional
 from .checks import check_choice, check_floating
 from .trajectory import RESCALES, LossTrajectory
 
-
 UPDATES = ("after", "before")
 
 
@@ -25,9 +24,9 @@ class TrajectoryRankingLoss(nn.Module):
         rescale: ``"minmax"`` scales kappa to [0, 1] over the samples seen so far, per modality; None leaves the losses.
         start_epoch: ``T_s`` of Eq. 14, counted from 1, in a sample's own visits.
         sampling_count: ``T`` of Eq. 14, how many losses of a sample count; None for all.
-        update: when this batch's losses enter kappa. ``"after"`` it is scored, so that kappa holds past visits alone, as
-            in the released RGB-D code; ``"before"``, so that kappa holds this visit too, as in the paper's Algorithm 1
-            and the released text-image code.
+        update: when this batch's losses enter kappa. ``"after"`` it is scored: kappa holds past visits alone, as in the
+            released RGB-D code. ``"before"``: kappa holds this visit too, as in the paper's Algorithm 1 and the
+            released text-image code.
 
     A sample without a history is in no pair that counts.
 

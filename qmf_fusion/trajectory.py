@@ -27,8 +27,8 @@ class LossTrajectory(KeepsPrecision):
         num_modalities: M, at least 1.
         start_epoch: ``T_s`` of Eq. 14, counted from 1. A sample's own visits stand for epochs: the losses of its first
             ``start_epoch - 1`` visits are not recorded.
-        sampling_count: ``T`` of Eq. 14, at least 1: how many losses of each sample count, the first from ``start_epoch``
-            on; None for all. A sample that stands in a batch twice may count once more.
+        sampling_count: ``T`` of Eq. 14, at least 1: how many losses of each sample count, the first ones from
+            ``start_epoch`` on; None for all. A sample that stands in a batch twice may count once more.
 
     Raises:
         ValueError: a count below 1.

@@ -321,8 +321,9 @@ def test_the_objective_updates_as_the_ranking_loss_does(update, sampling_count):
         ranking = rank(weighed.weights, losses, index)
         torch.testing.assert_close(out.ranking_loss, ranking)
         plain = F.cross_entropy(weighed.logits, target) + losses.mean(1).sum()
-        torch.testing.assert_close(out.loss, plain + 0.5 * ranking)
-        ours, theirs = (torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (out.loss, plain + 0.5 * ranking))
+        whole = plain + 0.5 * ranking
+        torch.testing.assert_close(out.loss, whole)
+        ours, theirs = (torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (out.loss, whole))
         torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(criterion.ranking.trajectory.history, rank.trajectory.history)
     assert criterion.ranking.trajectory.count.max() == (sampling_count or 4)

@@ -82,17 +82,25 @@ class Joint(Learner):
         head: from all their features, side by side, to logits.
         alignment: what the cosine distance of two encoders' features counts in the loss (alignment); they must be of
             one width.
+        width: to how many features each encoder's are taken, by a linear layer and ReLU; 0 leaves them.
     """
 
-    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module, alignment: float = 0.0) -> None:
+    def __init__(
+        self, encoders: Mapping[str, nn.Module], head: nn.Module, alignment: float = 0.0, width: int = 0
+    ) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(encoders)
         self.encoders = dict(encoders)
+        widths: dict[str, Any] = {name: encoder.width for name, encoder in encoders.items()} if width else {}
+        self.narrow = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(given, width), nn.ReLU()) for name, given in widths.items()}
+        )
         self.classifier = head
         self.alignment = alignment
 
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
-        features = tuple(give(part, inputs[name]) for name, part in self.parts.items())
+        given = {name: give(part, inputs[name]) for name, part in self.parts.items()}
+        features = tuple(self.narrow[name](x) for name, x in given.items()) if self.narrow else tuple(given.values())
         return Answer(self.classifier(torch.cat(features, 1)), features=features)
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
@@ -155,8 +163,9 @@ class RankedAverage(LateFusion):
     ) -> None:
         super().__init__(heads)
         self.fusion = fusion
-        self.ranking_weight = objective["ranking_weight"]
-        self.ranking = TrajectoryRankingLoss(num_samples, len(heads), objective["form"], objective["pairs"])
+        options = dict(objective)
+        self.ranking_weight = options.pop("ranking_weight")
+        self.ranking = TrajectoryRankingLoss(num_samples, len(heads), **options)
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
         logits = [x.float() for x in answer.unimodal_logits]

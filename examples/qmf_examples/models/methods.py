@@ -40,6 +40,19 @@ class Objective:
     form: str = "paper"
     pairs: str = "adjacent"
     detach_weights: bool = False
+    alpha: float | None = None
+    beta: float | None = None
+    """None for both: what ``QualityAwareFusion`` takes for the uncertainty."""
+    temperature: float = 1.0
+    start_epoch: int = 1
+    sampling_count: int | None = None
+    update: str = "after"
+
+    @property
+    def coefficients(self) -> dict[str, Any]:
+        """What of it is the layer's."""
+        names = ("alpha", "beta", "temperature", "detach_weights")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ class Parts:
     heads: Callable[[], dict[str, Head]]
     """Makes an encoder with its classifier for each modality."""
     objective: Objective = Objective()
+    joint_width: int = 0
+    """To how many features a modality's are taken before they are joined by concatenation; 0 leaves them."""
     seed: int = 0
     """Of what the method draws in training besides its first weights."""
 
@@ -135,7 +150,8 @@ def _alone(modality: str, encoder: str | None = None) -> Build:
 def _concatenated(alignment: float = 0.0, text: str = "text") -> Build:
     def build(parts: Parts) -> Learner:
         encoders = {name: parts.encoder(text if name == "text" else name) for name in parts.modalities}
-        return Joint(encoders, parts.classifier(sum(encoder.width for encoder in encoders.values())), alignment)
+        widths = [parts.joint_width or encoder.width for encoder in encoders.values()]
+        return Joint(encoders, parts.classifier(sum(widths)), alignment, parts.joint_width)
 
     return build
 
@@ -155,13 +171,15 @@ def _etmc(parts: Parts) -> Learner:
 
 
 def _ranking_only(parts: Parts) -> Learner:
-    objective = _objective(parts, {})
-    return RankedAverage(parts.heads(), parts.num_samples, objective, QualityAwareFusion(parts.modalities))
+    fusion = QualityAwareFusion(parts.modalities, **parts.objective.coefficients)
+    return RankedAverage(parts.heads(), parts.num_samples, _objective(parts, {}), fusion)
 
 
 def _objective(parts: Parts, options: dict[str, Any]) -> dict[str, Any]:
+    """``QMFLoss``'s options."""
     chosen = replace(parts.objective, **options)
-    return {"ranking_weight": chosen.ranking_weight, "form": chosen.form, "pairs": chosen.pairs}
+    names = ("ranking_weight", "form", "pairs", "start_epoch", "sampling_count", "update")
+    return {name: getattr(chosen, name) for name in names}
 
 
 def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Build:
@@ -169,7 +187,7 @@ def _quality_aware(objective: dict[str, Any] | None = None, **layer: Any) -> Bui
 
     def build(parts: Parts) -> Learner:
         heads = parts.heads()
-        fusion = QualityAwareFusion(parts.modalities, detach_weights=parts.objective.detach_weights, **layer)
+        fusion = QualityAwareFusion(parts.modalities, **{**parts.objective.coefficients, **layer})
         return QualityAware(heads, parts.num_samples, _objective(parts, objective or {}), fusion)
 
     return build
