@@ -81,7 +81,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
         if number == 0:
             hits = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
             best = hits.index(max(hits))
-        given = Frozen(answer, test.corrupted, seen, data.train_labels, best)
+        given = Frozen(learner, answer, test.corrupted, seen, data.train_labels, best)
         for method in methods:
             fused = method.answer(given)
             right = fused.scores.argmax(-1) == labels

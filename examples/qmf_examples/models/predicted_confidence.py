@@ -68,5 +68,6 @@ class PredictiveFusion(Learner):
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
         own = torch.stack([F.cross_entropy(x, target, reduction="none") for x in answer.unimodal_logits])
+        assert answer.features
         missed = (self.confidences(answer.features) - own.detach().neg().exp()).abs()
         return super().loss(answer, target, index, annealing) + missed.mean(1).sum()
