@@ -28,7 +28,8 @@ class QMFLoss(KeepsPrecision):
         fusion: the layer whose weights are to be trained; its options (uncertainty, normalisation, ...) hold here too.
         num_samples: N, the size of the training set.
         ranking_weight: lambda, at least 0; 0 leaves the ranking out.
-        form, pairs, rescale, start_epoch: see ``TrajectoryRankingLoss``.
+        form, pairs, rescale, start_epoch, sampling_count, update: see ``TrajectoryRankingLoss``. ``update="before"``
+            takes the cross-entropies twice.
         weight: class weights ``[K]``, from 0 to 1e30, as in ``torch.nn.CrossEntropyLoss``, for every
             cross-entropy. Looked at here, wherever they lie, and not again at a step; kept in float64, whatever the
             module is cast to.
@@ -72,6 +73,8 @@ class QMFLoss(KeepsPrecision):
         pairs: str = "adjacent",
         rescale: str | None = "minmax",
         start_epoch: int = 1,
+        sampling_count: int | None = None,
+        update: str = "after",
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
@@ -84,7 +87,9 @@ class QMFLoss(KeepsPrecision):
         check_choice("backend", backend, BACKENDS)
         # In a tuple, where nn.Module does not take it for a part of its own.
         self._fusion = (fusion,)
-        self.ranking = TrajectoryRankingLoss(num_samples, fusion.num_modalities, form, pairs, rescale, start_epoch)
+        self.ranking = TrajectoryRankingLoss(
+            num_samples, fusion.num_modalities, form, pairs, rescale, start_epoch, sampling_count, update
+        )
         self.ranking_weight, self.label_smoothing, self.ignore_index = ranking_weight, label_smoothing, ignore_index
         self.return_logits, self.backend = return_logits, backend
         self.watch = RowWatch(fusion.names)
@@ -141,18 +146,23 @@ class QMFLoss(KeepsPrecision):
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.
         learns = training and torch.is_grad_enabled()
-        past = None
-        if index is not None:
-            ranks = bool(self.ranking_weight)
-            past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=learns)
         rows = fusion.prepare(rows)
         weighed = fusion.rule.weigh(rows, mask, seen, plain=training)
-        out = qmf_kernels.objective(
-            *(weighed.rows, target, None, weighed.present, weighed.weights, options),
-            past=past,
-            backend=self.backend,
-            return_logits=self.return_logits,
-        )
+        given = weighed.rows, target, None, weighed.present, weighed.weights, options
+        past = None
+        # The operators record after they rank, and every visit; all else is recorded here.
+        first = self.ranking.update == "before"
+        apart = first or trajectory.sampling_count is not None
+        if index is not None:
+            if learns and first:
+                with torch.no_grad():
+                    losses = qmf_kernels.objective(*given, backend=self.backend, return_logits=False).sample_losses
+                trajectory.record_checked(losses, index)
+            ranks = bool(self.ranking_weight)
+            past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=learns and not apart)
+        out = qmf_kernels.objective(*given, past=past, backend=self.backend, return_logits=self.return_logits)
+        if index is not None and learns and apart and not first:
+            trajectory.record_checked(out.sample_losses.detach(), index)
         if learns:
             fusion.rule.observe(rows, target, mask, self.ignore_index, seen)
             self._watch_rows(out.sample_losses, target, mask, recorded=past is not None)

@@ -10,9 +10,11 @@ from . import functional
 from .checks import check_choice, check_floating
 from .trajectory import RESCALES, LossTrajectory
 
+UPDATES = ("after", "before")
+
 
 class TrajectoryRankingLoss(nn.Module):
-    """Score a batch's weights against the losses of past visits, then remember this batch's losses.
+    """Score a batch's weights against the losses of past visits, and remember this batch's losses.
 
     Args:
         num_samples: N, the size of the training set.
@@ -21,6 +23,10 @@ class TrajectoryRankingLoss(nn.Module):
         pairs: ``"adjacent"`` or ``"all"``.
         rescale: ``"minmax"`` scales kappa to [0, 1] over the samples seen so far, per modality; None leaves the losses.
         start_epoch: ``T_s`` of Eq. 14, counted from 1, in a sample's own visits.
+        sampling_count: ``T`` of Eq. 14, how many losses of a sample count; None for all.
+        update: when this batch's losses enter kappa. ``"after"`` it is scored: kappa holds past visits alone, as in the
+            released RGB-D code. ``"before"``: kappa holds this visit too, as in the paper's Algorithm 1 and the
+            released text-image code.
 
     A sample without a history is in no pair that counts.
 
@@ -44,13 +50,16 @@ class TrajectoryRankingLoss(nn.Module):
         pairs: str = "adjacent",
         rescale: str | None = "minmax",
         start_epoch: int = 1,
+        sampling_count: int | None = None,
+        update: str = "after",
     ) -> None:
         super().__init__()
         check_choice("form", form, FORMS)
         check_choice("pairs", pairs, PAIRS)
         check_choice("rescale", rescale, RESCALES)
-        self.form, self.pairs, self.rescale = form, pairs, rescale
-        self.trajectory = LossTrajectory(num_samples, num_modalities, start_epoch)
+        check_choice("update", update, UPDATES)
+        self.form, self.pairs, self.rescale, self.update = form, pairs, rescale, update
+        self.trajectory = LossTrajectory(num_samples, num_modalities, start_epoch, sampling_count)
 
     @property
     def num_samples(self) -> int:
@@ -69,7 +78,7 @@ class TrajectoryRankingLoss(nn.Module):
         return self.trajectory.kappa(index, self.rescale)
 
     def forward(self, weights: Tensor, losses: Tensor, index: Tensor) -> Tensor:
-        """The ranking loss of a batch, a scalar; in training mode, with gradients on, its losses are recorded after it.
+        """The ranking loss of a batch, a scalar; in training mode, with gradients on, its losses are recorded.
 
         Args:
             weights: ``[M, B]``, floating point.
@@ -89,12 +98,15 @@ class TrajectoryRankingLoss(nn.Module):
         if weights.shape[1] == 0:
             raise ValueError("weights must not be empty: the batch has no samples")
         index = self.trajectory.check_index(index, weights.shape[1])
+        learns = self.training and torch.is_grad_enabled()
+        if learns and self.update == "before":
+            self.trajectory.record_checked(losses.detach(), index)
         # A modality that is absent from a sample, or broken, has no finite loss there and takes part in no pair.
         kappa = torch.where(torch.isfinite(losses), self.trajectory.kappa_checked(index, self.rescale), torch.nan)
         loss = functional.ranking_loss(weights, kappa, form=self.form, pairs=self.pairs)
-        if self.training and torch.is_grad_enabled():
+        if learns and self.update == "after":
             self.trajectory.record_checked(losses.detach(), index)
         return loss
 
     def extra_repr(self) -> str:
-        return f"form={self.form!r}, pairs={self.pairs!r}, rescale={self.rescale!r}"
+        return f"form={self.form!r}, pairs={self.pairs!r}, rescale={self.rescale!r}, update={self.update!r}"

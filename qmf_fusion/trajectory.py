@@ -27,6 +27,8 @@ class LossTrajectory(KeepsPrecision):
         num_modalities: M, at least 1.
         start_epoch: ``T_s`` of Eq. 14, counted from 1. A sample's own visits stand for epochs: the losses of its first
             ``start_epoch - 1`` visits are not recorded. One that stands in a batch twice has visited twice.
+        sampling_count: ``T`` of Eq. 14, at least 1: how many losses of each sample count, the first ones from
+            ``start_epoch`` on; None for all. A sample that stands in a batch twice may count once more.
 
     Raises:
         ValueError: a count below 1.
@@ -45,11 +47,14 @@ class LossTrajectory(KeepsPrecision):
     synced: Tensor
     mark: Tensor
 
-    def __init__(self, num_samples: int, num_modalities: int, start_epoch: int = 1) -> None:
+    def __init__(
+        self, num_samples: int, num_modalities: int, start_epoch: int = 1, sampling_count: int | None = None
+    ) -> None:
         super().__init__()
         num_samples = check_count("num_samples", num_samples)
         num_modalities = check_count("num_modalities", num_modalities)
         self.start_epoch = start_epoch = check_count("start_epoch", start_epoch)
+        self.sampling_count = None if sampling_count is None else check_count("sampling_count", sampling_count)
         # Sums and counts in one tensor, [2, M, N], for one gather and one scatter a step; counts stay exact to 2^53.
         self.register_buffer("history", torch.zeros(2, num_modalities, num_samples, dtype=torch.float64))
         # The smallest mean loss per modality, over the samples that have one, and the largest's distance from it.
@@ -114,6 +119,9 @@ class LossTrajectory(KeepsPrecision):
 
     def record_checked(self, losses: Tensor, index: Tensor) -> None:
         """``record`` without its checks."""
+        if self.sampling_count is not None:
+            # What is not finite is left out.
+            losses = torch.where(self.history[1][:, index] >= self.sampling_count, torch.nan, losses)
         qmf_kernels.record(self.history, self.low, self.span, self.visits, self.start_epoch, losses, index)
 
     def kappa(self, index: Tensor, rescale: str | None = "minmax") -> Tensor:
@@ -133,7 +141,10 @@ class LossTrajectory(KeepsPrecision):
         return qmf_kernels.kappa(self.history, self.low, self.span, index, rescale is not None)
 
     def past(self, index: Tensor, rescale: str | None, *, ranks: bool, records: bool) -> qmf_kernels.Past:
-        """The history for a step of the objective on checked indices, which reads and records in its own launches."""
+        """The history for a step of the objective on checked indices, which reads and records in its own launches.
+
+        Such a step knows no ``sampling_count``: with one, it must not record.
+        """
         tensors = (self.history, self.low, self.span, self.visits, index)
         return qmf_kernels.Past(*tensors, self.start_epoch, rescale is not None, ranks, records)
 
@@ -183,7 +194,8 @@ class LossTrajectory(KeepsPrecision):
         qmf_kernels.find_range(self.history, self.low, self.span)
 
     def extra_repr(self) -> str:
-        return f"num_samples={self.num_samples}, num_modalities={self.num_modalities}, start_epoch={self.start_epoch}"
+        sizes = f"num_samples={self.num_samples}, num_modalities={self.num_modalities}"
+        return f"{sizes}, start_epoch={self.start_epoch}, sampling_count={self.sampling_count}"
 
 
 def _after_load(trajectory: LossTrajectory, _: object) -> None:

@@ -45,12 +45,18 @@ def test_layer(options, backend):
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize(("pairs", "backend"), [("all", "aot_eager"), ("adjacent", "inductor")])
-def test_training_steps(pairs, backend):
+@pytest.mark.parametrize(
+    ("pairs", "backend", "options"),
+    [
+        ("all", "aot_eager", {}),
+        ("adjacent", "inductor", {}),
+        ("adjacent", "aot_eager", {"update": "before", "sampling_count": 1}),
+    ],
+)
+def test_training_steps(pairs, backend, options):
     """Loss, gradients and the trajectory, over several steps."""
-    eager = QMFLoss(
-        QualityAwareFusion(2, learnable=True), 20, 0.5, form="margin", pairs=pairs, label_smoothing=0.1, start_epoch=2
-    )
+    options = {"form": "margin", "pairs": pairs, "label_smoothing": 0.1, "start_epoch": 2, **options}
+    eager = QMFLoss(QualityAwareFusion(2, learnable=True), 20, 0.5, **options)
     other = copy.deepcopy(eager)
     compiled = torch.compile(other, fullgraph=True, backend=backend)
     target = torch.tensor([0, 1, 2, 3, -100])

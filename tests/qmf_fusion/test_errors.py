@@ -256,6 +256,8 @@ CASES = {
         r"rescale must be one of \['minmax', None\], got 'max'",
     ),
     "criterion start_epoch": (criterion(start_epoch=0), ValueError, r"start_epoch must be .* got 0"),
+    "criterion sampling": (criterion(sampling_count=0), ValueError, r"sampling_count must be .* got 0"),
+    "criterion update": (criterion(update="later"), ValueError, r"update must be one of .* got 'later'"),
     "criterion count": (criterion([X]), ValueError, r"logits must hold 2 modalities .*, got 1"),
     "criterion dims": (criterion([X[0], X[0]]), ValueError, r"logits must be \[B, \*, K\], got \(4,\)"),
     "criterion index": (criterion(index=None), ValueError, r"index must be given in training"),

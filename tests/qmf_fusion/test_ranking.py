@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmf_fusion import LossTrajectory, TrajectoryRankingLoss
+from qmf_fusion import LossTrajectory, QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
 from qmf_fusion.functional import ranking_loss
 
 from . import reference
@@ -291,3 +292,55 @@ def test_a_weight_that_is_not_finite_is_in_no_pair(pairs, bad):
     loss.backward()
     assert torch.isfinite(w.grad).all()
     assert w.grad[0, 2] == 0
+
+
+def test_sampling_count_keeps_the_first_losses_from_the_start_epoch_on():
+    # Eq. 14: the mean over T visits from T_s on.
+    trajectory = LossTrajectory(2, 1, start_epoch=2, sampling_count=3)
+    for visit in range(1, 8):
+        trajectory.record(torch.tensor([[float(visit), 10.0 * visit]]), torch.tensor([0, 1]))
+    assert trajectory.count.tolist() == [[3, 3]]
+    assert trajectory.kappa(torch.tensor([0, 1]), rescale=None).tolist() == [[3.0, 30.0]]
+
+
+@pytest.mark.parametrize("update", ["after", "before"])
+def test_update_says_whether_this_visit_is_in_kappa(update):
+    rank = TrajectoryRankingLoss(4, 1, rescale=None, update=update)
+    twin, index = LossTrajectory(4, 1), torch.arange(4)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        weights, losses = torch.rand(2, 1, 4, generator=generator, dtype=torch.float64)
+        if update == "before":
+            twin.record(losses, index)
+        expected = ranking_loss(weights, twin.kappa(index, None))
+        if update == "after":
+            twin.record(losses, index)
+        torch.testing.assert_close(rank(weights, losses, index), expected)
+        assert torch.equal(rank.trajectory.history, twin.history)
+    before = rank.trajectory.history.clone()
+    rank.eval()(weights, losses, index)
+    assert torch.equal(rank.trajectory.history, before)  # nothing is learned in evaluation
+
+
+@pytest.mark.parametrize("update", ["after", "before"])
+@pytest.mark.parametrize("sampling_count", [None, 2])
+def test_the_objective_updates_as_the_ranking_loss_does(update, sampling_count):
+    fusion = QualityAwareFusion(2)
+    options = {"rescale": None, "sampling_count": sampling_count, "update": update}
+    criterion = QMFLoss(fusion, 6, 0.5, **options)
+    rank, index = TrajectoryRankingLoss(6, 2, **options), torch.arange(6)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        x = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        target = torch.randint(3, (6,), generator=generator)
+        losses = torch.stack([F.cross_entropy(each, target, reduction="none") for each in x])
+        out, weighed = criterion(x, target, index), fusion(x)
+        ranking = rank(weighed.weights, losses, index)
+        torch.testing.assert_close(out.ranking_loss, ranking)
+        plain = F.cross_entropy(weighed.logits, target) + losses.mean(1).sum()
+        whole = plain + 0.5 * ranking
+        torch.testing.assert_close(out.loss, whole)
+        ours, theirs = (torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (out.loss, whole))
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(criterion.ranking.trajectory.history, rank.trajectory.history)
+    assert criterion.ranking.trajectory.count.max() == (sampling_count or 4)

@@ -21,7 +21,12 @@ def evaluate(
         "gaussian,salt-pepper"
     ),
     levels: Annotated[str, typer.Option(help="Epsilons, with commas.")] = "0,5,10",
-    protocol: Annotated[str, typer.Option(help="clean, or released: the published code, faults included.")] = "clean",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="released-2023: the code that made the paper's tables, faults included; released-2025; clean."
+        ),
+    ] = "released-2023",
     output: Annotated[
         Path | None, typer.Option(help="Folder for results. [default: evaluation in the first RUN]")
     ] = None,
@@ -34,10 +39,12 @@ def evaluate(
     """Test trained runs on clean and corrupted data, and print the paper's tables with its figures beside ours."""
     require_extras((*PACKAGES, "matplotlib"))
     kinds, epsilons = _kinds(noise), _levels(levels)
-    from ..corruption.conditions import PROTOCOLS
+    from ..corruption.conditions import named_protocol
 
-    if protocol not in PROTOCOLS:
-        raise CommandError(f"--protocol must be clean or released, got {protocol!r}")
+    try:
+        protocol = named_protocol(protocol)
+    except ValueError as error:
+        raise CommandError(f"--{error}") from error
     missing = [str(run) for run in runs if not run.is_dir()]
     if missing:
         raise CommandError(f"no folder {', '.join(missing)}")
@@ -51,7 +58,7 @@ def evaluate(
     with disk_errors():
         tested = evaluate_runs(found, plan, data_root, device, batch_size, workers, typer.echo)
         write_report(tested, plan, target)
-    typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png")
+    typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png, gaps.png, correlations.png")
 
 
 def _kinds(text: str) -> tuple[str, ...]:

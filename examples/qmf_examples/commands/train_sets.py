@@ -1,6 +1,5 @@
 """The commands `train nyud2`, `sunrgbd`, `food101`, `mvsa`; ``attach(train)`` adds them to the typer app of `train`."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +25,8 @@ def attach(train: typer.Typer) -> None:
     for name, title in HELP.items():
         methods = ", ".join(METHODS[name])
         about = (
-            f"Methods: {methods}; all; ablation (Table 2: {', '.join(ABLATION)}). Defaults are the released settings."
+            f"Methods: {methods}; all; ablation (Table 2: {', '.join(ABLATION)}). "
+            "Defaults are the paper's settings, and where it has none, the released code's."
         )
         train.command(name, help=f"{title}\n\n{about}")(train_set)
 
@@ -71,7 +71,18 @@ def train_set(
     warmup: Annotated[float | None, typer.Option(help="Share of all steps over which the rate rises.")] = None,
     plateau_factor: Annotated[float | None, typer.Option(help="The rate's, on a plateau.")] = None,
     plateau_patience: Annotated[int | None, typer.Option(help="Epochs that make a plateau.")] = None,
+    joint_width: Annotated[
+        int | None, typer.Option(help="Features of each modality for concat and align; 0 for the encoders' own.")
+    ] = None,
     ranking_weight: Annotated[float | None, typer.Option(help="Lambda of Eq. 18, for qmf.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of Eq. 9, below 0. [default: -0.1, the energy's]")] = None,
+    beta: Annotated[float | None, typer.Option(help="Of Eq. 9, at least 0. [default: 0, the energy's]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the energy, Eq. 13.")] = None,
+    start_epoch: Annotated[int | None, typer.Option(help="T_s of Eq. 14.")] = None,
+    sampling_count: Annotated[int | None, typer.Option(help="T of Eq. 14. [default: every visit]")] = None,
+    update: Annotated[
+        str | None, typer.Option(help="Losses enter Eq. 14 before they are ranked (Algorithm 1), or after.")
+    ] = None,
     form: Annotated[str | None, typer.Option(help="The ranking's: paper, margin or released.")] = None,
     pairs: Annotated[str | None, typer.Option(help="The ranking's: adjacent or all.")] = None,
     detach_weights: Annotated[
@@ -93,20 +104,20 @@ def train_set(
         _first(seeds, file.pop("seeds", None), 1 if quick else PAPER_SEEDS[data_set]),
         _first(method, file.pop("method", None), "qmf"),
     )
-    base = resolve(
-        data_set,
+    layers = (
         QUICK if quick else {},
         {"data_root": ""},
         file,
         {**given, "method": None, "seed": None, "data_root": None if data_root is None else str(data_root)},
     )
+    base = resolve(data_set, *layers)
     if not base.data_root:
         from ..data.catalogue import DATA_SETS, how_to_obtain
 
         raise CommandError(f"--data-root: must name the data set's folder. {how_to_obtain(DATA_SETS[data_set])}")
-    base = dataclasses.replace(base, **_absolute(base))
-    methods = choose_methods(data_set, chosen)
-    plan = [resolve(data_set, _as_layer(base), {"method": m, "seed": s}) for m in methods for s in _seeds(first, count)]
+    methods, seeds_of_each = choose_methods(data_set, chosen), _seeds(first, count)
+    own = [{**_absolute(base), "method": m, "seed": s} for m in methods for s in seeds_of_each]
+    plan = [resolve(data_set, *layers, run) for run in own]
     folder = output if output is not None else Path("runs") / data_set
     prepare_output(folder)
     with disk_errors(), resumable("run it again with --resume to go on"):
@@ -129,10 +140,6 @@ def _seeds(first: Any, count: Any) -> range:
     if type(first) is not int or type(count) is not int or count < 1:
         raise CommandError(f"seed and seeds must be whole numbers, seeds at least 1, got {first!r} and {count!r}")
     return range(first, first + count)
-
-
-def _as_layer(settings: Settings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
 
 
 def choose_methods(data_set: str, given: Any) -> tuple[str, ...]:

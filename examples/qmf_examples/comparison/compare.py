@@ -73,15 +73,14 @@ def checkpoint_path(folder: Path, seed: int, training: Training) -> Path:
 def score(learner: Learner, training: Training, table: Table, data: Prepared, seed: int) -> list[Score]:
     """Every method that uses these heads, under every condition."""
     methods = [method for method in table.methods if table.training(method) == training]
-    seen, labels = learner(data.train), data.test_labels
-    scores, best = [], 0
+    labels, scores, best = data.test_labels, [], 0
     for number, test in enumerate(data.tests):
         answer = learner(test.views)
         losses = torch.stack([F.cross_entropy(x, labels, reduction="none") for x in answer.unimodal_logits])
         if number == 0:
             hits = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
             best = hits.index(max(hits))
-        given = Frozen(learner, answer, test.corrupted, seen, data.train_labels, best)
+        given = Frozen(learner, answer, test.corrupted, best)
         for method in methods:
             fused = method.answer(given)
             right = fused.scores.argmax(-1) == labels
@@ -94,6 +93,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
                     seed,
                     right.double().mean().item(),
                     None if fused.weights is None else correlation(fused.weights, losses),
+                    right.to(torch.uint8).cpu().numpy().tobytes(),
                     calibration_error(probabilities, labels),
                     risk_coverage_area(probabilities.amax(-1), right),
                     None if fused.weights is None else damage_detection(fused.weights, test.corrupted),

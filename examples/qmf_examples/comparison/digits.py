@@ -45,7 +45,7 @@ def run_and_report(config: Config, output: Path, resume: bool = False) -> list[R
         scores = run_digits(config, checkpoints, resume, progress=progress)
 
     rows = summarise(scores)
-    verdicts = judge(rows, TABLE.methods)
+    verdicts = judge(scores, TABLE.methods)
     write_results(output / "results.json", config.describe(), rows, [verdict.sentence() for verdict in verdicts])
     units = {kind: corruption.unit for kind, corruption in CORRUPTIONS.items()}
     title = f"Digits, {len(VIEWS)} views, half of them damaged per test image ({len(config.seeds)} seeds)"

@@ -18,6 +18,8 @@ from ..models.methods import Parts, Training
 from ..processes import place
 from .prepared import Prepared
 
+ANNEALED_BY = 0.1
+"""The share of the training after which evidential losses are whole: 50 of 500 epochs in TMC's and RCML's code."""
 Report = Callable[[int, str, int], None]
 """Called with a seed, a training's name and the number of epochs that it has finished."""
 
@@ -141,8 +143,7 @@ def train_heads(
             copies, index = which[index].to(device), index.to(device)
             optimizer.zero_grad()
             given = answer(data.batch(index, copies))
-            # Evidential losses take their second half of the training whole.
-            loss = learner.loss(given, labels[index], index, annealing=min(1.0, step / (0.5 * last)))
+            loss = learner.loss(given, labels[index], index, annealing=min(1.0, step / (ANNEALED_BY * last)))
             loss.backward()
             optimizer.step()
             step += 1

@@ -1,45 +1,47 @@
-"""One rule against every other, seed by seed: is the difference more than the seeds' luck?"""
+"""One rule against every other: is the difference more than the luck of seeds and test samples?"""
 
-import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from ..corruption.conditions import Condition
+from ..evaluation.paired_difference import TIE, Array, Difference, difference, right_less_right
 from ..models.methods import Method
 from .figures import Scores
-from .results import Score, summarise
-from .verdicts import Verdict
+from .results import Score
 
-LEVEL = 0.95
 ALL = "all sets"
 
 
 class Paired(NamedTuple):
-    """A rule less another, on one set or the mean of all: mean accuracy over conditions, in points."""
+    """A rule less another, on one set or the mean of all: mean accuracy over conditions."""
 
     rule: str
     other: str
     on: str
-    difference: float
-    """The mean over seeds, each of which has the same data, order of batches and damage for both."""
-    low: float | None
-    """Of the interval at ``LEVEL`` by Student's t over seeds; None for a single seed."""
-    high: float | None
+    difference: Difference
+    """Each seed has the same data, order of batches and damage for both."""
     seeds_won: int
     seeds: int
     conditions_won: int
     conditions_lost: int
-    """By means over seeds; closer than 0.05 points is neither."""
+    """Those with a verdict of their own; the others are not distinguishable."""
 
     @property
     def verdict(self) -> str:
-        """``"better"`` or ``"worse"`` where the interval says so, and else ``"tie"``."""
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
-            return "tie"
-        return "better" if self.low > 0 else "worse"
+        return self.difference.verdict
 
     def cell(self) -> str:
-        interval = "" if self.low is None else f" [{self.low:+.1f}, {self.high:+.1f}]"
-        return f"{self.difference:+.1f}{interval} {self.conditions_won}:{self.conditions_lost}"
+        mark = f"{TIE} " if self.verdict == "tie" else ""
+        gap = self.difference
+        return f"{mark}{gap.points:+.1f} {gap.interval()} {self.conditions_won}:{self.conditions_lost}"
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON takes it."""
+        rest = {name: value for name, value in self._asdict().items() if name != "difference"}
+        gap = self.difference
+        return {**rest, "difference": gap.points, "low": gap.low, "high": gap.high, "verdict": self.verdict}
 
 
 def compare_pairs(results: Scores, rule: str, methods: Sequence[Method]) -> list[Paired]:
@@ -48,28 +50,35 @@ def compare_pairs(results: Scores, rule: str, methods: Sequence[Method]) -> list
     for method in methods:
         if method.label == rule:
             continue
-        of_set = {name: _differences(scores, rule, method.label) for name, scores in results.items()}
-        if len(of_set) > 1:
-            of_set[ALL] = [statistics.fmean(seed) for seed in zip(*of_set.values(), strict=True)]
-        for name, differences in of_set.items():
-            scores = [s for each, every in results.items() if name in (each, ALL) for s in every]
-            verdict = _over_conditions(scores, rule, method.label)
-            low, high = interval(differences)
-            pairs.append(
-                Paired(
-                    rule,
-                    method.label,
-                    name,
-                    statistics.fmean(differences),
-                    low,
-                    high,
-                    sum(d > 0 for d in differences),
-                    len(differences),
-                    len(verdict.wins),
-                    len(verdict.losses),
-                )
-            )
+        found = {name: differences(scores, rule, method.label) for name, scores in results.items()}
+        over = {name: [of_set] for name, of_set in found.items()}
+        if len(found) > 1:
+            over[ALL] = list(found.values())
+        pairs += [_pair(rule, method.label, name, sets) for name, sets in over.items()]
     return pairs
+
+
+def _pair(rule: str, other: str, on: str, sets: Sequence[dict[Condition, Array]]) -> Paired:
+    means = [np.mean(list(of_set.values()), axis=0) for of_set in sets]
+    by_seed = np.mean([mean.mean(1) for mean in means], axis=0)
+    verdicts = [difference([of_set[condition] for of_set in sets]).verdict for condition in sets[0]]
+    won = int((by_seed > 0).sum())
+    return Paired(
+        rule, other, on, difference(means), won, len(by_seed), verdicts.count("better"), verdicts.count("worse")
+    )
+
+
+def differences(scores: Sequence[Score], rule: str, other: str) -> dict[Condition, Array]:
+    """By condition ``[seeds, samples]``: what ``rule`` gets right less what ``other`` does."""
+    answers: dict[tuple[str, Condition], dict[int, bytes]] = {}
+    for score in scores:
+        answers.setdefault((score.method, score.under), {})[score.seed] = score.right
+    found = {}
+    for (method, condition), ours in answers.items():
+        if method == rule:
+            theirs = answers[other, condition]
+            found[condition] = right_less_right(list(ours.values()), [theirs[seed] for seed in ours])
+    return found
 
 
 def best_rivals(pairs: Sequence[Paired], methods: Sequence[Method]) -> list[Paired]:
@@ -77,44 +86,6 @@ def best_rivals(pairs: Sequence[Paired], methods: Sequence[Method]) -> list[Pair
     rivals = {method.label for method in methods if method.role not in ("oracle", "variant")}
     best: dict[str, Paired] = {}
     for pair in pairs:
-        if pair.other in rivals and (pair.on not in best or pair.difference < best[pair.on].difference):
+        if pair.other in rivals and (pair.on not in best or pair.difference.points < best[pair.on].difference.points):
             best[pair.on] = pair
     return list(best.values())
-
-
-def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | tuple[None, None]:
-    """Student's t interval of the mean; None for a single value.
-
-    Example:
-        >>> low, high = interval([1.0, 2.0, 3.0])
-        >>> round(low, 2), round(high, 2)
-        (-0.48, 4.48)
-    """
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None, None
-    mean = statistics.fmean(values)
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean - half, mean + half
-
-
-def _differences(scores: Sequence[Score], rule: str, other: str) -> list[float]:
-    """By seed."""
-    means = [
-        {
-            seed: statistics.fmean(s.accuracy for s in scores if s.method == name and s.seed == seed)
-            for seed in sorted({s.seed for s in scores})
-        }
-        for name in (rule, other)
-    ]
-    return [100 * (means[0][seed] - means[1][seed]) for seed in means[0]]
-
-
-def _over_conditions(scores: Sequence[Score], rule: str, other: str) -> Verdict:
-    """As the other comparison's verdicts are; of several sets, by their mean."""
-    mean = {
-        name: {row.under: row.mean for row in summarise([s for s in scores if s.method == name])}
-        for name in (rule, other)
-    }
-    return Verdict(rule, other, {c: value - mean[other][c] for c, value in mean[rule].items()})

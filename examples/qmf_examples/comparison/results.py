@@ -22,6 +22,8 @@ class Score(NamedTuple):
     """In [0, 1]."""
     correlation: float | None
     """Of weight and loss; None where the weights do not vary."""
+    right: bytes
+    """Whether each test sample's answer is right, a byte of 1 or 0, for paired tests."""
     ece: float | None = None
     """Expected calibration error of the fused probabilities, in [0, 1]."""
     aurc: float | None = None
@@ -32,6 +34,10 @@ class Score(NamedTuple):
     @property
     def under(self) -> Condition:
         return Condition(self.condition, self.level)
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON takes it: all but the single answers."""
+        return {name: value for name, value in self._asdict().items() if name != "right"}
 
 
 class Row(NamedTuple):

@@ -12,13 +12,14 @@ from ..corruption.conditions import CLEAN, FEATURES, UNSEEN
 from ..data.feature_files import FeatureFile
 from ..data.multiview import MultiView
 from ..evaluation.display import console
+from ..evaluation.paired_difference import TEST, TIE
 from ..files import write_atomically
 from ..models.methods import RECOMMENDED, Method, Table
 from ..models.methods import ROBUSTNESS as TABLE
 from .compare import compare
 from .figures import Line, tabulate
 from .heads import Config
-from .paired import LEVEL, Paired, best_rivals, compare_pairs
+from .paired import Paired, best_rivals, compare_pairs
 from .prepared import ROBUSTNESS as PROTOCOL
 from .prepared import prepare, prepare_file
 from .progress import progress_bars
@@ -112,8 +113,8 @@ def run_and_report(
         },
         "sets": [_describe(data) for data in sets],
         "tables": {name: [line.to_dict() for line in lines] for name, lines in tables.items()},
-        "pairs": {name: [{**p._asdict(), "verdict": p.verdict} for p in every] for name, every in pairs.items()},
-        "scores": {name: [score._asdict() for score in scores] for name, scores in results.items()},
+        "pairs": {name: [pair.to_dict() for pair in every] for name, every in pairs.items()},
+        "scores": {name: [score.to_dict() for score in scores] for name, scores in results.items()},
     }
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_atomically(output / "robustness.json", lambda file: file.write(text.encode()))
@@ -141,7 +142,7 @@ def _print(
         for measure in MEASURES:
             shown.print(sets_table(lines, measure))
     shown.print(correlation_table(lines, methods, f"Correlation of weight and loss (Eq. 6 wants 0 or less): {title}"))
-    what = f"difference of mean accuracy in points [{LEVEL:.0%} interval over seeds], conditions won:lost"
+    what = f"points of mean accuracy [{TEST}; {TIE} not distinguishable], conditions won:lost"
     shown.print(pairs_table(pairs, f"{RECOMMENDED} against each other rule, {what}: {title}"))
     for pair in best_rivals(pairs, methods):
         shown.print(best_rival_sentence(pair), soft_wrap=True)

@@ -61,10 +61,13 @@ def pairs_table(pairs: Sequence[Paired], title: str) -> Table:
 
 def best_rival_sentence(pair: Paired) -> str:
     """What a target of so many points above the best other rule is read off from."""
-    tested = "one seed, no test" if pair.low is None else f"[{pair.low:+.1f}, {pair.high:+.1f}], {pair.verdict}"
+    verdict = "not distinguishable" if pair.verdict == "tie" else pair.verdict
+    tested = (
+        f"{pair.difference.interval()}, {verdict}{', one seed: over test samples alone' if pair.seeds == 1 else ''}"
+    )
     return (
-        f"On {pair.on}: {pair.difference:+.1f} points against the best other rule, {pair.other} ({tested}); ahead in "
-        f"{pair.seeds_won} of {pair.seeds} seeds, better under {pair.conditions_won} conditions, worse under "
+        f"On {pair.on}: {pair.difference.points:+.1f} points against the best other rule, {pair.other} ({tested}); "
+        f"ahead in {pair.seeds_won} of {pair.seeds} seeds, better under {pair.conditions_won} conditions, worse under "
         f"{pair.conditions_lost}."
     )
 

@@ -8,9 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation.display import bare_table
+from ..evaluation.paired_difference import TEST, TIE
 from ..evaluation.statistics import mean_or_none, over_seeds
 from .results import Row
-from .verdicts import TIE, Verdict, in_words
+from .verdicts import Verdict, in_words
 
 Grouped = dict[str, dict[str, list[Row]]]
 
@@ -61,17 +62,13 @@ def verdict_tables(verdicts: Sequence[Verdict]) -> list[Table]:
     tables = []
     for average in dict.fromkeys(verdict.average for verdict in verdicts):
         against = [verdict for verdict in verdicts if verdict.average == average]
-        table = bare_table(f"Against the plain {average}, in points of mean accuracy")
+        table = bare_table(f"Against the plain {average}, in points of mean accuracy; {TIE} not distinguishable")
         table.add_column("method")
-        conditions = list(dict.fromkeys(condition for condition, _ in against[0].gaps))
-        for condition in conditions:
-            table.add_column(condition, justify="right")
+        for kind in against[0].kinds:
+            table.add_column(kind, justify="right")
         table.add_column("lost", justify="right")
         for verdict in against:
-            cells = []
-            for condition in conditions:
-                gap = statistics.fmean(gap for (name, _), gap in verdict.gaps.items() if name == condition)
-                cells.append(Text(in_words(gap), style="red" if gap <= -TIE else ""))
+            cells = [Text(in_words(x), style="red" if x.verdict == "worse" else "") for x in verdict.kinds.values()]
             table.add_row(verdict.method, *cells, f"{len(verdict.losses)} of {len(verdict.gaps)}")
         tables.append(table)
     return tables
@@ -98,6 +95,7 @@ def report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Group:
         *verdict_tables(verdicts),
         correlation_table(rows),
         Text(
+            f"Wins and losses: {TEST}. "
             "Columns with several levels show the mean over them; 'lost' counts levels, clean included; results.json "
             "has every level's row. All heads see clean images in training, for a fixed number of epochs; nothing is "
             "selected. Single views, plain averages and the oracle share heads trained with the sum of unimodal "

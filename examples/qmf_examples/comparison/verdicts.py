@@ -3,66 +3,76 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..corruption.conditions import Condition
-from ..models.methods import Method
-from .results import Row
+import numpy as np
 
-TIE = 5e-4
-"""Means closer than this, 0.05 points, are said to tie: the tables would show them alike."""
+from ..corruption.conditions import Condition
+from ..evaluation.paired_difference import TIE, Difference, difference
+from ..models.methods import Method
+from .paired import differences
+from .results import Score
 
 
 class Verdict(NamedTuple):
-    """One fusion against one plain average, by mean accuracy over seeds."""
+    """One fusion against one plain average; below 0 the fusion loses."""
 
     method: str
     average: str
-    gaps: dict[Condition, float]
-    """By condition and level: the fusion's mean less the average's; below 0 the fusion loses."""
+    gaps: dict[Condition, Difference]
+    """By condition and level."""
+    kinds: dict[str, Difference]
+    """By kind of damage, its levels averaged."""
 
     @property
-    def losses(self) -> dict[Condition, float]:
-        return {condition: gap for condition, gap in self.gaps.items() if gap <= -TIE}
+    def losses(self) -> dict[Condition, Difference]:
+        return {condition: gap for condition, gap in self.gaps.items() if gap.verdict == "worse"}
 
     @property
-    def wins(self) -> dict[Condition, float]:
-        return {condition: gap for condition, gap in self.gaps.items() if gap >= TIE}
+    def wins(self) -> dict[Condition, Difference]:
+        return {condition: gap for condition, gap in self.gaps.items() if gap.verdict == "better"}
 
     def sentence(self) -> str:
         """Where the fusion loses, and by how many points."""
         wins, ties = len(self.wins), len(self.gaps) - len(self.wins) - len(self.losses)
         if self.losses:
-            where = ", ".join(f"{condition.name} {100 * gap:+.1f}" for condition, gap in self.losses.items())
+            where = ", ".join(f"{condition.name} {gap.points:+.1f}" for condition, gap in self.losses.items())
             said = f"loses to {self.average} under {len(self.losses)} of {len(self.gaps)} conditions ({where} points)"
         else:
             said = f"loses to {self.average} nowhere"
-        return f"{self.method} {said}; wins {wins}, ties {ties}."
+        return f"{self.method} {said}; wins {wins}, not distinguishable {ties}."
 
 
-def in_words(gap: float) -> str:
-    """``"loses 1.5"``, ``"wins 0.2"`` or ``"ties"``, in points."""
-    if abs(gap) < TIE:
-        return "ties"
-    return f"{'wins' if gap > 0 else 'loses'} {100 * abs(gap):.1f}"
+def in_words(gap: Difference) -> str:
+    """``"loses 1.5"``, ``"wins 0.2"``, or the points behind the mark of what is not distinguishable.
+
+    Example:
+        >>> in_words(Difference(-1.5, -2.0, -1.0)), in_words(Difference(0.2, -0.1, 0.5))
+        ('loses 1.5', '≈ +0.2')
+    """
+    if gap.verdict == "tie":
+        return f"{TIE} {gap.points:+.1f}"
+    return f"{'wins' if gap.verdict == 'better' else 'loses'} {abs(gap.points):.1f}"
 
 
-def judge(rows: Sequence[Row], methods: Sequence[Method]) -> list[Verdict]:
+def judge(scores: Sequence[Score], methods: Sequence[Method]) -> list[Verdict]:
     """A verdict for each fusion and plain average.
 
     Example:
         >>> methods = [Method("mean", role="average"), Method("QMF")]
-        >>> seeds = ((0,), (0.9,), (None,))
-        >>> rows = [Row("mean", "clean", 0.0, 0.9, None, 0.9, None, *seeds)]
-        >>> rows += [Row("QMF", "clean", 0.0, 0.875, None, 0.875, None, *seeds)]
-        >>> [verdict] = judge(rows, methods)
+        >>> scores = [Score("mean", "clean", 0.0, 0, 0.9, None, bytes([1] * 90 + [0] * 10))]
+        >>> scores += [Score("QMF", "clean", 0.0, 0, 0.8, None, bytes([1] * 80 + [0] * 20))]
+        >>> [verdict] = judge(scores, methods)
         >>> verdict.sentence()
-        'QMF loses to mean under 1 of 1 conditions (clean -2.5 points); wins 0, ties 0.'
+        'QMF loses to mean under 1 of 1 conditions (clean -10.0 points); wins 0, not distinguishable 0.'
     """
-    mean = {(row.method, row.under): row.mean for row in rows}
-    conditions = list(dict.fromkeys(row.under for row in rows))
     fusions = [method.label for method in methods if method.role == "fusion"]
     averages = [method.label for method in methods if method.role == "average"]
-    return [
-        Verdict(fusion, average, {c: mean[fusion, c] - mean[average, c] for c in conditions})
-        for fusion in fusions
-        for average in averages
-    ]
+    verdicts = []
+    for fusion in fusions:
+        for average in averages:
+            found = differences(scores, fusion, average)
+            kinds = {
+                kind: difference([np.mean([x for c, x in found.items() if c.kind == kind], axis=0)])
+                for kind in dict.fromkeys(condition.kind for condition in found)
+            }
+            verdicts.append(Verdict(fusion, average, {c: difference([x]) for c, x in found.items()}, kinds))
+    return verdicts

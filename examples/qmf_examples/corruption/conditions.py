@@ -44,9 +44,30 @@ VIEW_COPIES = (CLEAN, *(Condition(kind, level) for kind, damage in CORRUPTIONS.i
 
 PAPER_KINDS = ("gaussian", "salt-pepper")
 """What half of the paper's images and texts suffer (``images``, ``texts``), at levels called epsilon."""
-PROTOCOLS = ("released", "clean")
+TABLES_PROTOCOL = "released-2023"
+"""What made the paper's tables: the published code as it was until June 2025."""
+CERTAIN_AT = {TABLES_PROTOCOL: 10.0, "released-2025": 100.0}
+"""The released protocols, by their one difference: from which epsilon on salt-and-pepper is sure to take place in an
+image that the coin has chosen. Gaussian noise and blanked words are the same numbers in every version of the code."""
+PROTOCOLS = (*CERTAIN_AT, "clean")
 HALF = 0.5
 """How likely an image or a text is damaged."""
+
+
+def named_protocol(name: str) -> str:
+    """One of ``PROTOCOLS``; ``"released"`` is the one that made the tables.
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> named_protocol("released")
+        'released-2023'
+    """
+    full = TABLES_PROTOCOL if name == "released" else name
+    if full not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+    return full
 
 
 def paper_conditions(kinds: Sequence[str], levels: Sequence[float]) -> list[Condition]:

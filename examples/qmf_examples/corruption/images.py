@@ -1,7 +1,8 @@
 """The image corruptions of the paper's Tables 1, 5 and 6, on PIL images as they come out of the resizing.
 
-``protocol="released"`` repeats the published code, its faults included: see ``ReleasedStreams``, ``wrapped`` and
-``RELEASED_DENSITY``. ``protocol="clean"`` clips, and draws from a generator of its own for every sample and modality.
+``protocol="released-2023"`` and ``"released-2025"`` repeat the published code, its faults included: see
+``ReleasedStreams``, ``wrapped`` and ``RELEASED_DENSITY``. They differ in salt-and-pepper alone, and the first made the
+tables: see ``CERTAIN_AT``. ``"clean"`` clips, and draws from a generator of its own for every sample and modality.
 Either way an image is corrupted with probability one half, each of a pair on its own.
 """
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .conditions import HALF, PAPER_KINDS, PROTOCOLS
+from .conditions import CERTAIN_AT, HALF, PAPER_KINDS, named_protocol
 from .released_streams import ReleasedStreams
 
 NOISE_PER_LEVEL = {"nyud2": 1.0, "sunrgbd": 1.0, "food101": 10.0, "mvsa": 10.0}
@@ -21,8 +22,9 @@ The RGB-D script passes epsilon itself as the "variance", the text-image one ten
 standard deviation. The clean protocol keeps these strengths, so that its figures stand beside the published ones.
 """
 RELEASED_DENSITY = 0.1
-"""The share of pixels that the released salt-and-pepper replaces at every epsilon: there epsilon is the probability, in
-percent, that a chosen image gets any. The clean protocol replaces epsilon percent of the pixels of a chosen image."""
+"""The share of pixels that the released salt-and-pepper replaces at every epsilon: there epsilon decides with which
+probability a chosen image gets any, ``epsilon / CERTAIN_AT``. The clean protocol replaces epsilon percent of the pixels
+of every chosen image."""
 
 Pixels = NDArray[np.uint8]
 
@@ -34,7 +36,7 @@ class ImageCorruption:
         kind: "gaussian" or "salt-pepper".
         level: epsilon, not negative; 0 leaves every image as it is.
         data_set: "nyud2", "sunrgbd", "food101" or "mvsa": whose noise strength.
-        protocol: "clean" or "released".
+        protocol: "clean", "released-2023" (also called "released") or "released-2025".
         seed: of the whole test set's damage.
         streams: the released protocol's generators, to share with ``TextCorruption``; made from the seed where None.
 
@@ -61,7 +63,6 @@ class ImageCorruption:
         for name, value, known in (
             ("kind", kind, PAPER_KINDS),
             ("data_set", data_set, tuple(NOISE_PER_LEVEL)),
-            ("protocol", protocol, PROTOCOLS),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
@@ -69,7 +70,7 @@ class ImageCorruption:
             raise ValueError(f"level must be a number of at least 0, got {level!r}")
         if kind == "salt-pepper" and level > 100:
             raise ValueError(f"level must be at most 100, a percentage, for salt-pepper, got {level!r}")
-        self.kind, self.level, self.protocol, self.seed = kind, float(level), protocol, seed
+        self.kind, self.level, self.protocol, self.seed = kind, float(level), named_protocol(protocol), seed
         self.sigma = NOISE_PER_LEVEL[data_set] * self.level
         self.streams = streams if streams is not None else ReleasedStreams(seed)
 
@@ -77,7 +78,7 @@ class ImageCorruption:
         if self.level == 0:
             return image
         pixels = np.asarray(image.convert("RGB"))
-        damaged = self._released(pixels) if self.protocol == "released" else self._clean(pixels, index, modality)
+        damaged = self._clean(pixels, index, modality) if self.protocol == "clean" else self._released(pixels)
         return image if damaged is None else Image.fromarray(damaged)
 
     def _clean(self, pixels: Pixels, index: int, modality: str) -> Pixels | None:
@@ -100,7 +101,7 @@ class ImageCorruption:
         if self.kind == "gaussian":
             self.streams.numpy.seed(0)
             return wrapped(pixels + self.streams.numpy.normal(0.0, self.sigma, shape))
-        if not self.streams.python.uniform(0, 1) < self.level / 100:
+        if not self.streams.python.uniform(0, 1) < self.level / CERTAIN_AT[self.protocol]:
             return None
         half = RELEASED_DENSITY / 2
         mask = self.streams.numpy.choice((0, 1, 2), size=shape, p=[half, half, 1 - RELEASED_DENSITY])

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .conditions import HALF, PROTOCOLS
+from .conditions import HALF, named_protocol
 from .released_streams import ReleasedStreams
 
 BLANK = "_"
@@ -16,8 +16,8 @@ class TextCorruption:
 
     Args:
         level: epsilon, from 0 to 10.
-        protocol: "clean" draws from a generator of its own for every sample; "released" repeats the published code,
-            whose generator the Gaussian image noise seeds anew.
+        protocol: "clean" draws from a generator of its own for every sample; "released-2023" (also called "released")
+            and "released-2025" repeat the published code, whose generator the Gaussian image noise seeds anew.
         seed: of the whole test set's damage.
         streams: the released protocol's generators, to share with ``ImageCorruption``; made from the seed where None.
 
@@ -33,11 +33,9 @@ class TextCorruption:
     def __init__(
         self, level: float, *, protocol: str = "clean", seed: int = 0, streams: ReleasedStreams | None = None
     ) -> None:
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be 'released' or 'clean', got {protocol!r}")
         if not (math.isfinite(level) and 0 <= level <= 10):
             raise ValueError(f"level must be from 0 to 10 (a word goes with probability 0.1 * level), got {level!r}")
-        self.level, self.protocol, self.seed = float(level), protocol, seed
+        self.level, self.protocol, self.seed = float(level), named_protocol(protocol), seed
         self.streams = streams if streams is not None else ReleasedStreams(seed)
 
     def __call__(self, text: str, index: int) -> str:
@@ -45,7 +43,7 @@ class TextCorruption:
             return text
         probability = PER_LEVEL * self.level
         words = text.split(" ")
-        if self.protocol == "released":
+        if self.protocol != "clean":
             draws = self.streams.numpy
             if not draws.choice([0, 1], p=[0.5, 0.5]):
                 return text

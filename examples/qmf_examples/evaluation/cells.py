@@ -2,8 +2,9 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .paired_difference import Difference, difference, right_less_right
 from .published import Published, published_accuracy, published_correlation
 from .reliability import effective_robustness, relative_robustness
 from .statistics import mean_or_none, over_seeds
@@ -27,6 +28,15 @@ class Cell(NamedTuple):
     published: Published | None
     """In percent, as printed."""
     published_correlation: float | None
+    behind: Difference | None
+    """This method's accuracy less the best one's under the condition, over the seeds that both have; None of the best
+    itself, and where there is no such seed, or the two were tested on other samples."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        published = None if self.published is None else self.published._asdict()
+        behind = None if self.behind is None else {**self.behind._asdict(), "verdict": self.behind.verdict}
+        return {**self._asdict(), "published": published, "behind": behind}
 
 
 class Robustness(NamedTuple):
@@ -44,6 +54,11 @@ def summarise_runs(tested: Sequence[Tested]) -> list[Cell]:
     groups: dict[tuple[str, str, float], list[Tested]] = {}
     for record in tested:
         groups.setdefault((record.settings.method, *record.condition), []).append(record)
+    best: dict[tuple[str, float], tuple[float, list[Tested]]] = {}
+    for (_, noise, level), group in groups.items():
+        mean = statistics.fmean(record.accuracy for record in group)
+        if mean > best.get((noise, level), (-1.0, []))[0]:
+            best[noise, level] = mean, group
     cells = []
     for (method, noise, level), group in groups.items():
         data_set = group[0].settings.data_set
@@ -61,9 +76,22 @@ def summarise_runs(tested: Sequence[Tested]) -> list[Cell]:
                 mean_or_none([record.correlation for record in group]),
                 published_accuracy(data_set, method, noise, level),
                 published_correlation(data_set, method, level) if noise == "gaussian" else None,
+                _behind(group, best[noise, level][1]),
             )
         )
     return cells
+
+
+def _behind(group: Sequence[Tested], best: Sequence[Tested]) -> Difference | None:
+    theirs = {record.settings.seed: record.right for record in best}
+    ours = {record.settings.seed: record.right for record in group if record.settings.seed in theirs}
+    if (
+        group is best
+        or not ours
+        or {len(right) for right in (*ours.values(), *theirs.values())} != {len(best[0].right)}
+    ):
+        return None
+    return difference([right_less_right(list(ours.values()), [theirs[seed] for seed in ours])])
 
 
 def measure_robustness(cells: Sequence[Cell]) -> list[Robustness]:

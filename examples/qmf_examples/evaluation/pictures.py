@@ -7,6 +7,7 @@ from ..data.catalogue import DATA_SETS
 from ..models.methods import METHODS
 from .cells import Cell
 from .display import COLORS, MARKERS, accuracy_line, accuracy_panels, legend_below, new_figure, save_figure
+from .published import not_comparable
 from .testing import NoisePlan, Tested
 
 POINTS = 2000
@@ -31,7 +32,11 @@ def plot_noise(path: Path, cells: Sequence[Cell], plan: NoisePlan, title: str) -
             color = "#a0a0a0" if METHODS[method].role == "single" else COLORS[n % len(COLORS)]
             levels = [cell.level for cell in line]
             accuracy_line(axis, levels, line, label=method, color=color, marker=MARKERS[n % 7], linewidth=1.4)
-            theirs = [(cell.level, cell.published.mean) for cell in line if cell.published is not None]
+            theirs = [
+                (cell.level, cell.published.mean)
+                for cell in line
+                if cell.published is not None and not_comparable(kind, cell.level, plan.protocol) is None
+            ]
             if theirs:
                 axis.plot(*zip(*theirs, strict=True), color=color, linestyle=":", linewidth=0.9)
         axis.set_xlabel("ε")

@@ -5,6 +5,8 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+from ..corruption.conditions import CERTAIN_AT, TABLES_PROTOCOL
+
 SOURCE = "Zhang et al., Provable Dynamic Fusion for Low-Quality Multimodal Data, ICML 2023"
 NAMES = {"late": "late-fusion", "image": "img", "energy": "weights-only"}
 """What the tables call our methods, where they call them otherwise; weights by energy without the ranking loss are the
@@ -52,7 +54,39 @@ def published_accuracy(data_set: str, method: str, noise: str, level: float) -> 
     return found[0]._replace(worst=worst)
 
 
+def not_comparable(noise: str, level: float, protocol: str) -> str | None:
+    """Why the paper's figure is none to hold ours against; None where it is one.
+
+    Example:
+        >>> not_comparable("salt-pepper", 10, "released-2025")
+        'under released-2025, an image that the coin has chosen gets salt and pepper with probability 0.1 instead of 1'
+        >>> not_comparable("gaussian", 10, "released-2025")
+    """
+    if level == 0 or protocol == TABLES_PROTOCOL:
+        return None
+    if protocol == "clean":
+        return "the clean protocol damages otherwise than the code that made the tables"
+    if noise == "gaussian":
+        return None
+    shares = [min(1, level / CERTAIN_AT[name]) for name in (protocol, TABLES_PROTOCOL)]
+    return (
+        f"under {protocol}, an image that the coin has chosen gets salt and pepper with probability {shares[0]:g} "
+        f"instead of {shares[1]:g}"
+    )
+
+
+CORRELATED = {"tmc": "evidence", "evidence": None}
+"""What Table 3 calls our methods, where otherwise: its "evidence" is TMC's own uncertainty (Dempster-Shafer theory),
+and not the vacuity of heads trained with cross-entropy, which is in none of the tables."""
+
+
 def published_correlation(data_set: str, method: str, level: float) -> float | None:
-    """Table 3's correlation of weight and loss, as printed; None where there is none."""
-    cell = _cells().get(("3", data_set, method, "gaussian+blank", level))
+    """Table 3's correlation of weight and loss, as printed; None where there is none.
+
+    Example:
+        >>> published_correlation("food101", "tmc", 0), published_correlation("food101", "evidence", 0)
+        (0.157, None)
+    """
+    name = CORRELATED.get(method, method)
+    cell = None if name is None else _cells().get(("3", data_set, name, "gaussian+blank", level))
     return None if cell is None else cell.mean

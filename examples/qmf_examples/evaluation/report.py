@@ -12,8 +12,10 @@ from rich.text import Text
 from ..files import write_atomically
 from .cells import Cell, Robustness, measure_robustness, summarise_runs
 from .display import bare_table, console
+from .paired_difference import TEST, TIE
+from .paper_figures import plot_correlations, plot_gaps
 from .pictures import plot_noise, plot_weights
-from .published import SOURCE, Published
+from .published import SOURCE, Published, not_comparable
 from .testing import NoisePlan, Tested
 
 
@@ -50,8 +52,10 @@ def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], plan: NoiseP
                 )
             )
         levels = [f"{level:g}" for level in plan.levels]
-        header = ("method", *(text for level in levels for text in (f"ε = {level}", "paper")))
-        made.append(Sheet(f"{noise}: accuracy in %, mean ± std (worst) over seeds", header, rows))
+        theirs = ["paper" if why is None else "paper, not comparable" for why in _reasons(noise, plan)]
+        columns = [text for level, paper in zip(levels, theirs, strict=True) for text in (f"ε = {level}", paper)]
+        title = f"{noise}: accuracy in %, mean ± std (worst) over seeds; {TIE} not distinguishable from the best"
+        made.append(Sheet(title, ("method", *columns), rows))
         made.append(
             Sheet(
                 f"{noise}: calibration error / area under risk-coverage, in % / correlation of weight and loss "
@@ -63,9 +67,15 @@ def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], plan: NoiseP
     return made
 
 
+def _reasons(noise: str, plan: NoisePlan) -> list[str | None]:
+    """By level, why the paper's figure is none to hold ours against."""
+    return [not_comparable(noise, level, plan.protocol) for level in plan.levels]
+
+
 def _ours(cell: Cell) -> str:
     std = "-" if cell.std is None else f"{100 * cell.std:.2f}"
-    return f"{100 * cell.mean:.2f} ± {std} ({100 * cell.worst:.2f})"
+    mark = f" {TIE}" if cell.behind is not None and cell.behind.verdict == "tie" else ""
+    return f"{100 * cell.mean:.2f} ± {std} ({100 * cell.worst:.2f}){mark}"
 
 
 def _theirs(cell: Published | None) -> str:
@@ -93,6 +103,10 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
         f"Paper: {SOURCE}, Tables 5, 1, 2 (gaussian), 6 (salt-pepper) and 3 (in brackets: "
         "correlations as printed, without a sign; ours are best at -1).",
     ]
+    if len({cell.method for cell in cells}) > 1:
+        said.append(f"Best and not distinguishable: {TEST}.")
+    reasons = dict.fromkeys(why for noise in plan.kinds for why in _reasons(noise, plan) if why is not None)
+    said += [f"Not comparable with the paper: {why}." for why in reasons]
     flattered = sorted({record.settings.method for record in tested if record.settings.selection == "test"})
     if flattered:
         said.append(
@@ -107,7 +121,7 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
 
 
 def write_report(tested: Sequence[Tested], plan: NoisePlan, folder: Path) -> None:
-    """Print the tables, and write results.json, results.md, accuracy.png and weights.png."""
+    """Print the tables, and write results.json, results.md and the pictures."""
     cells = summarise_runs(tested)
     robustness = measure_robustness(cells)
     tables, said = sheets(cells, robustness, plan), notes(tested, cells, plan)
@@ -115,10 +129,7 @@ def write_report(tested: Sequence[Tested], plan: NoisePlan, folder: Path) -> Non
     content: dict[str, Any] = {
         "data_set": tested[0].settings.data_set,
         "conditions": plan._asdict(),
-        "cells": [
-            {**cell._asdict(), "published": None if cell.published is None else cell.published._asdict()}
-            for cell in cells
-        ],
+        "cells": [cell.to_dict() for cell in cells],
         "robustness": [r._asdict() for r in robustness],
         "source_of_published": SOURCE,
         "notes": said,
@@ -129,6 +140,8 @@ def write_report(tested: Sequence[Tested], plan: NoisePlan, folder: Path) -> Non
     write_atomically(folder / "results.md", lambda file: file.write(markdown.encode()))
     plot_noise(folder / "accuracy.png", cells, plan, tested[0].settings.data_set)
     plot_weights(folder / "weights.png", tested, plan)
+    plot_gaps(folder / "gaps.png", cells, plan, tested[0].settings.data_set)
+    plot_correlations(folder / "correlations.png", cells, plan, tested[0].settings.data_set)
 
 
 def _draw(sheet: Sheet) -> Table:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..corruption.conditions import Condition, paper_conditions
+from ..corruption.conditions import TABLES_PROTOCOL, Condition, paper_conditions
 from ..corruption.images import ImageCorruption
 from ..corruption.released_streams import ReleasedStreams
 from ..corruption.texts import TextCorruption
@@ -28,7 +28,7 @@ class NoisePlan(NamedTuple):
 
     kinds: tuple[str, ...]
     levels: tuple[float, ...]
-    protocol: str = "clean"
+    protocol: str = TABLES_PROTOCOL
     seed: int = 0
 
 
@@ -46,6 +46,8 @@ class Tested(NamedTuple):
     weights: Tensor | None
     """``[M, B]``, and the next: for the picture."""
     losses: Tensor | None
+    right: bytes
+    """Whether each sample's answer is right, a byte of 1 or 0, for paired tests."""
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -94,7 +96,7 @@ def evaluate_runs(
         data_root: in place of each run's own.
         device: where to run.
         batch_size: samples at a time; no figure depends on it.
-        workers: loader processes; none under the released protocol, whose random numbers go on from sample to sample.
+        workers: loader processes; none under a released protocol, whose random numbers go on from sample to sample.
         say: told of each run.
     """
     quieten()
@@ -116,7 +118,7 @@ def evaluate_runs(
             loader = DataLoader(
                 damaged,
                 batch_size,
-                num_workers=0 if plan.protocol == "released" else workers,
+                num_workers=workers if plan.protocol == "clean" else 0,
                 collate_fn=module.collate,
             )
             record = _test(learner, loader, settings, condition, device)
@@ -129,7 +131,7 @@ def evaluate_runs(
 
 def _damage(samples: Any, settings: Settings, condition: Condition, plan: NoisePlan) -> Any:
     """The same samples, read and checked once, under a corruption."""
-    streams = ReleasedStreams(plan.seed) if plan.protocol == "released" else None
+    streams = None if plan.protocol == "clean" else ReleasedStreams(plan.seed)
     options: dict[str, Any] = {"protocol": plan.protocol, "seed": plan.seed, "streams": streams}
     damaged = copy.copy(samples)
     try:
@@ -167,6 +169,7 @@ def _test(learner: Learner, loader: Any, settings: Settings, condition: Conditio
         r,
         w,
         x,
+        correct.to(torch.uint8).numpy().tobytes(),
     )
 
 

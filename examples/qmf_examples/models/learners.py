@@ -1,5 +1,6 @@
 """What is trained: networks with an answer and a loss. Rivals with ideas of their own have files of their own."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ class Answer(NamedTuple):
     scores: Tensor
     """``[B, K]``, such that their softmax is the method's probabilities."""
     unimodal_logits: tuple[Tensor, ...] = ()
-    """``[B, K]`` per modality, of methods that decide per modality."""
+    """``[B, K]`` per modality, such that their softmax is its probabilities, of methods that decide per modality."""
     weights: Tensor | None = None
     """``[M, B]``, of methods that weight modalities per sample."""
     features: tuple[Tensor, ...] | None = None
@@ -98,17 +99,25 @@ class Joint(Learner):
         head: from all their features, side by side, to logits.
         alignment: what the cosine distance of two encoders' features counts in the loss (alignment); they must be of
             one width.
+        width: to how many features each encoder's are taken, by a linear layer and ReLU; 0 leaves them.
     """
 
-    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module, alignment: float = 0.0) -> None:
+    def __init__(
+        self, encoders: Mapping[str, nn.Module], head: nn.Module, alignment: float = 0.0, width: int = 0
+    ) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(encoders)
         self.encoders = dict(encoders)
+        widths: dict[str, Any] = {name: encoder.width for name, encoder in encoders.items()} if width else {}
+        self.narrow = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(given, width), nn.ReLU()) for name, given in widths.items()}
+        )
         self.classifier = head
         self.alignment = alignment
 
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
-        features = tuple(give(part, inputs[name]) for name, part in self.parts.items())
+        given = {name: give(part, inputs[name]) for name, part in self.parts.items()}
+        features = tuple(self.narrow[name](x) for name, x in given.items()) if self.narrow else tuple(given.values())
         return Answer(self.classifier(torch.cat(features, 1)), features=features)
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
@@ -149,6 +158,14 @@ class UnimodalHeads(LateFusion):
         return torch.stack([F.cross_entropy(x.float(), target) for x in answer.unimodal_logits]).sum()
 
 
+class AveragedHeads(LateFusion):
+    """The mean of the modalities' probabilities; trained on the sum of its cross-entropy and each modality's own."""
+
+    def forward(self, inputs: Mapping[str, Any]) -> Answer:
+        logits = super().forward(inputs).unimodal_logits
+        return Answer(torch.logsumexp(torch.stack(logits).log_softmax(-1), 0) - math.log(len(logits)), logits)
+
+
 class RankedAverage(LateFusion):
     """Late fusion whose training ranks the weights that QMF would give: Table 2's row of the ranking loss alone.
 
@@ -164,8 +181,9 @@ class RankedAverage(LateFusion):
     ) -> None:
         super().__init__(heads)
         self.fusion = fusion
-        self.ranking_weight = objective["ranking_weight"]
-        self.ranking = TrajectoryRankingLoss(num_samples, len(heads), objective["form"], objective["pairs"])
+        options = dict(objective)
+        self.ranking_weight = options.pop("ranking_weight")
+        self.ranking = TrajectoryRankingLoss(num_samples, len(heads), **options)
 
     def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
         logits = [x.float() for x in answer.unimodal_logits]

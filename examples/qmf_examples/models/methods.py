@@ -1,6 +1,5 @@
 """The one registry of methods: how each is trained, and how it answers. The rows of every table are picked from it."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -10,11 +9,21 @@ from torch import Tensor, nn
 
 from qmf_fusion import QualityAwareFusion
 
-from .evidential import Reliable, Trusted, evidence, opinion
-from .learners import Answer, Head, Joint, LateFusion, Learner, QualityAware, RankedAverage, UnimodalHeads
+from .evidential import Reliable, Trusted
+from .learners import (
+    Answer,
+    AveragedHeads,
+    Head,
+    Joint,
+    LateFusion,
+    Learner,
+    QualityAware,
+    RankedAverage,
+    UnimodalHeads,
+)
 from .mmbt import MMBT
 from .mmtm import MMTMFusion
-from .predicted_confidence import ConfidentHeads, collaborative_belief
+from .predicted_confidence import PredictiveFusion
 
 RECOMMENDED = "robust"
 """The name of the rule to start with, which the bench holds against all others."""
@@ -32,6 +41,19 @@ class Objective:
     form: str = "paper"
     pairs: str = "adjacent"
     detach_weights: bool = False
+    alpha: float | None = None
+    beta: float | None = None
+    """None for both: what ``QualityAwareFusion`` takes for the uncertainty."""
+    temperature: float = 1.0
+    start_epoch: int = 1
+    sampling_count: int | None = None
+    update: str = "after"
+
+    @property
+    def coefficients(self) -> dict[str, Any]:
+        """What of it is the layer's."""
+        names = ("alpha", "beta", "temperature", "detach_weights")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,8 @@ class Parts:
     heads: Callable[[], dict[str, Head]]
     """Makes an encoder with its classifier for each modality."""
     objective: Objective = Objective()
+    joint_width: int = 0
+    """To how many features a modality's are taken before they are joined by concatenation; 0 leaves them."""
     seed: int = 0
     """Of what the method draws in training besides its first weights."""
 
@@ -70,9 +94,6 @@ class Frozen(NamedTuple):
     answer: Answer
     corrupted: Tensor
     """bool ``[V, B]``: which views are corrupted. Only an oracle may look."""
-    train: Answer
-    """To the training set, and its labels."""
-    train_labels: Tensor
     best: int
     """The view that is best on the clean test set: a choice in its own favour."""
 
@@ -128,7 +149,8 @@ def _alone(modality: str, encoder: str | None = None) -> Build:
 def _concatenated(alignment: float = 0.0, text: str = "text") -> Build:
     def build(parts: Parts) -> Learner:
         encoders = {name: parts.encoder(text if name == "text" else name) for name in parts.modalities}
-        return Joint(encoders, parts.classifier(sum(encoder.width for encoder in encoders.values())), alignment)
+        widths = [parts.joint_width or encoder.width for encoder in encoders.values()]
+        return Joint(encoders, parts.classifier(sum(widths)), alignment, parts.joint_width)
 
     return build
 
@@ -148,13 +170,15 @@ def _etmc(parts: Parts) -> Learner:
 
 
 def _ranking_only(parts: Parts) -> Learner:
-    objective = _objective(parts, {})
-    return RankedAverage(parts.heads(), parts.num_samples, objective, QualityAwareFusion(parts.modalities))
+    fusion = QualityAwareFusion(parts.modalities, **parts.objective.coefficients)
+    return RankedAverage(parts.heads(), parts.num_samples, _objective(parts, {}), fusion)
 
 
 def _objective(parts: Parts, options: dict[str, Any]) -> dict[str, Any]:
+    """``QMFLoss``'s options."""
     chosen = replace(parts.objective, **options)
-    return {"ranking_weight": chosen.ranking_weight, "form": chosen.form, "pairs": chosen.pairs}
+    names = ("ranking_weight", "form", "pairs", "start_epoch", "sampling_count", "update")
+    return {name: getattr(chosen, name) for name in names}
 
 
 def _quality_aware(objective: dict[str, Any] | None = None, dropout: float = 0.0, **layer: Any) -> Build:
@@ -162,7 +186,7 @@ def _quality_aware(objective: dict[str, Any] | None = None, dropout: float = 0.0
 
     def build(parts: Parts) -> Learner:
         heads = parts.heads()
-        fusion = QualityAwareFusion(parts.modalities, detach_weights=parts.objective.detach_weights, **layer)
+        fusion = QualityAwareFusion(parts.modalities, **{**parts.objective.coefficients, **layer})
         return QualityAware(heads, parts.num_samples, _objective(parts, objective or {}), fusion, dropout, parts.seed)
 
     return build
@@ -184,7 +208,7 @@ def _robust(dropout: float = DROPOUT, features: bool = True, **switches: Any) ->
 
 _UNRANKED = {"ranking_weight": 0.0}
 UNIMODAL = Training("unimodal", lambda parts: UnimodalHeads(parts.heads()))
-PLAIN = Training("plain", lambda parts: ConfidentHeads(parts.heads()))
+PLAIN = Training("plain", lambda parts: AveragedHeads(parts.heads()))
 NO_RANKING = Training("qmf-no-ranking", _quality_aware(_UNRANKED))
 DROPPED = Training("qmf-no-ranking-dropout", _quality_aware(_UNRANKED, DROPOUT))
 ROBUST = Training("robust", _robust())
@@ -230,28 +254,6 @@ def _layer(**options: Any) -> Callable[[Frozen], Fused]:
     return answer
 
 
-def _calibrated(given: Frozen) -> Fused:
-    assert isinstance(given.learner, QualityAware)
-    fusion = copy.deepcopy(given.learner.model.fusion)
-    fusion.calibrate(given.train.unimodal_logits, given.train_labels, features=given.train.features)
-    out = fusion(given.logits, features=given.answer.features)
-    return Fused(out.logits, out.weights)
-
-
-def belief(given: Frozen) -> Fused:
-    """Evidence as the method combines it, and each view's belief mass for its weight."""
-    assert isinstance(given.learner, Trusted)
-    views = evidence(given.logits)
-    # The logarithm of evidence + 1: its softmax is the Dirichlet's mean.
-    return Fused(torch.log1p(given.learner.fuse(list(views))), 1 - opinion(views)[1])
-
-
-def predicted_confidence(given: Frozen) -> Fused:
-    assert isinstance(given.learner, ConfidentHeads)
-    assert given.answer.features is not None
-    return Fused(*collaborative_belief(given.logits, given.learner.confidences(given.answer.features)))
-
-
 METHODS = {
     method.name: method
     for method in (
@@ -268,8 +270,10 @@ METHODS = {
         Method("concatbow", Training("concatbow", _concatenated(text="bow"))),
         Method("concatbert", Training("concatbert", _concatenated())),
         Method("mmbt", Training("mmbt", _mmbt)),
-        Method("tmc", Training("tmc", lambda parts: Trusted(parts.heads())), belief, title="TMC"),
+        Method("tmc", Training("tmc", lambda parts: Trusted(parts.heads())), title="TMC"),
         Method("etmc", Training("etmc", _etmc)),
+        Method("rcml", Training("rcml", lambda parts: Reliable(parts.heads())), title="RCML"),
+        Method("pdf", Training("pdf", lambda parts: PredictiveFusion(parts.heads())), title="PDF"),
         Method("ranking-only", Training("ranking-only", _ranking_only)),
         Method("qmf", Training("qmf", _quality_aware())),
         Method("robust", ROBUST),
@@ -291,7 +295,6 @@ METHODS = {
         # What modality dropout does for others.
         Method("energy + modality dropout", DROPPED),
         Method("mean of logits + modality dropout", DROPPED, mean_logits, role="average"),
-        Method("RCML", Training("rcml", lambda parts: Reliable(parts.heads())), belief),
         # Rules for heads that others have trained.
         Method("mean of logits", answer=mean_logits, role="average"),
         Method("mean of probabilities", answer=mean_probabilities, role="average"),
@@ -300,8 +303,6 @@ METHODS = {
         Method("entropy, probabilities", answer=_layer(uncertainty="entropy", combine="probabilities")),
         Method("evidence, probabilities", answer=_layer(uncertainty="evidence", combine="probabilities")),
         Method("energy, logits", answer=_layer()),
-        Method("PDF", PLAIN, predicted_confidence),
-        Method("robust, calibrated", ROBUST, _calibrated, role="variant"),
         Method("oracle: clean views only", answer=oracle, role="oracle"),
     )
 }
@@ -330,7 +331,7 @@ _AVERAGES = ("mean of logits", "mean of probabilities")
 _ORACLE = "oracle: clean views only"
 _QMF = ("QMF, paper", "QMF, margin", "QMF, released", "energy of LogitNorm", "robust")
 _PROBABILITIES = ("MSP, probabilities", "entropy, probabilities", "evidence, probabilities")
-_VARIANTS = ("robust, logits alone", "robust, calibrated", "robust, no modality dropout")
+_VARIANTS = ("robust, logits alone", "robust, no modality dropout")
 
 
 def digits_table(views: tuple[str, ...]) -> Table:
@@ -339,7 +340,7 @@ def digits_table(views: tuple[str, ...]) -> Table:
     return Table(UNIMODAL, singles + _pick(*_AVERAGES, "energy", *_QMF, _ORACLE))
 
 
-_RIVALS = ("energy, logits", "tmc", "RCML", "PDF")
+_RIVALS = ("energy, logits", "tmc", "rcml", "pdf")
 _DROPPED = ("mean of logits + modality dropout", "energy + modality dropout")
 ROBUSTNESS = Table(
     PLAIN, _pick(*_AVERAGES, "best single view", *_PROBABILITIES, *_RIVALS, *_DROPPED, *_QMF, *_VARIANTS, _ORACLE)

@@ -1,5 +1,6 @@
 """The networks that a run's method is built from: encoders and classifiers as its settings say."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,13 @@ def build_learner(
         encoders = {name: encoder(name) for name in modalities}
         return {name: Head(network, classify(network.width)) for name, network in encoders.items()}
 
-    objective = Objective(settings.ranking_weight, settings.form, settings.pairs, settings.detach_weights)
+    objective = Objective(**{field.name: getattr(settings, field.name) for field in fields(Objective)})
     training = METHODS[settings.method].training
     assert training is not None
     return training.build(
-        Parts(modalities, num_classes, num_samples, encoder, classify, heads, objective, settings.seed)
+        Parts(
+            *(modalities, num_classes, num_samples, encoder, classify, heads, objective),
+            joint_width=settings.joint_width,
+            seed=settings.seed,
+        )
     )

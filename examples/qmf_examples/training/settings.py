@@ -12,7 +12,7 @@ from ..files import write_atomically
 FILE = "settings.yaml"
 MOST_SEEDS = 2**31
 
-_FUSED = ("tmc", "etmc", "ranking-only", "qmf", "robust", "msp", "entropy", "evidence", "energy")
+_FUSED = ("tmc", "etmc", "rcml", "pdf", "ranking-only", "qmf", "robust", "msp", "entropy", "evidence", "energy")
 RGBD_METHODS = ("rgb", "depth", "late", "concat", "align", "mmtm", *_FUSED)
 TEXT_METHODS = ("bow", "image", "bert", "late", "concatbow", "concatbert", "mmbt", *_FUSED)
 METHODS = {"nyud2": RGBD_METHODS, "sunrgbd": RGBD_METHODS, "food101": TEXT_METHODS, "mvsa": TEXT_METHODS}
@@ -51,6 +51,8 @@ class Settings:
     hidden: int = 0
     """Width of a hidden layer in every classifier; 0 for none, as released."""
     dropout: float = 0.1
+    joint_width: int = 128
+    """To how many features a modality's are taken for concatenation and alignment; 0 leaves them, as released."""
     # Optimisation
     batch_size: int = 256
     accumulate: int = 3
@@ -67,9 +69,19 @@ class Settings:
     """For how many epochs the encoder of each modality named is frozen."""
     # The objective of QMF (Eq. 18)
     ranking_weight: float = 0.1
-    form: str = "released"
+    form: str = "paper"
     pairs: str = "adjacent"
     detach_weights: bool = False
+    alpha: float | None = None
+    beta: float | None = None
+    """Of Eq. 9; None for the published -0.1 and 0 of the energy, and -1 and 1 of the other uncertainties."""
+    temperature: float = 1.0
+    start_epoch: int = 1
+    """T_s of Eq. 14."""
+    sampling_count: int | None = None
+    """T of Eq. 14; None counts every visit."""
+    update: str = "before"
+    """When a batch's losses enter kappa: before they are ranked (Algorithm 1), or after."""
     # The machine
     workers: int = 4
     precision: str = "32-true"
@@ -96,22 +108,27 @@ TEXT = replace(
     epochs=100,
     patience=5,
     optimizer="adamw",
-    learning_rate=5e-5,
+    learning_rate=1e-4,
     weight_decay=0.0,
     warmup=0.1,
     plateau_factor=0.5,
     plateau_patience=2,
     freeze={"image": 3, "text": 5},
-    ranking_weight=1.0,
-    detach_weights=True,
+    joint_width=0,
 )
 DEFAULTS = {
     "nyud2": RGBD,
-    "sunrgbd": replace(RGBD, data_set="sunrgbd", batch_size=128, ranking_weight=1.0),
+    "sunrgbd": replace(RGBD, data_set="sunrgbd", batch_size=128),
     "food101": replace(TEXT, data_set="food101"),
     "mvsa": TEXT,
 }
-"""The released scripts' settings, by data set; `docs/trainers.md` says where the paper's differ."""
+"""The paper's settings, by data set, and the released scripts' where it says nothing; `docs/trainers.md` has both."""
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "tmc": {"batch_size": 32},
+    "etmc": {"batch_size": 32},
+    "mmtm": {"batch_size": 64, "weight_decay": 1e-4},
+}
+"""The released RGB-D scripts' own settings for these methods, in place of the data set's."""
 
 QUICK: dict[str, Any] = {
     "backbone": "tiny",
@@ -133,7 +150,7 @@ QUICK: dict[str, Any] = {
 
 
 def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
-    """The data set's defaults, overridden by each layer in turn; a value of None overrides nothing.
+    """The defaults of data set and method, overridden by each layer in turn; a value of None overrides nothing.
 
     Raises:
         CommandError: a setting that does not exist, or has a value it cannot have.
@@ -147,14 +164,23 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
         raise CommandError(f"no such setting: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if given.get("data_set", data_set) != data_set:
         raise CommandError(f"data_set: the settings are for {given['data_set']}, the command for {data_set}")
-    settings = replace(DEFAULTS[data_set], **_typed(given))
+    own = OF_METHOD.get(str(given.get("method")), {}) if METHODS[data_set] is RGBD_METHODS else {}
+    settings = replace(DEFAULTS[data_set], **_typed({**own, **given}))
     _check(settings)
     return settings
 
 
 def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Values as the fields declare them: YAML reads ``1e-4`` as text and ``1`` for a float."""
-    kinds = {"int": int, "float": float, "str": str, "bool": bool, "int | None": int, "str | None": str}
+    kinds = {
+        "int": int,
+        "float": float,
+        "str": str,
+        "bool": bool,
+        "int | None": int,
+        "float | None": float,
+        "str | None": str,
+    }
     made = dict(given)
     for known in fields(Settings):
         kind = kinds.get(str(getattr(known.type, "__name__", known.type)))
@@ -205,21 +231,26 @@ def _check(settings: Settings) -> None:
         ("optimizer", ("adam", "adamw")),
         ("form", ("paper", "margin", "released")),
         ("pairs", ("adjacent", "all")),
+        ("update", ("after", "before")),
     ):
         if getattr(settings, name) not in allowed:
             raise CommandError(f"{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}")
     for names, least in (
         (("batch_size", "accumulate", "epochs", "patience", "regions", "image_size", "load_size", "limit_batches"), 1),
+        (("start_epoch", "sampling_count"), 1),
         (("max_tokens",), 3),
-        (("seed", "workers", "hidden", "plateau_patience"), 0),
-        (("weight_decay", "ranking_weight"), 0),
+        (("seed", "workers", "hidden", "joint_width", "plateau_patience"), 0),
+        (("weight_decay", "ranking_weight", "beta"), 0),
     ):
         for name in names:
             value = getattr(settings, name)
             if value is not None and not least <= value < math.inf:
                 raise CommandError(f"{name} must be at least {least}, got {value}")
-    if not 0 < settings.learning_rate < math.inf:
-        raise CommandError(f"learning_rate must be above 0, got {settings.learning_rate}")
+    for name in ("learning_rate", "temperature"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise CommandError(f"{name} must be above 0, got {getattr(settings, name)}")
+    if settings.alpha is not None and not -math.inf < settings.alpha < 0:
+        raise CommandError(f"alpha must be below 0, got {settings.alpha}")
     if settings.seed > MOST_SEEDS:
         raise CommandError(f"seed must be at most {MOST_SEEDS}, got {settings.seed}")
     for name, low, high in (

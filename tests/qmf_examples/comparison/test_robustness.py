@@ -72,7 +72,7 @@ def test_every_rule_under_every_condition(results):
     assert len(scores) == len(METHODS) * (len(FEATURES) + len(UNSEEN)) * 2
     assert [method.role == "oracle" for method in METHODS] == [False] * (len(METHODS) - 1) + [True]
     variants = {method.label for method in METHODS if method.role == "variant"}
-    assert variants == {"robust, logits alone", "robust, calibrated", "robust, no modality dropout"}
+    assert variants == {"robust, logits alone", "robust, no modality dropout"}
 
 
 def test_every_measure_that_a_rule_can_have(results):
@@ -112,7 +112,7 @@ def test_tables_are_means_worsts_and_gaps():
     results = {
         data: [
             Score(rule, condition, 0.0, seed, float(rng.random()), None if rule == names[0] else float(rng.normal()),
-                  float(rng.random()), 0.25, None if condition == "clean" else 0.75)
+                  b"", float(rng.random()), 0.25, None if condition == "clean" else 0.75)
             for rule in names for condition in ("clean", "blank") for seed in (0, 1)
         ]
         for data in ("a", "b")
@@ -145,7 +145,7 @@ def test_tables_are_means_worsts_and_gaps():
 
 def test_what_is_tabled_together(features):
     clean, noisy, stuck, dark = (
-        Score("robust", kind, 1.0 * (kind == "noise"), 0, 0.5, None)
+        Score("robust", kind, 1.0 * (kind == "noise"), 0, 0.5, None, bytes([1, 0]))
         for kind in ("clean", "noise", "stuck", "occlusion")
     )
     every = {"small": [clean, noisy, stuck], "digits": [clean, noisy, stuck, dark], "scenes": [clean, dark]}

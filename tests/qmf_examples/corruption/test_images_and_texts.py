@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qmf_examples.corruption.conditions import PROTOCOLS
 from qmf_examples.corruption.images import ImageCorruption, wrapped
 from qmf_examples.corruption.released_streams import ReleasedStreams
 from qmf_examples.corruption.texts import TextCorruption
@@ -35,8 +36,8 @@ def script_gaussian(pixels, sigma):
     return (np.trunc(noisy).astype(np.int64) & 255).astype(np.uint8)
 
 
-def script_salt_pepper(pixels, level):
-    if torch.rand(1).item() > 0.5 or not random.uniform(0, 1) < level / 100:
+def script_salt_pepper(pixels, probability):
+    if torch.rand(1).item() > 0.5 or not random.uniform(0, 1) < probability:
         return pixels
     mask = np.random.choice((0, 1, 2), size=(*pixels.shape[:2], 1), p=[0.05, 0.05, 0.9])
     out = pixels.copy()
@@ -75,11 +76,15 @@ def test_released_faults_are_there():
     assert all(np.array_equal(r, changed[0]) for r in changed)  # every image has the same noise
 
 
-def test_released_salt_and_pepper_repeats_the_script():
+@pytest.mark.parametrize(
+    ("protocol", "level", "probability"),
+    [("released-2023", 5, 0.5), ("released", 10, 1.0), ("released-2025", 10, 0.1), ("released-2025", 60, 0.6)],
+)
+def test_released_salt_and_pepper_repeats_the_script(protocol, level, probability):
     set_seed(SEED)
-    expected = [script_salt_pepper(np.asarray(picture(i)), 60) for i in range(30)]
-    corrupt = ImageCorruption("salt-pepper", 60, "food101", protocol="released", seed=SEED)
-    got = [np.asarray(corrupt(picture(i), i, "image")) for i in range(30)]
+    expected = [script_salt_pepper(np.asarray(picture(i)), probability) for i in range(60)]
+    corrupt = ImageCorruption("salt-pepper", level, "food101", protocol=protocol, seed=SEED)
+    got = [np.asarray(corrupt(picture(i), i, "image")) for i in range(60)]
     assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
     assert any(not np.array_equal(a, np.asarray(picture(i))) for i, a in enumerate(got))
 
@@ -102,7 +107,7 @@ def test_released_text_shares_the_generator_that_the_image_noise_seeds():
     assert 0 < sum("_" in text for text in got) < 20
 
 
-@pytest.mark.parametrize("protocol", ["released", "clean"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("kind", ["gaussian", "salt-pepper"])
 def test_global_generators_are_left_alone(kind, protocol):
     set_seed(1)
@@ -174,7 +179,7 @@ def test_clean_text_blanks_its_share_of_words_in_half_of_the_texts_and_more_at_a
 
 
 def test_level_zero_changes_nothing_in_either_protocol():
-    for protocol in ("released", "clean"):
+    for protocol in PROTOCOLS:
         image = picture()
         assert ImageCorruption("gaussian", 0, "nyud2", protocol=protocol)(image, 0, "rgb") is image
         assert TextCorruption(0, protocol=protocol)("some words", 0) == "some words"
@@ -195,7 +200,7 @@ def test_wrapping_is_modulo_256_after_truncation():
         (lambda: ImageCorruption("salt-pepper", 101, "mvsa"), "at most 100"),
         (lambda: ImageCorruption("gaussian", 5, "mvsa", protocol="old"), "protocol must be one of"),
         (lambda: TextCorruption(11), "from 0 to 10"),
-        (lambda: TextCorruption(1, protocol="old"), "protocol must be"),
+        (lambda: TextCorruption(1, protocol="old"), "protocol must be one of"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

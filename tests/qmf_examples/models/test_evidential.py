@@ -121,11 +121,22 @@ def inputs():
 
 def test_trusted_answers_with_the_dirichlets_mean():
     torch.manual_seed(0)
-    answer = Trusted(heads())(inputs())
-    views = [evidence_of(x) for x in answer.unimodal_logits]
+    method = Trusted(heads())
+    answer = method(inputs())
+    views = [evidence_of(method.classifiers[name](method.parts[name](x))) for name, x in inputs().items()]
+    for view, x in zip(views, answer.unimodal_logits, strict=True):
+        torch.testing.assert_close(x.softmax(-1), (view + 1) / (view + 1).sum(-1, keepdim=True))
     for row in range(5):
         beliefs, uncertainty = dempster(views[0][row].double(), views[1][row].double())
         torch.testing.assert_close(answer.scores.softmax(-1)[row].double(), beliefs + uncertainty / 3)
+
+
+@pytest.mark.parametrize("learner", [Trusted, Reliable])
+def test_a_views_weight_is_its_belief_mass(learner):
+    answer = learner(heads())(inputs())
+    alpha = torch.stack(answer.unimodal_logits).exp()
+    torch.testing.assert_close(answer.weights, 1 - 3 / alpha.sum(-1))
+    assert not answer.weights.requires_grad
 
 
 def test_the_pseudo_view_adds_evidence_of_both_features():
@@ -160,7 +171,7 @@ def test_rcml_counts_conflict_besides_the_mean_of_its_losses():
     torch.manual_seed(0)
     method, target = Reliable(heads()), torch.tensor([0, 1, 2, 0, 1])
     answer = method(inputs())
-    views = torch.stack([evidence_of(x) for x in answer.unimodal_logits])
+    views = torch.expm1(torch.stack(answer.unimodal_logits))
     losses = [evidential_loss(x, target, 0.5) for x in (*views, average_in_turn(views))]
     expected = sum(losses) / 3 + conflict_of(views)
     torch.testing.assert_close(method.loss(answer, target, torch.arange(5), annealing=0.5), expected)

@@ -215,3 +215,32 @@ def test_a_text_model_that_is_not_there_names_both_ways(tmp_path, monkeypatch):
 
     with pytest.raises(CommandError, match=r"--text-model .*nowhere: .*go online.*or give the folder"):
         load_numbering(str(tmp_path / "nowhere"), [], 8)
+
+
+def test_an_objectives_options_reach_layer_ranking_and_trajectory():
+    objective = Objective(0.7, "margin", "all", True, -0.3, 0.2, 2.0, 3, 4, "before")
+    for method in ("qmf", "energy", "ranking-only"):
+        learner = build(method, objective)
+        fusion = learner.fusion if method == "ranking-only" else learner.model.fusion
+        found = [getattr(fusion.rule.coefficients, f"fixed_{name}") for name in ("alpha", "beta", "temperature")]
+        assert [float(x.flatten()[0]) for x in found] == pytest.approx([-0.3, 0.2, 2.0])
+        assert fusion.rule.options.detach
+        ranking = learner.ranking if method == "ranking-only" else learner.criterion.ranking
+        assert (ranking.form, ranking.pairs, ranking.update) == ("margin", "all", "before")
+        assert (ranking.trajectory.start_epoch, ranking.trajectory.sampling_count) == (3, 4)
+        weight = learner.ranking_weight if method == "ranking-only" else learner.criterion.ranking_weight
+        assert weight == (0.0 if method == "energy" else 0.7)
+
+
+def test_concatenation_joins_so_many_features_of_each_modality():
+    torch.manual_seed(0)
+    encoders = {"rgb": nn.Linear(4, 8), "depth": nn.Linear(6, 10)}
+    for encoder in encoders.values():
+        encoder.width = encoder.out_features
+    learner = Joint(encoders, nn.Linear(10, 3), alignment=1.0, width=5)
+    answer = learner(tiny_inputs())
+    assert [x.shape[1] for x in answer.features] == [5, 5]
+    expected = torch.relu(learner.narrow["depth"][0](encoders["depth"](tiny_inputs()["depth"])))
+    torch.testing.assert_close(answer.features[1], expected)
+    learner.loss(answer, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5), 0).backward()
+    assert all(p.grad is not None for p in learner.parameters())
