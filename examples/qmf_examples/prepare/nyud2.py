@@ -111,7 +111,7 @@ def read_splits(splits: Path) -> dict[str, list[int]]:
 
 
 def _whole(number: Any) -> int:
-    if int(number) != number:
+    if isinstance(number, complex) or int(number) != number:
         raise ValueError(f"{number} is not whole")
     return int(number)
 
