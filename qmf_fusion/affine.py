@@ -13,7 +13,7 @@ from .calibration import CleanData, hold_until_eq_6
 from .checks import check_choice
 from .coefficients import Coefficient, Coefficients, Constants, unless_one
 from .lemma_1 import Clamp, check_shares, find_shift, fit_scale, fit_temperatures
-from .rows import stack_rows
+from .rows import Features, stack_rows
 from .rule import Rule, Weighed, ready_rule
 from .uncertainty import UNCERTAINTIES, Uncertainty
 
@@ -135,11 +135,13 @@ class AffineRule(Rule):
     def constants(self) -> Constants:
         return self.coefficients.calibrated()
 
-    def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
+    def weigh(
+        self, rows: list[Tensor], present: Tensor | None, features: Features | None = None, *, plain: bool = False
+    ) -> Weighed:
         alpha, beta, temperature = self.constants()
         return weigh_rows(rows, present, self.options, alpha, beta, unless_one(temperature))
 
-    def uncertainties(self, rows: list[Tensor]) -> Tensor:
+    def uncertainties(self, rows: list[Tensor], features: Features | None = None) -> Tensor:
         return measure(self.options.uncertainty, rows, unless_one(self.constants().temperature))
 
     def weights_from(self, uncertainties: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from qmf_kernels.eager.objective import valid_targets
 from .correlation import pearson
 from .logit_norm import normalize_rows
 from .precision import KeepsPrecision
-from .rows import stack_rows
+from .rows import Features, stack_rows
 
 FITTABLE = ("alpha", "temperature")
 
@@ -62,6 +62,7 @@ class CleanData(NamedTuple):
     target: Tensor  # ``[*]``: classes; 0 where none counts
     counted: Tensor  # ``[M, *]`` bool
     losses: Tensor  # ``[M, *]``: each row's unimodal cross-entropy
+    features: Features | None = None  # ``[*, D]`` each, where the rule takes some
 
     def mean(self, values: Tensor) -> Tensor:
         """Each modality's mean of ``[M, *]`` over the rows that count, ``[M]``."""
@@ -75,9 +76,18 @@ class CleanData(NamedTuple):
 
 
 def clean_data(
-    rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int, logit_norm: float | None
+    rows: list[Tensor],
+    target: Tensor,
+    present: Tensor | None,
+    ignore_index: int,
+    logit_norm: float | None,
+    likelihood: Callable[[Tensor], Tensor] = lambda x: x,
+    features: Features | None = None,
 ) -> CleanData:
-    """Held-out data from what ``check_batch`` returns; an IndexError for a target that is no class."""
+    """Held-out data from what ``check_batch`` returns; losses are of what ``likelihood`` makes of the rows.
+
+    An IndexError says which target is no class.
+    """
     wide = torch.float32 if target.device.type == "mps" else torch.float64
     rows = normalize_rows([row.detach().to(wide) for row in rows], logit_norm)
     x, counted = stack_rows(rows, present)
@@ -85,8 +95,8 @@ def clean_data(
     valid = valid_targets(target.cpu(), x.shape[-1], ignore_index)
     valid = torch.ones_like(target, dtype=torch.bool) if valid is None else valid.to(target.device)
     target = torch.where(valid, target, 0)
-    losses = -torch.log_softmax(x, -1).gather(-1, target.expand(counted.shape).unsqueeze(-1)).squeeze(-1)
-    return CleanData(list(x), target, counted & valid, losses)
+    losses = -torch.log_softmax(likelihood(x), -1).gather(-1, target.expand(counted.shape).unsqueeze(-1)).squeeze(-1)
+    return CleanData(list(x), target, counted & valid, losses, features)
 
 
 def positive_correlation(weights: Tensor, data: CleanData, confidence: float) -> Tensor:

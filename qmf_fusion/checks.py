@@ -35,30 +35,31 @@ def modality_names(modalities: int | Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def unpack_logits(logits: Logits, names: Sequence[str] | None = None) -> list[Tensor | None]:
+def unpack_logits(logits: Logits, names: Sequence[str] | None = None, what: str = "logits") -> list[Tensor | None]:
     """One entry per modality, in the order of ``names``, from a sequence, a mapping by name or a stacked tensor."""
     if isinstance(logits, Mapping):
         if names is None:
             return list(logits.values())
         if set(logits) != set(names):
             raise ValueError(
-                f"logits must hold the modalities {list(names)} by name (None for an absent one), got {list(logits)}"
+                f"{what} must hold the modalities {list(names)} by name (None for an absent one), got {list(logits)}"
             )
         return [logits[name] for name in names]
     if isinstance(logits, Tensor):
         if logits.dim() < 2:
-            raise ValueError(f"logits must be stacked [M, *, K] when given as one tensor, got {tuple(logits.shape)}")
+            size, got = "K" if what == "logits" else "D", tuple(logits.shape)
+            raise ValueError(f"{what} must be stacked [M, *, {size}] when given as one tensor, got {got}")
         given: list[Tensor | None] = list(logits.unbind(0))
     elif isinstance(logits, Sequence):
         given = list(logits)
     else:
         raise TypeError(
-            f"logits must be a sequence, a mapping by name or a stacked tensor, got {type(logits).__name__}"
+            f"{what} must be a sequence, a mapping by name or a stacked tensor, got {type(logits).__name__}"
         )
     if names is not None and len(given) != len(names):
-        raise ValueError(f"logits must hold {len(names)} modalities {list(names)}, got {len(given)}")
+        raise ValueError(f"{what} must hold {len(names)} modalities {list(names)}, got {len(given)}")
     if not given:
-        raise ValueError("logits must hold at least one modality, got none")
+        raise ValueError(f"{what} must hold at least one modality, got none")
     return given
 
 
@@ -102,6 +103,57 @@ def check_logits(
         return rows, None
     # Filled where it lies: a tensor made of a list would have to be copied to the device, and waited for.
     return rows, torch.stack([first.new_full((), x is not None, dtype=torch.bool) for x in given])
+
+
+def check_features(
+    features: Logits | None, widths: Sequence[int | None] | None, names: Sequence[str], row: Tensor, class_dim: int
+) -> list[Tensor | None] | None:
+    """M tensors ``[*, D]`` or None, on the device and of the leading dimensions of ``row`` ``[*, K]``.
+
+    A modality without a width, of a rule that takes some, has None whatever is given. None where all are.
+    """
+    if features is None:
+        return None
+    given = unpack_logits(features, names, "features")
+    if widths is None:
+        if any(f is not None for f in given):
+            raise ValueError(
+                "features must be None for a rule that takes none; QualityAwareFusion.robust(..., features=[...]) with "
+                "their widths makes one that does"
+            )
+        return None
+    taken = [None if width is None else f for f, width in zip(given, widths, strict=True)]
+    for name, f, width in zip(names, taken, widths, strict=True):
+        if f is None:
+            continue
+        check_floating(f"features[{name!r}]", f)
+        dim = f.dim() - 1 if class_dim == -1 else class_dim
+        if f.dim() != row.dim() or (*f.shape[:dim], *f.shape[dim + 1 :], f.shape[dim]) != (*row.shape[:-1], width):
+            expected = [*row.shape[:-1]]
+            expected.insert(len(expected) if class_dim == -1 else class_dim, width or 0)
+            raise ValueError(
+                f"features[{name!r}] must be {tuple(expected)}, the logits' shape with the width {width} instead of "
+                f"the classes, got {tuple(f.shape)}"
+            )
+        if f.device != row.device:
+            raise ValueError(f"features[{name!r}] must be on the logits' device {row.device}, got {f.device}")
+    if class_dim != -1:
+        taken = [None if f is None else f.movedim(class_dim, -1) for f in taken]
+    return taken if any(f is not None for f in taken) else None
+
+
+def check_widths(features: Sequence[int | None] | None, num_modalities: int) -> tuple[int | None, ...] | None:
+    """The width of each modality's features; None where none has any."""
+    if features is None:
+        return None
+    if not isinstance(features, Sequence) or len(features) != num_modalities:
+        raise ValueError(
+            f"features must be None or {num_modalities} widths, one per modality or None, got {features!r}"
+        )
+    for width in features:
+        if width is not None:
+            check_count("features", width)
+    return tuple(features) if any(width is not None for width in features) else None
 
 
 def check_batch(

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 
 from .affine import AffineOptions, AffineRule
 from .calibration import FITTABLE, Calibration, CleanData, clean_data
-from .checks import Logits, check_batch, check_logit_norm, check_logits, check_present, modality_names
+from .checks import (
+    Logits,
+    check_batch,
+    check_features,
+    check_logit_norm,
+    check_logits,
+    check_present,
+    modality_names,
+)
 from .coefficients import Coefficient, Coefficients, own_coefficient
 from .logit_norm import normalize_rows
 from .mixture import ContaminatedProduct
+from .rows import Features
 from .rule import Rule
 from .uncertainty import Uncertainty
 
@@ -31,6 +40,8 @@ class FusionOutput(NamedTuple):
     """The M inputs, ``[*, K]`` each; zeros where the input was None."""
     present: Tensor | None
     """Which modalities were there, bool ``[M, *]``; None for all."""
+    features: tuple[Tensor | None, ...] | None = None
+    """What ``FusionModel``'s heads returned beside their logits, ``[*, D]`` each or None; None where none did."""
 
 
 class QualityAwareFusion(nn.Module):
@@ -123,20 +134,24 @@ class QualityAwareFusion(nn.Module):
         modalities: int | Iterable[str],
         num_classes: int,
         *,
+        features: Sequence[int | None] | None = None,
         normalize_logits: float | None = None,
         class_dim: int = -1,
         **switches: Any,
     ) -> Self:
         """The rule to start with where modalities may be broken: a contaminated product of experts.
 
-        Weights are ``P(modality is clean | all logits)``, fused logits are log-probabilities. It measures how untypical
-        a modality's logits are, with statistics that ``QMFLoss`` gathers in training or ``calibrate`` takes from clean
-        data; before either, it takes every modality to be typical. ``QMFLoss`` trains with that plain form, whatever
-        has been gathered.
+        Weights are ``P(modality is clean | all)``, fused logits are log-probabilities. It measures how untypical a
+        modality's logits are, and the features that its head sees, if they are given: much damage shows in these only.
+        ``QMFLoss`` gathers the statistics that this takes in training, or ``calibrate`` takes them from clean data;
+        before either, every modality is taken to be typical. ``QMFLoss`` trains with that plain form, whatever has been
+        gathered, and with the evidential likelihood (``qmf_fusion.evidential``) in place of the softmax.
 
         Args:
             modalities: how many, or their names.
             num_classes: K.
+            features: the width D of each modality's features, None for one without; None for none at all. They are what
+                the head's last layers see, ``[*, D]``, such as an encoder's pooled output.
             normalize_logits: see ``QualityAwareFusion``.
             class_dim: see ``QualityAwareFusion``.
             switches: the ingredients, each to be switched off or tuned; see ``qmf_fusion.mixture.ContaminatedProduct``.
@@ -152,7 +167,7 @@ class QualityAwareFusion(nn.Module):
             (tensor([0]), tensor([0.8043, 0.8043, 0.1263]))
         """
         names = modality_names(modalities)
-        rule = ContaminatedProduct(len(names), num_classes, **switches)
+        rule = ContaminatedProduct(len(names), num_classes, features=features, **switches)
         return cls(names, combine=rule, normalize_logits=normalize_logits, class_dim=class_dim)
 
     @property
@@ -179,47 +194,74 @@ class QualityAwareFusion(nn.Module):
         """``[M]``, positive (Eq. 13). Not of ``robust``."""
         return self.rule.constants().temperature
 
-    def uncertainties(self, logits: Logits) -> Tensor:
+    def uncertainties(self, logits: Logits, features: Logits | None = None) -> Tensor:
         """The ``u`` of Eq. 9 for each modality, ``[M, *]``; NaN or infinite where a row's logits are not finite.
 
         For ``robust`` the untypicality, which its odds rise with: 0 everywhere without statistics.
         """
         rows, _ = check_logits(logits, self.names, self.class_dim)
-        return self.rule.uncertainties(self.prepare(rows))
+        return self.rule.uncertainties(self.prepare(rows), self.check_features(features, rows))
+
+    def check_features(self, features: Logits | None, rows: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """Features as the rule takes them, M of ``[*, D]`` or None, for rows ``[*, K]``; None where there are none.
+
+        Raises:
+            TypeError, ValueError: features of the wrong kind, count, shape, dtype or device, or for a rule that takes
+                none.
+        """
+        return check_features(features, self.rule.feature_widths, self.names, rows[0], self.class_dim)
 
     def prepare(self, rows: list[Tensor]) -> list[Tensor]:
         """Rows ``[*, K]`` as the rule sees them: LogitNorm where asked, a second time without effect."""
         return normalize_rows(rows, self.normalize_logits)
 
-    def forward(self, logits: Logits, present: Tensor | None = None) -> FusionOutput:
+    def forward(self, logits: Logits, present: Tensor | None = None, features: Logits | None = None) -> FusionOutput:
         """Fuse.
 
         Args:
             logits: M tensors ``[*, K]`` as a sequence, a mapping by name or stacked ``[M, *, K]``; None in a sequence
                 or a mapping for a modality that is absent from the whole batch.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
+            features: what the heads see, as a sequence or a mapping by name, where the rule was built with widths: each
+                is laid out as the logits, with D in place of the classes. None for a modality whose features are not
+                known, which is judged by its logits alone. A row with features that are not finite is absent, as its
+                head saw something broken. Not differentiated. Those of a modality without a width are not looked at.
 
         Raises:
             TypeError, ValueError: arguments of the wrong kind, count, shape, dtype or device, naming them.
         """
         rows, there = check_logits(logits, self.names, self.class_dim)
         mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device)
-        fused, weights, energy = self.rule.fuse(self.prepare(rows), mask)
+        seen = self.check_features(features, rows)
+        fused, weights, energy = self.rule.fuse(self.prepare(rows), mask, seen)
         if self.class_dim != -1:
             fused = fused.movedim(-1, self.class_dim)
             rows = [x.movedim(-1, self.class_dim) for x in rows]
         return FusionOutput(fused, weights, energy, tuple(rows), mask)
 
-    def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int = -100) -> None:
+    def observe(
+        self,
+        rows: list[Tensor],
+        target: Tensor,
+        present: Tensor | None,
+        ignore_index: int = -100,
+        features: Features | None = None,
+    ) -> None:
         """Let the rule learn from a training batch, as ``QMFLoss`` has checked it: ``robust`` counts it."""
-        self.rule.observe(self.prepare(rows), target, present, ignore_index)
+        self.rule.observe(self.prepare(rows), target, present, ignore_index, features)
 
     def clean_data(
-        self, logits: Logits, target: Tensor, present: Tensor | None = None, ignore_index: int = -100
+        self,
+        logits: Logits,
+        target: Tensor,
+        present: Tensor | None = None,
+        ignore_index: int = -100,
+        features: Logits | None = None,
     ) -> CleanData:
         """Check held-out data, as ``calibrate`` takes it, and see it as the rule does."""
-        batch = check_batch(logits, target, present, self.names, self.class_dim, "[N, *, K]")
-        return clean_data(*batch, ignore_index, self.normalize_logits)
+        rows, target, mask = check_batch(logits, target, present, self.names, self.class_dim, "[N, *, K]")
+        seen = self.check_features(features, rows)
+        return clean_data(rows, target, mask, ignore_index, self.normalize_logits, self.rule.likelihood, seen)
 
     @torch.no_grad()
     def calibrate(
@@ -229,6 +271,7 @@ class QualityAwareFusion(nn.Module):
         static_weights: Coefficient | None = None,
         *,
         present: Tensor | None = None,
+        features: Logits | None = None,
         fit: Sequence[str] = (),
         confidence: float = 0.95,
         ignore_index: int = -100,
@@ -248,6 +291,7 @@ class QualityAwareFusion(nn.Module):
                 weights (a plain mean of logits at the present scale); for ``robust`` its mean weights, as they are
                 probabilities, not coefficients, and cannot be set.
             present: as ``forward`` takes it.
+            features: as ``forward`` takes them; of modalities without, ``robust`` keeps what was gathered in training.
             fit: also ``"temperature"`` (each modality's, by its likelihood; Guo et al., ICML 2017) and ``"alpha"`` (one
                 factor for all, by the fused likelihood under Eq. 5).
             confidence: from 0 to 1, of the one-sided test of Eq. 6 by Fisher's z; 0.5 takes the correlation's sign.
@@ -268,7 +312,7 @@ class QualityAwareFusion(nn.Module):
             raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
         if static_weights is not None:
             static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
-        data = self.clean_data(logits, target, present, ignore_index)
+        data = self.clean_data(logits, target, present, ignore_index, features)
         data.check_every_modality(self.names)
         before = copy.deepcopy(self.rule.state_dict())
         try:

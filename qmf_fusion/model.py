@@ -16,7 +16,8 @@ class FusionModel(nn.Module):
 
     Args:
         heads: by modality's name, modules that return logits ``[B, *, K]``, or an object with ``.logits``, as
-            Transformers' models do.
+            Transformers' models do. What the head's last layers see, ``[B, *, D]``, goes to a fusion that takes
+            features where the object has ``.features`` too, or the head returns a tuple of both tensors.
         fusion: the layer; by default ``QualityAwareFusion(list(heads), **options)``.
         modality_dropout: in training, leave out each modality of each sample with this probability, never all of a
             sample's; below 1.
@@ -86,19 +87,21 @@ class FusionModel(nn.Module):
         unknown = [name for name in inputs if name not in self.heads]
         if unknown:
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
-        logits = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
+        ran = [self._run(name, head, inputs.get(name)) for name, head in self.heads.items()]
+        logits, features = [x for x, _ in ran], tuple(f for _, f in ran)
+        given = None if all(f is None for f in features) else features
         if self.dropout is not None and self.training:
             present = self._drop(self.dropout, logits, present)
-        out = self.fusion(logits, present)
-        if out.present is None:
-            return out
-        dim = self.fusion.class_dim
-        shown = [
-            torch.where(there.unsqueeze(-1 if dim == -1 else dim), x, torch.nan)
-            for there, x in zip(out.present, out.unimodal_logits, strict=True)
-        ]
+        # A rule that takes none leaves them to whoever wants them.
+        out = self.fusion(logits, present, given if self.fusion.rule.feature_widths else None)
+        shown, dim = out.unimodal_logits, self.fusion.class_dim
+        if out.present is not None:
+            shown = tuple(
+                torch.where(there.unsqueeze(-1 if dim == -1 else dim), x, torch.nan)
+                for there, x in zip(out.present, shown, strict=True)
+            )
         # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
-        return FusionOutput(out.logits, out.weights, out.energy, tuple(shown), out.present)
+        return FusionOutput(out.logits, out.weights, out.energy, shown, out.present, given)
 
     def _drop(self, dropout: ModalityDropout, logits: list[Tensor | None], present: Tensor | None) -> Tensor:
         rows, there = check_logits(logits, class_dim=self.fusion.class_dim)
@@ -110,19 +113,23 @@ class FusionModel(nn.Module):
         return mask & stays.view(*stays.shape, *(1,) * (mask.dim() - 2))
 
     @staticmethod
-    def _run(name: str, head: nn.Module, given: Any) -> Tensor | None:
+    def _run(name: str, head: nn.Module, given: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Logits, and features if there are any."""
         if given is None:
-            return None
+            return None, None
         if isinstance(given, Mapping):
             out = head(**given)
         elif isinstance(given, tuple):
             out = head(*given)
         else:
             out = head(given)
-        logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-        if not isinstance(logits, Tensor):
+        logits, features = out, None
+        if not isinstance(out, Tensor):
+            both = type(out) is tuple and len(out) == 2
+            logits, features = out if both else (getattr(out, "logits", None), getattr(out, "features", None))
+        if not isinstance(logits, Tensor) or not isinstance(features, Tensor | None):
             raise TypeError(f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}")
-        return logits
+        return logits, features
 
     def freeze(self, *names: str) -> Self:
         """Stop training these heads (all of them, if none is named): no gradients, and evaluation mode for good.

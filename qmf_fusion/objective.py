@@ -92,12 +92,17 @@ class QMFLoss(nn.Module):
         )
 
     def forward(
-        self, logits: Logits, target: Tensor, index: Tensor | None = None, present: Tensor | None = None
+        self,
+        logits: Logits,
+        target: Tensor,
+        index: Tensor | None = None,
+        present: Tensor | None = None,
+        features: Logits | None = None,
     ) -> ObjectiveOutput:
         """The objective of a batch, its fused logits laid out as the inputs are.
 
-        In training mode, with gradients on, it is learned from: its unimodal losses are recorded, and the rule may
-        observe it.
+        Where criterion and fusion are in training mode and gradients are on, it is learned from: its unimodal losses
+        are recorded, and the rule may observe it.
 
         Args:
             logits: the M heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
@@ -105,28 +110,31 @@ class QMFLoss(nn.Module):
             index: int ``[B]``, the dataset index of each sample. May be None outside of training or where
                 ``ranking_weight`` is 0: no ranking then, and nothing is recorded.
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
+            features: what the heads see, as ``QualityAwareFusion`` takes them.
 
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, count, shape, dtype, device or range.
         """
         fusion, options, trajectory = self.fusion, self._options(), self.ranking.trajectory
         rows, target, mask = check_batch(logits, target, present, fusion.names, fusion.class_dim)
+        seen = fusion.check_features(features, rows)
         self._check_devices(rows[0].device)
         if options.class_weight is not None and len(options.class_weight) != rows[0].shape[-1]:
             check_loss_rule(options, rows[0].shape[-1])
 
+        training = self.training and fusion.training
         if index is not None:
             index = trajectory.check_index(index, len(target))
-        elif self.training and self.ranking_weight:
+        elif training and self.ranking_weight:
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.
-        learns = self.training and torch.is_grad_enabled()
+        learns = training and torch.is_grad_enabled()
         past = None
         if index is not None:
             ranks = bool(self.ranking_weight)
             past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=learns)
         rows = fusion.prepare(rows)
-        weighed = fusion.rule.weigh(rows, mask, plain=self.training)
+        weighed = fusion.rule.weigh(rows, mask, seen, plain=training)
         out = qmf_kernels.objective(
             *(weighed.rows, target, None, weighed.present, weighed.weights, options),
             past=past,
@@ -134,7 +142,9 @@ class QMFLoss(nn.Module):
             return_logits=self.return_logits,
         )
         if learns:
-            fusion.rule.observe(rows, target, mask, self.ignore_index)
+            fusion.rule.observe(rows, target, mask, self.ignore_index, seen)
+        if weighed.energy is not None:
+            out = ObjectiveOutput(*out[:6], weighed.energy, *out[7:])
         if fusion.class_dim != -1 and self.return_logits:
             # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
             fused = out.logits.movedim(-1, fusion.class_dim)

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from qmf_kernels.eager.fusion import accumulate_dtype
 
+Features = Sequence[Tensor | None]  # ``[*, D]`` for each modality that has any
+
 
 def stack_rows(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows as one ``[M, *, K]``, 0 where they do not count, and where they do, ``[M, *]``: present and all finite."""
     dtype = accumulate_dtype(rows)
     x = torch.stack([x.to(dtype) for x in rows])
-    counted = torch.isfinite(x).all(-1)
+    counted = x.detach().abs().amax(-1) < torch.inf  # NaN is not; several times as fast as isfinite
     counted = counted if present is None else counted & present
     return torch.where(counted.unsqueeze(-1), x, 0), counted

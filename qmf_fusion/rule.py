@@ -11,6 +11,7 @@ from qmf_kernels import WeightRule
 
 from .calibration import Calibration, CleanData
 from .coefficients import Constants
+from .rows import Features
 
 
 class Weighed(NamedTuple):
@@ -19,6 +20,7 @@ class Weighed(NamedTuple):
     rows: Sequence[Tensor]  # M of ``[*, K]``
     present: Tensor | None  # ``[M, *]`` bool; None for all
     weights: WeightRule
+    energy: Tensor | None = None  # ``[M, *]``; None for the rows' own
 
 
 def ready_rule(weights: Tensor, fused: Tensor | None = None, temperature: Tensor | None = None) -> WeightRule:
@@ -30,18 +32,23 @@ def ready_rule(weights: Tensor, fused: Tensor | None = None, temperature: Tensor
 class Rule(nn.Module):
     """What ``QualityAwareFusion`` asks; a subclass has at least ``weigh``, ``uncertainties`` and ``calibrate``.
 
-    Rows are M tensors ``[*, K]``, checked, LogitNorm applied; ``present`` is bool ``[M, *]`` or None.
+    Rows are M tensors ``[*, K]``, checked, LogitNorm applied; ``present`` is bool ``[M, *]`` or None; ``features``, M
+    of ``[*, D]`` or None, are only given to a rule that takes some.
     """
 
     num_classes: int | None = None
     """K, for a rule that takes no other."""
+    feature_widths: tuple[int | None, ...] | None = None
+    """The width of each modality's features, None for one without; None for a rule that takes none."""
 
     def __init__(self, num_modalities: int) -> None:
         super().__init__()
         self.num_modalities = num_modalities
         self.calibration = Calibration(num_modalities)
 
-    def weigh(self, rows: list[Tensor], present: Tensor | None, *, plain: bool = False) -> Weighed:
+    def weigh(
+        self, rows: list[Tensor], present: Tensor | None, features: Features | None = None, *, plain: bool = False
+    ) -> Weighed:
         """Weights or what they come from, and fused logits where they are no weighted sum.
 
         ``plain`` asks for the form to train with, which ignores what the rule has learned from data by itself: the
@@ -53,7 +60,11 @@ class Rule(nn.Module):
         """alpha, beta and the temperature as calibrated; an AttributeError where the rule has none."""
         raise AttributeError(f"{type(self).__name__} has no alpha, beta and temperature")
 
-    def uncertainties(self, rows: list[Tensor]) -> Tensor:
+    def likelihood(self, rows: Tensor) -> Tensor:
+        """What the unimodal losses take rows ``[*, K]`` for, the logits of a softmax: themselves, for most rules."""
+        return rows
+
+    def uncertainties(self, rows: list[Tensor], features: Features | None = None) -> Tensor:
         """What the weights never rise with, ``[M, *]``; NaN or infinite where a row does not count."""
         raise NotImplementedError
 
@@ -72,7 +83,14 @@ class Rule(nn.Module):
         """The static weights ``[M]`` to compare mean weights ``[M]`` with, where none are given: their own mean."""
         return means.nanmean().expand(len(means))
 
-    def observe(self, rows: list[Tensor], target: Tensor, present: Tensor | None, ignore_index: int) -> None:
+    def observe(
+        self,
+        rows: list[Tensor],
+        target: Tensor,
+        present: Tensor | None,
+        ignore_index: int,
+        features: Features | None = None,
+    ) -> None:
         """Learn from a training batch whose targets ``[*]`` have been checked; most rules do not."""
 
     def weights_from(self, uncertainties: Tensor) -> Tensor | None:
@@ -81,7 +99,9 @@ class Rule(nn.Module):
     def logits_from(self, rows: list[Tensor], weights: Tensor) -> Tensor | None:
         """The fused logits ``[*, K]`` that these weights make of rows, all present (Eq. 11); None where more counts."""
 
-    def fuse(self, rows: list[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def fuse(
+        self, rows: list[Tensor], present: Tensor | None, features: Features | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``."""
-        weighed = self.weigh(rows, present)
+        weighed = self.weigh(rows, present, features)
         return qmf_kernels.fuse(weighed.rows, weighed.present, weighed.weights)

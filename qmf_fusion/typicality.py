@@ -1,243 +1,313 @@
-"""How typical a modality's logits are of its own clean ones: class statistics, fitted at once or gathered in training.
+"""How typical a row is of its modality's clean ones: plain moments, fitted at once or gathered in training.
 
 Energy only asks whether the logits are large. Noise makes them larger and a blank makes them smaller than any clean
-sample's, and both are *untypical*: far from every class (a distance), or of an unusual size (a two-sided z-score).
+sample's, and both are *untypical*: far from every class (a distance), or of an unusual size (a two-sided z-score). Much
+damage hardly shows in the logits, and plainly in the features that the head sees: those are measured alike.
+
+Everything kept is a number of rows and sums over them: such sums add up over batches and processes, and the average of
+two models' is again that of some data. A row costs O(K + D), the state is O(M (K + D)): no matrix between classes.
 """
 
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from .precision import KeepsPrecision
-from .processes import place_of_process, sum_over_processes
+from qmf_kernels.eager.fusion import per_modality
 
-MOMENTUM = 0.99  # of the running covariance: about the last 100 steps count
-CLASS_MOMENTUM = 0.95  # of a class mean, per sample of the class: about the last 20 samples count
+from .precision import KeepsPrecision
+from .processes import sum_over_processes
+from .rows import Features
+
+MOMENTUM = 0.99  # of the sums, per step: about the last 100 steps count
+CLASS_MOMENTUM = 0.95  # of a class's own mean, per sample of the class: about the last 20 samples count
 MOST_ROWS = 4096  # per step, process and modality; a dense prediction's positions beyond that are thinned out evenly
+LARGEST = 1e15  # what float32 can square and sum: larger values are measured as this, and not learned from
+FEATURE_FLOOR = 0.02  # the least standard deviation believed of the logarithm of a distance of features
+
+SIZE, NEAREST, OWN, FEATURE = range(4)  # what is measured of a row: see ``Sums.measured``
 
 
 class Statistics(NamedTuple):
-    """What is known of M modalities' clean logits, K classes; all float64 but ``seen``."""
+    """What is known of M modalities' clean rows, K classes, in the dtype of the rows to be measured."""
 
-    whiten: Tensor  # ``[M, K, K]``: ``|(x - mean) @ whiten|^2`` is the squared distance in the within-class covariance
-    centre: Tensor  # ``[M, K, K]``: the class means, whitened; row y is class y's
-    seen: Tensor  # ``[M, K]`` bool: whether the class has a mean
-    scale: Tensor  # ``[M]``: mean squared distance of a sample to its own class; 0 for a modality not known
-    norm: Tensor  # ``[M, 2]``: mean and standard deviation of ``log |x|``
-    distance: Tensor  # ``[M, 2]``: mean and standard deviation of the log squared distance to the nearest class
-    prior: Tensor  # ``[K]``: class frequencies, ``(n_y + 1) / (N + K)``
-
-
-_SHAPES = {"whiten": "mkk", "centre": "mkk", "seen": "mk", "scale": "m", "norm": "m2", "distance": "m2", "prior": "k"}
-_RUNNING = {"mean": "mkk", "scatter": "mkk", "moments": "m5", "steps": "m", "count": "k"}
-OF_CLASSES = ("prior", "count", "known")  # the buffers whose first dimension is not the modalities
+    others: Tensor  # ``[M, K]``: mean of logit k over the samples of other classes
+    rise: Tensor  # ``[M, K]``: by how much its mean is higher over the samples of class k
+    seen: Tensor  # ``[M, K]`` bool: whether there are any of class k
+    known: Tensor  # ``[M, 4]`` bool: whether there is any measurement of the kind
+    mean: Tensor  # ``[M, 4]``: of the measurements; 1 where there are none
+    deviation: Tensor  # ``[M, 4]``: their standard deviation
+    features: Sequence[tuple[Tensor, Tensor]]  # ``[D]`` each: the mean, and one over the standard deviation
 
 
-class ClassStatistics(KeepsPrecision):
-    """``Statistics`` as buffers, float64 throughout; without any data they are those of which nothing follows.
+class Sums(NamedTuple):
+    """What statistics follow from."""
 
-    Flags are numbers, 1 and 0, as averages of models, which take every buffer, subtract no truth values. ``spread`` is
-    the least within-class variance believed, as a share of the variance between the class means: the logits of training
-    samples collapse onto their class; those of test samples do not.
+    classes: Tensor
+    """``[M, 2, 2, K]``: number of rows and sum of logit k, over the samples of class k, and over all others."""
+    measured: Tensor
+    """``[M, 3, 4]``: number, sum and sum of squares of log |x|; log squared distance to the nearest class; squared
+    distance to the own class; log distance of the features."""
+    features: Tensor | None = None
+    """``[M, 3, D]``: the same of each feature; D is the widest, beyond the others' all is 0."""
+
+    def statistics(self, widths: Sequence[int | None], dtype: torch.dtype) -> Statistics:
+        own, others = _mean(*self.classes.unbind(2)).unbind(1)
+        mean, variance = _moments(self.measured)
+        known = self.measured[:, 0] > 0
+        features = []
+        for width, sums in zip(widths, [] if self.features is None else self.features, strict=False):
+            first, second = _moments(sums[None, :, : width or 0])
+            # As of one more row, of the average variance: what did not vary in n rows may in the next.
+            n = sums[0, :1]
+            second = ((n * second + second.mean()) / (n + 1)).clamp_min(1e-30)
+            features.append((first[0].to(dtype), second[0].rsqrt().to(dtype)))
+        return Statistics(
+            others=others.to(dtype),
+            rise=(own - others).to(dtype),
+            seen=self.classes[:, 0, 0] > 0,
+            known=known,
+            mean=torch.where(known, mean, 1).to(dtype),
+            deviation=variance.sqrt().to(dtype),
+            features=features,
+        )
+
+
+class CleanStatistics(KeepsPrecision):
+    """``Sums`` as buffers, float64 throughout: 0 without any data, from which nothing follows.
+
+    In training, each batch's sums are added to those of the batches before, which are forgotten exponentially. A sample
+    is compared with the means of *earlier* batches, so that none is measured against itself.
+
+    Args:
+        num_modalities: M.
+        num_classes: K.
+        widths: of each modality's features, None for one without.
+        everywhere: where ``torch.distributed`` is initialised, a step's batch is that of all its processes together.
+            One collective a step adds up their sums, so that all hold the statistics of one process that sees the same
+            rows, to float64's rounding.
     """
 
-    _shapes: ClassVar[Mapping[str, str]] = _SHAPES
-    whiten: Tensor
-    centre: Tensor
-    seen: Tensor
-    scale: Tensor
-    norm: Tensor
-    distance: Tensor
-    prior: Tensor
-    known: Tensor
+    classes: Tensor
+    measured: Tensor
+    features: Tensor | None
 
-    def __init__(self, num_modalities: int, num_classes: int, spread: float = 0.1) -> None:
+    def __init__(
+        self, num_modalities: int, num_classes: int, widths: Sequence[int | None], everywhere: bool = True
+    ) -> None:
         super().__init__()
-        self.num_modalities, self.num_classes, self.spread = num_modalities, num_classes, spread
-        sizes = {"m": num_modalities, "k": num_classes, "2": 2, "5": 5}
-        for name, shape in self._shapes.items():
-            self.register_buffer(name, torch.zeros([sizes[s] for s in shape], dtype=torch.float64))
-        self.prior.fill_(1 / num_classes)
-        self.register_buffer("known", torch.zeros((), dtype=torch.float64))
+        self.widths, self.everywhere = tuple(widths), everywhere
+        widest = max(width or 0 for width in widths)
+        for name, shape in {"classes": (2, 2, num_classes), "measured": (3, 4), "features": (3, widest)}.items():
+            sums = torch.zeros(num_modalities, *shape, dtype=torch.float64)
+            self.register_buffer(name, sums if widest or name != "features" else None)
 
-    def statistics(self) -> Statistics:
-        return Statistics(*(self.whiten, self.centre, self.seen > 0, self.scale, self.norm, self.distance, self.prior))
+    def sums(self) -> Sums:
+        return Sums(self.classes, self.measured, self.features)
 
     def clear(self) -> None:
         """Forget everything."""
-        for name in (*self._shapes, "known"):
-            getattr(self, name).zero_()
-        self.prior.fill_(1 / self.num_classes)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def keep_features(self, other: "CleanStatistics", modalities: Sequence[bool]) -> None:
+        """Take what others know of these modalities' features."""
+        for m, taken in enumerate(modalities):
+            if taken and self.features is not None and other.features is not None:
+                self.features[m] = other.features[m]
+                self.measured[m, :, FEATURE] = other.measured[m, :, FEATURE]
 
     @torch.no_grad()
-    def fit(self, logits: Tensor, target: Tensor, counted: Tensor) -> None:
-        """From clean samples at once: logits ``[M, R, K]``, target ``[R]``, counted bool ``[M, R]``.
+    def fit(self, x: Tensor, target: Tensor, counted: Tensor, features: Features) -> None:
+        """From clean samples at once; arguments as those of ``update``.
 
-        Sums in float64, so that the order of the samples matters only to its rounding. A sample's distance to its own
-        class is to the mean of the class's *other* samples.
+        A sample's distance to its own class is to the mean of the class's *other* samples, if there are any.
         """
-        self.clear()
-        self.known.fill_(1)
-        num_classes, dtype = self.num_classes, self.whiten.dtype
-        some = counted.any(0)
-        count = torch.bincount(target[some], minlength=num_classes).to(dtype)
-        self.prior.copy_((count + 1) / (count.sum() + num_classes))
-        for m, keep in enumerate(counted):
-            x, y = logits[m, keep].to(dtype), target[keep]
-            if len(x) == 0:
-                continue
-            n = torch.bincount(y, minlength=num_classes).to(dtype)
-            mean = x.new_zeros(num_classes, num_classes).index_add_(0, y, x) / n.clamp_min(1).unsqueeze(-1)
-            residual = (x - mean[y]) * (n / (n - 1).clamp_min(1))[y].unsqueeze(-1)
-            whiten = _whitener(residual.T @ residual / len(x), mean, n, self.prior, self.spread)
-            to_own = (residual @ whiten).square().sum(-1)
-            to_all = _squared_distances(x @ whiten, mean @ whiten, n > 0)
-            to_all = to_all.scatter(-1, y.unsqueeze(-1), to_own.unsqueeze(-1))
-            several = n[y] > 1
-            self.whiten[m], self.centre[m], self.seen[m] = whiten, mean @ whiten, (n > 0).to(dtype)
-            self.scale[m] = (to_own[several] if several.any() else to_own).mean().clamp_min(1e-12)
-            for name, values in (("norm", _log(x.norm(dim=-1))), ("distance", _log(to_all.amin(-1)))):
-                getattr(self, name)[m] = torch.stack([values.mean(), values.std(unbiased=False)])
-
-
-class RunningStatistics(ClassStatistics):
-    """``Statistics`` gathered batch by batch in training, with exponential forgetting: no pass over the data.
-
-    A sample is compared with the class means of *earlier* batches, so that none is measured against itself.
-    ``everywhere`` (see ``ContaminatedProduct``) takes two collectives a step, the second for what the first's
-    covariance measures; all processes then hold the statistics of one that sees the same rows, to float64's rounding.
-    """
-
-    _shapes: ClassVar[Mapping[str, str]] = {**_SHAPES, **_RUNNING}
-    mean: Tensor
-    scatter: Tensor
-    moments: Tensor
-    steps: Tensor
-    count: Tensor
-
-    def __init__(self, num_modalities: int, num_classes: int, spread: float = 0.1, everywhere: bool = True) -> None:
-        super().__init__(num_modalities, num_classes, spread)
-        self.everywhere = everywhere
+        counts = _counts(x, counted, features, self.classes.dtype)
+        classes = _sum_classes(x, target, counts)
+        of_features = None if self.features is None else _sum_features(self.features, features, counts)
+        sums = Sums(classes, torch.zeros_like(self.measured), of_features)
+        number = classes[:, 0, 0].gather(1, target.expand(len(x), -1)).to(x.dtype)
+        measures = _measure(x, target, features, sums.statistics(self.widths, x.dtype), number)
+        measured = _sum_measures(measures, [counts, counts * (number > 1), counts * (number > 1), counts])
+        self._store([classes, measured, of_features])
 
     @torch.no_grad()
-    def update(self, logits: Tensor, target: Tensor, counted: Tensor) -> None:
-        """A batch: logits ``[M, R, K]``, finite; target ``[R]``, a class everywhere; counted bool ``[M, R]``.
+    def update(self, x: Tensor, target: Tensor, counted: Tensor, features: Features) -> None:
+        """A batch: x ``[M, R, K]``, finite; target ``[R]``, a class everywhere; counted bool ``[M, R]``; features
+        ``[R, D]``, finite, or None.
 
-        Rows so large that their squares overflow are left out. With ``everywhere`` a collective: every process of the
+        Rows with a value beyond ``LARGEST`` are left out. With ``everywhere`` a collective: every process of the
         default group calls it, each with rows of its own.
         """
-        num_classes, seen = self.num_classes, self.seen > 0
-        stride = -(-logits.shape[1] // MOST_ROWS)
-        x, y, c = logits[:, ::stride], target[::stride], counted[:, ::stride]
-        x = x.to(self.whiten.dtype)
-        # Squares of residuals, up to four times a row's own, are summed: one that overflows would spoil them for good.
-        most = MOST_ROWS * (place_of_process()[1] if self.everywhere else 1)
-        usable = x.square().sum(-1) < torch.finfo(x.dtype).max / (4 * most)
-        x, c = torch.where(usable.unsqueeze(-1), x, 0), (c & usable).to(x.dtype)
-        label = torch.nn.functional.one_hot(y, num_classes).to(x.dtype)
+        stride = -(-x.shape[1] // MOST_ROWS)
+        if stride > 1:
+            x, target, counted = x[:, ::stride], target[::stride], counted[:, ::stride]
+            features = [None if f is None else f[::stride] for f in features]
+        counts = _counts(x, counted, features, self.classes.dtype)
+        old = self.sums().statistics(self.widths, x.dtype)
+        met = counts * old.seen[:, target]  # there is a mean to compare with
+        felt = counts
+        added = [_sum_classes(x, target, counts)]
+        if self.features is not None:
+            felt = counts * (self.features[:, 0, :1] > 1)  # and a variance
+            added.append(_sum_features(self.features, features, counts))
+        added.insert(1, _sum_measures(_measure(x, target, features, old), [counts, met, met, felt]))
+        if self.everywhere:
+            added = sum_over_processes(added)
+        number = added[0][:, :, :1]
+        step = torch.where(number[:, 0].sum(-1, keepdim=True) > 0, MOMENTUM, 1.0)
+        keep = torch.stack([torch.exp(math.log(CLASS_MOMENTUM) * number[:, 0]), step.expand_as(number[:, 0])], 1)
+        kept = [keep * self.classes, step * self.measured, *([] if self.features is None else [step * self.features])]
+        self._store([a + b for a, b in zip(kept, added, strict=True)])
 
-        old = c * seen[:, y]  # [M, R]: the samples that there is a mean to compare with
-        residual = (x - self.mean[:, y]) * old.unsqueeze(-1)
-        here = torch.einsum("mr,rk->mk", c, label)
-        sums = torch.einsum("mr,rk,mrj->mkj", c, label, x)
-        number, total, scatter, here, sums = self._add_up(
-            label.T @ c.amax(0), old.sum(1), residual.mT @ residual, here, sums
+    def _store(self, sums: Sequence[Tensor | None]) -> None:
+        """In tensors of their own: a forward whose backward is still to come may have kept the former ones.
+
+        A captured CUDA graph reads again what it wrote, and so writes in place.
+        """
+        in_place = (
+            not torch.compiler.is_compiling() and self.classes.is_cuda and torch.cuda.is_current_stream_capturing()
         )
-        self.count += number
-        self.prior.copy_((self.count + 1) / (self.count.sum() + num_classes))
-        learn = total > 0
-        self.steps += learn
-        keep = torch.where(learn, (1 - 1 / self.steps.clamp_min(1)).clamp_max(MOMENTUM), 1.0)
-        mean_of = total.clamp_min(1)
-        self.scatter.copy_(torch.lerp(scatter / mean_of.view(-1, 1, 1), self.scatter, keep.view(-1, 1, 1)))
-        known = self.seen * self.count
-        whiten = _whitener(self.scatter, self.mean, known, self.prior, self.spread)
-
-        to_all = _squared_distances(x @ whiten, self.mean @ whiten, seen)
-        nearest, size = _log(to_all.amin(-1)), _log(x.norm(dim=-1))
-        to_own = to_all.gather(-1, y.expand(len(x), -1).unsqueeze(-1)).squeeze(-1)
-        # Classes without a mean are at an infinite distance, which no weight of 0 would cancel.
-        to_own, nearest = (torch.where(old > 0, v, 0) for v in (to_own, nearest))
-        values = torch.stack([to_own, size, size.square(), nearest, nearest.square()], -1)
-        (measured,) = self._add_up((values * old.unsqueeze(-1)).sum(1))
-        self.moments.copy_(torch.lerp(measured / mean_of.unsqueeze(-1), self.moments, keep.unsqueeze(-1)))
-
-        forget = torch.where(seen, CLASS_MOMENTUM**here, torch.where(here > 0, 0.0, 1.0)).unsqueeze(-1)
-        self.mean.copy_(torch.lerp(sums / here.clamp_min(1).unsqueeze(-1), self.mean, forget))
-        self.seen.copy_(seen | (here > 0))
-        self.known.fill_(1)
-
-        self.whiten.copy_(whiten)
-        self.centre.copy_(self.mean @ whiten)
-        self.scale.copy_(torch.where(self.steps > 0, self.moments[:, 0].clamp_min(1e-12), 0))
-        for name, first, second in (("norm", 1, 2), ("distance", 3, 4)):
-            mean, square = self.moments[:, first], self.moments[:, second]
-            getattr(self, name).copy_(torch.stack([mean, (square - mean * mean).clamp_min(0).sqrt()], -1))
-
-    def _add_up(self, *sums: Tensor) -> list[Tensor]:
-        return sum_over_processes(sums) if self.everywhere else list(sums)
+        for name, value in zip(Sums._fields, sums, strict=False):
+            if in_place and value is not None:
+                getattr(self, name).copy_(value)
+            else:
+                setattr(self, name, value)
 
 
-def class_distances(logits: Tensor, statistics: Statistics) -> Tensor:
-    """Squared distance of each row to each class, ``[M, *, K]``; infinite for a class without a mean.
+def class_distances(x: Tensor, statistics: Statistics) -> Tensor:
+    """Squared distance of each row ``[M, *, K]`` to each class, ``[M, *, K]``; infinite for a class without a mean.
 
-    ``(x - mean_y)' S^-1 (x - mean_y)`` with the modality's pooled within-class covariance S (Mahalanobis; for
-    detecting what lies outside of the training distribution, Lee et al., NeurIPS 2018).
+    A class's mean differs from the common one mostly in its own logit. Taking that for the whole difference,
+    ``|x - mean_y|^2 = |x - mu|^2 - 2 rise_y (x_y - mu_y) + rise_y^2``: all classes at the cost of one.
     """
-    flat = rearrange(logits, "m ... k -> m (...) k")
-    distances = _squared_distances(flat @ statistics.whiten.to(flat), statistics.centre.to(flat), statistics.seen)
-    return distances.view(logits.shape)
+    lead = (len(x), *(1,) * (x.dim() - 2), -1)
+    centred = x - statistics.others.view(lead)
+    rise = statistics.rise.view(lead)
+    common = centred.square().sum(-1, keepdim=True)
+    # The last digits of the common part are lost in the difference.
+    distances = torch.maximum(common + rise * (rise - 2 * centred), 1e-6 * common)
+    return torch.where(statistics.seen.view(lead), distances, torch.inf)
 
 
 def untypicality(
-    logits: Tensor, distances: Tensor, statistics: Statistics, *, norm: bool, distance: bool, floor: float
+    x: Tensor,
+    distances: Tensor,
+    features: Features,
+    statistics: Statistics,
+    *,
+    norm: bool,
+    distance: bool,
+    floor: float,
 ) -> Tensor:
-    """``u >= 0``, ``[M, *]``: by how many standard deviations a row is untypical of its modality's clean logits.
+    """``u >= 0``, ``[M, *]``: by how many standard deviations a row is untypical of its modality's clean ones.
 
-    ``u = max(|z(log |x|)|, z(log min_y distance_y), 0)``: of an unusual size either way, or far from every class, where
-    ``norm`` and ``distance`` let these count; ``floor`` is the least standard deviation believed, in logarithms.
-    Logits ``[M, *, K]`` are finite, distances those of ``class_distances``.
+    ``u = max(|z(log |x|)|, z(log min_y distance_y), |z(log feature distance)|, 0)``: of an unusual size either way, far
+    from every class, or seen through unusual features, where ``norm`` and ``distance`` let the first two count;
+    ``floor`` is the least standard deviation believed of these. Logits ``[M, *, K]`` are finite and at most
+    ``LARGEST``, distances those of ``class_distances``.
     """
-    u = torch.zeros_like(logits[..., 0])
+
+    def z_score(values: Tensor, kind: int, least: float) -> Tensor:
+        mean, deviation = statistics.mean[:, kind], statistics.deviation[:, kind].clamp_min(least)
+        z = (values - per_modality(mean, values)) / per_modality(deviation, values)
+        return torch.where(statistics.known[:, kind].view(-1, *(1,) * (z.dim() - 1)), z, 0)
+
+    u = torch.zeros_like(x[..., 0])
     if norm:
-        u = _z_score(_log(torch.linalg.vector_norm(logits, dim=-1)), statistics.norm, floor).abs()
+        u = z_score(log_size(x), SIZE, floor).abs()
     if distance:
-        nearest = torch.nan_to_num(distances.amin(-1), posinf=1.0)
-        u = torch.maximum(u, _z_score(_log(nearest), statistics.distance, floor))
-    known = (statistics.scale > 0).view(-1, *(1,) * (u.dim() - 1))
-    return torch.where(known, u.clamp_min(0), 0)
+        u = torch.maximum(u, z_score(_log(distances.amin(-1).nan_to_num(posinf=1.0)), NEAREST, floor))
+    if statistics.features and any(f is not None for f in features):
+        apart = [torch.zeros_like(u[0]) if d is None else d for d in feature_distances(features, statistics)]
+        z = z_score(torch.stack(apart), FEATURE, FEATURE_FLOOR).abs()
+        given = [torch.full_like(u[0], f is not None) for f in features]
+        u = torch.maximum(u, z * torch.stack(given))
+    return u
 
 
-def _z_score(values: Tensor, moments: Tensor, floor: float) -> Tensor:
-    mean, deviation = (v.to(values.dtype).view(-1, *(1,) * (values.dim() - 1)) for v in moments.unbind(-1))
-    return (values - mean) / deviation.clamp_min(floor)
+def feature_distances(features: Features, statistics: Statistics) -> list[Tensor | None]:
+    """Log of the mean squared deviation of each row's features, in standard deviations: ``[*]``, None without any."""
+    return [
+        None if f is None else _log(((f.clamp(-LARGEST, LARGEST) - mean) * inverse).square().mean(-1).clamp_max(1e30))
+        for f, (mean, inverse) in zip(features, statistics.features, strict=True)
+    ]
+
+
+def log_size(x: Tensor) -> Tensor:
+    return _log(torch.linalg.vector_norm(x, dim=-1))
 
 
 def _log(values: Tensor) -> Tensor:
     return values.clamp_min(1e-12).log()
 
 
-def _squared_distances(rows: Tensor, centres: Tensor, seen: Tensor) -> Tensor:
-    # |x|^2 - 2 x'c + |c|^2 is the faster way, but cancels where it matters in less than float64.
-    mode = f"{'' if rows.dtype == torch.float64 else 'donot_'}use_mm_for_euclid_dist"
-    distances = torch.cdist(rows, centres, compute_mode=mode).square()
-    # Beyond what the dtype holds, far is far.
-    distances = torch.nan_to_num(distances, nan=1e30, posinf=1e30)
-    return distances.masked_fill(~seen.unsqueeze(-2), torch.inf)
+def _mean(number: Tensor, total: Tensor) -> Tensor:
+    return total / number.masked_fill(number == 0, torch.inf)
 
 
-def _whitener(within: Tensor, mean: Tensor, count: Tensor, prior: Tensor, spread: float) -> Tensor:
-    """``[..., K, K]``: W with ``W W' = (within + spread * between * I)^-1``; no host synchronisation."""
-    share = torch.where(count > 0, prior, 0)
-    share = (share / share.sum(-1, keepdim=True).clamp_min(1e-12)).unsqueeze(-1)
-    overall = (share * mean).sum(-2, keepdim=True)
-    between = (share * (mean - overall).square()).sum((-2, -1)) / mean.shape[-1]
-    eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-    # The last term keeps what is numerically singular (no spread at all) invertible.
-    least = spread * between + 1e-9 * within.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-12
-    lower, _ = torch.linalg.cholesky_ex(within + least[..., None, None] * eye)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-    return inverse.mT
+def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``[M, ...]`` of ``[M, 3, ...]``."""
+    mean, square = _mean(sums[:, :1], sums[:, 1:]).unbind(1)
+    return mean, (square - mean * mean).clamp_min(0)
+
+
+def _counts(x: Tensor, counted: Tensor, features: Features, dtype: torch.dtype) -> Tensor:
+    """1 where a row is learned from, else 0: ``[M, R]``."""
+    sizes = x.abs().amax(-1)
+    if any(f is not None for f in features):
+        sizes = torch.stack(
+            [s if f is None else torch.maximum(s, f.abs().amax(-1)) for s, f in zip(sizes, features, strict=True)]
+        )
+    return (counted & (sizes < LARGEST)).to(dtype)
+
+
+def _sum_classes(x: Tensor, target: Tensor, counts: Tensor) -> Tensor:
+    """``Sums.classes`` of a batch."""
+    y = target.expand(len(x), -1)
+    x = x * counts.unsqueeze(-1).to(x.dtype)
+    of_rows = torch.stack([counts, x.gather(-1, y.unsqueeze(-1)).squeeze(-1).to(counts)], 1)  # [M, 2, R]
+    own = counts.new_zeros(len(x), 2, x.shape[-1]).scatter_add(-1, y.unsqueeze(1).expand_as(of_rows), of_rows)
+    every = torch.stack([counts.sum(1, keepdim=True).expand(-1, x.shape[-1]), x.sum(1, dtype=counts.dtype)], 1)
+    return torch.stack([own, every - own], 1)
+
+
+def _sum_features(like: Tensor, features: Features, counts: Tensor) -> Tensor:
+    """``Sums.features`` of a batch."""
+    sums = torch.zeros_like(like)
+    for m, f in enumerate(features):
+        if f is not None:
+            f = torch.where(counts[m].unsqueeze(-1) > 0, f, 0).to(like)
+            sums[m, :, : f.shape[-1]] = torch.stack([counts[m].sum().expand(f.shape[-1]), f.sum(0), f.square().sum(0)])
+    return sums
+
+
+def _measure(
+    x: Tensor, target: Tensor, features: Features, statistics: Statistics, number: Tensor | None = None
+) -> list[Tensor]:
+    """Of each row ``[M, R]`` what ``Sums.measured`` sums up. ``number`` ``[M, R]`` says of how many samples its class's
+    mean is, where it is one of them: its distance is then that to the mean of the others.
+    """
+    y = target.expand(len(x), -1).unsqueeze(-1)
+    distances = class_distances(x, statistics)
+    own = distances.gather(-1, y)
+    if number is not None:
+        to_own = x.gather(-1, y).squeeze(-1) - (statistics.others + statistics.rise).gather(-1, y.squeeze(-1))
+        farther = (number / (number - 1).clamp_min(1)).square() - 1
+        own = own + (to_own.square() * farther).unsqueeze(-1)
+        distances = distances.scatter(-1, y, own)
+    size = log_size(x)
+    apart = feature_distances(features, statistics) if statistics.features else [None] * len(x)
+    given = [torch.full_like(s, torch.nan) if d is None else d for s, d in zip(size, apart, strict=True)]
+    return [size, _log(distances.amin(-1)), own.squeeze(-1), torch.stack(given)]
+
+
+def _sum_measures(measures: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
+    """``[M, 3, 4]``; what is not finite, as there is nothing to measure, does not count."""
+    weight, values = torch.stack(list(counts), -1), torch.stack(list(measures), -1).to(counts[0])
+    weight = weight * torch.isfinite(values)
+    values = torch.where(weight > 0, values, 0)
+    return torch.stack([weight, weight * values, weight * values.square()], 1).sum(2)

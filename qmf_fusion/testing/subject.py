@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..fusion import QualityAwareFusion
 from ..model import FusionModel
 from ..rule import Rule
-from ..typicality import OF_CLASSES
 from ..uncertainty import Uncertainty, energy_score
 from .strategies import logits
 
@@ -87,6 +86,8 @@ class Subject:
 
 def _select(rule: Rule, order: Sequence[int]) -> None:
     """Leave these modalities, in this order, in every tensor whose first dimension they are."""
+    if rule.feature_widths is not None:
+        rule.feature_widths = tuple(rule.feature_widths[m] for m in order)
     for module in rule.modules():
         if hasattr(module, "num_modalities"):
             module.num_modalities = len(order)  # type: ignore[assignment]
@@ -94,7 +95,7 @@ def _select(rule: Rule, order: Sequence[int]) -> None:
             if value is not None:
                 setattr(module, name, nn.Parameter(value.detach()[list(order)]))
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in OF_CLASSES:
+            if buffer is not None:
                 setattr(module, name, buffer[list(order)])
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion.evidential import evidential
 from qmf_fusion.mixture import ContaminatedProduct
 
 
@@ -21,12 +22,12 @@ def clean_data(m=3, n=240, k=5, seed=0, dtype=torch.float64):
     return logits.to(dtype), target
 
 
-def from_definition(logits, odds, ratio, prior):
+def from_definition(odds, ratio):
     """Sum over all 2^M patterns of clean and broken modalities: posteriors of the class and of each being clean."""
     num, k = ratio.shape
     joint, clean = torch.zeros(k, dtype=torch.float64), torch.zeros(num, dtype=torch.float64)
     for pattern in itertools.product([True, False], repeat=num):
-        mass = prior.clone()
+        mass = torch.ones(k, dtype=torch.float64)
         for m, is_clean in enumerate(pattern):
             mass = mass * (ratio[m] / (1 + odds[m]) if is_clean else odds[m] / (1 + odds[m]))
         joint += mass
@@ -39,61 +40,82 @@ def test_posteriors_are_those_of_the_model_by_enumeration():
     fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     test = 3 * torch.randn(3, 20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     out = fusion(test)
-    statistics = fusion.rule.statistics()
-    ratio, u = fusion.rule.evidence(test, statistics)
+    ratio, u = fusion.rule.evidence(fusion.rule.stack(test), fusion.rule.statistics())
     odds = fusion.rule.odds_of(u)
     for i in range(20):
-        fused, clean = from_definition(test[:, i], odds[:, i], ratio[:, i], statistics.prior)
+        fused, clean = from_definition(odds[:, i], ratio[:, i])
         torch.testing.assert_close(out.logits[i].exp(), fused)
         torch.testing.assert_close(out.weights[:, i], clean)
 
 
+def expected_statistics(x, target, k, features):
+    """Row by row, in float64, without itself: means, and the three logarithms' means and deviations."""
+    n = len(x)
+    others = torch.stack([x[target != c, c].mean() for c in range(k)])
+    own = torch.stack([x[target == c, c].mean() for c in range(k)])
+
+    def distance(v, c, of_class):
+        mean = others.clone()
+        mean[c] = of_class
+        return (v - mean).square().sum()
+
+    to_own, nearest = [], []
+    for i in range(n):
+        rest = x[(target == target[i]) & (torch.arange(n) != i), target[i]].mean()
+        each = [distance(x[i], c, rest if c == target[i] else own[c]) for c in range(k)]
+        to_own.append(each[target[i]])
+        nearest.append(min(each))
+    center, variance = features.mean(0), features.var(0, unbiased=False)
+    variance = (n * variance + variance.mean()) / (n + 1)
+    apart = ((features - center).square() / variance).mean(-1)
+    logs = [x.norm(dim=1).log(), torch.stack(nearest).log(), apart.log()]
+    moments = [(v.mean(), v.std(unbiased=False)) for v in logs]
+    return lambda v, c: distance(v, c, own[c]), torch.stack(to_own).mean(), moments, (center, variance)
+
+
 def test_statistics_and_evidence_are_the_documented_formulas():
     logits, target = clean_data(m=1, n=60, k=3)
-    fusion = QualityAwareFusion.robust(1, 3).calibrate(logits, target)
-    x, n = logits[0], 60
-    prior = (torch.bincount(target) + 1) / (n + 3)
-    means = torch.stack([x[target == c].mean(0) for c in range(3)])
-    others = torch.stack([x[(target == target[i]) & (torch.arange(n) != i)].mean(0) for i in range(n)])
-    residual = x - others
-    overall = (prior[:, None] * means).sum(0)
-    between = (prior[:, None] * (means - overall) ** 2).sum() / 3
-    inverse = torch.linalg.inv(residual.T @ residual / n + 0.1 * between * torch.eye(3))
-
-    def distance(v, mean):
-        return (v - mean) @ inverse @ (v - mean)
-
-    own = torch.stack([distance(x[i], others[i]) for i in range(n)])
-    nearest = torch.stack(
-        [min(own[i] if c == target[i] else distance(x[i], means[c]) for c in range(3)) for i in range(n)]
-    )
-    v = torch.tensor([9.0, -4.0, 2.0], dtype=torch.float64)
-    d = torch.stack([distance(v, mean) for mean in means])
-    tail = (1 + d / own.mean()) ** -5
-    tail = tail / tail.sum()
-    ratio = 0.5 * v.softmax(0) / prior + 0.5 * tail / (prior * tail).sum()
-    size = x.norm(dim=1).log()
-    u = max(
-        abs(float((v.norm().log() - size.mean()) / max(size.std(unbiased=False), 0.3))),
-        float((d.min().log() - nearest.log().mean()) / max(nearest.log().std(unbiased=False), 0.3)),
-        0.0,
-    )
-    found, untypical = fusion.rule.evidence(v.view(1, 1, 3), fusion.rule.statistics())
-    torch.testing.assert_close(found[0, 0], ratio, rtol=1e-6, atol=1e-9)
-    assert float(untypical) == pytest.approx(u, rel=1e-6)
-    rho = 0.3 * (1 + torch.exp(torch.tensor(min(u, 6) - 3)))
-    assert float(fusion.rule.odds_of(untypical)) == pytest.approx(float(rho), rel=1e-6)
+    g = torch.Generator().manual_seed(4)
+    features = torch.randn(60, 7, generator=g, dtype=torch.float64) * torch.arange(1, 8)
+    fusion = QualityAwareFusion.robust(1, 3, features=[7]).calibrate(logits, target, features=[features])
+    distance, scale, moments, (center, variance) = expected_statistics(logits[0], target, 3, features)
+    for v, seen in (
+        (torch.tensor([9.0, -4.0, 2.0]), 0 * center),
+        (torch.tensor([3.0, 0.1, 0.2]), center + 2 * variance.sqrt()),
+        (torch.tensor([0.01, 0.0, 0.02]), None),
+    ):
+        v = v.double()
+        d = torch.stack([distance(v, c) for c in range(3)])
+        tail = (1 + d / scale) ** -5
+        evident = 1 + nn.functional.softplus(v)
+        ratio = 3 * (0.75 * evident / evident.sum() + 0.25 * tail / tail.sum())
+        values = [v.norm().log(), d.min().log()]
+        z = [(value - mean) / max(std, 0.3) for value, (mean, std) in zip(values, moments, strict=False)]
+        u = max(abs(z[0]), z[1], 0)
+        if seen is not None:
+            apart = ((seen - center).square() / variance).mean().log()
+            u = max(u, abs(apart - moments[2][0]) / max(moments[2][1], 0.02))
+        batch = fusion.rule.stack([v.view(1, 3)], None, [None if seen is None else seen.view(1, 7)])
+        found, untypical = fusion.rule.evidence(batch, fusion.rule.statistics())
+        torch.testing.assert_close(found[0, 0], ratio, rtol=1e-6, atol=1e-9)
+        assert float(untypical) == pytest.approx(float(u), rel=1e-6)
+        rho = 0.3 * (1 + torch.exp(torch.tensor(min(float(u), 6) - 3)))
+        assert float(fusion.rule.odds_of(untypical)) == pytest.approx(float(rho), rel=1e-6)
 
 
 def test_without_statistics_it_is_the_plain_form():
     x = torch.randn(4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     fusion = QualityAwareFusion.robust(4, 6)
-    expected = torch.log1p(6 * x.softmax(-1) / (0.3 * (1 + torch.exp(torch.tensor(-3.0))))).sum(0).log_softmax(-1)
+    p = (1 + nn.functional.softplus(x)) / (1 + nn.functional.softplus(x)).sum(-1, keepdim=True)
+    expected = torch.log1p(6 * p / (0.3 * (1 + torch.exp(torch.tensor(-3.0))))).sum(0).log_softmax(-1)
     torch.testing.assert_close(fusion(x).logits, expected)
     assert fusion.rule.statistics() is None
-    rows = x, torch.ones(4, 7, dtype=torch.bool)
-    nothing = fusion.rule.posterior(*rows, fusion.rule.running.statistics())
-    torch.testing.assert_close(nothing, fusion.rule.posterior(*rows, None), msg="statistics of nothing change nothing")
+    batch = fusion.rule.stack(x)
+    nothing = fusion.rule.posterior(batch, fusion.rule.running.sums().statistics([None] * 4, x.dtype))
+    torch.testing.assert_close(nothing, fusion.rule.posterior(batch, None), msg="statistics of nothing change nothing")
+    usual = QualityAwareFusion.robust(4, 6, evidential=False)(x).logits
+    plain = torch.log1p(6 * x.softmax(-1) / (0.3 * (1 + torch.exp(torch.tensor(-3.0))))).sum(0).log_softmax(-1)
+    torch.testing.assert_close(usual, plain)
 
 
 @settings(max_examples=40, deadline=None)
@@ -119,7 +141,7 @@ def test_a_weight_never_rises_with_its_uncertainty(seed, rise):
     mixture = ContaminatedProduct(3, 5)
     u = 6 * torch.rand(3, 10, generator=g, dtype=torch.float64)
     x = 4 * torch.randn(3, 10, 5, generator=g, dtype=torch.float64)
-    ratio, _ = mixture.evidence(x, None)
+    ratio, _ = mixture.evidence(mixture.stack(x), None)
 
     def weights(u):
         odds = mixture.odds_of(u).unsqueeze(-1)
@@ -149,7 +171,11 @@ def test_untypical_logits_lose_weight_and_votes():
         {"typicality_norm": False, "typicality_distance": False},
         {"distance_evidence": 0.0},
         {"distance_evidence": 1.0},
-        {"class_prior": False},
+        {"evidential": False},
+        {"floor": 0.0},
+        {"odds": 1.0},
+        {"onset": 2.0},
+        {"ceiling": 4.0},
         {"agreement": False},
         {"normalize_logits": 0.1},
     ],
@@ -269,9 +295,8 @@ def test_running_statistics_come_near_the_fitted_ones():
     gathered = fusion(test)
     fusion.calibrate(logits, target)
     fitted = fusion.rule.statistics()
-    torch.testing.assert_close(running.scale, fitted.scale, rtol=0.1, atol=0)
-    torch.testing.assert_close(running.norm, fitted.norm, rtol=0.1, atol=0.05)
-    torch.testing.assert_close(running.distance, fitted.distance, rtol=0.15, atol=0.05)
+    torch.testing.assert_close(running.mean[:, :3], fitted.mean[:, :3], rtol=0.1, atol=0.05)
+    torch.testing.assert_close(running.deviation[:, :2], fitted.deviation[:, :2], rtol=0.15, atol=0.05)
     torch.testing.assert_close(gathered.weights, fusion(test).weights, rtol=0, atol=0.15)
     criterion.eval()
     before = copy.deepcopy(fusion.rule.running.state_dict())
@@ -294,9 +319,8 @@ def test_a_modality_never_seen_stays_plain():
     criterion = QMFLoss(fusion, len(target), ranking_weight=0)
     for _ in range(3):
         criterion([logits[0], None, logits[2]], target)
-    ratio, untypical = fusion.rule.evidence(logits, fusion.rule.statistics())
-    prior = fusion.rule.statistics().prior
-    torch.testing.assert_close(ratio[1], logits[1].softmax(-1) / prior)
+    ratio, untypical = fusion.rule.evidence(fusion.rule.stack(logits), fusion.rule.statistics())
+    torch.testing.assert_close(ratio[1], 5 * evidential(logits[1]).softmax(-1))
     assert (untypical[1] == 0).all()
     assert (untypical[0] > 0).any()
 
@@ -319,12 +343,13 @@ def test_works_in_a_model_as_the_default_does():
         ({"distance_evidence": 2.0}, "distance_evidence"),
         ({"normalize_logits": -1.0}, "normal"),
         ({"floor": -1.0}, "floor must be finite and at least 0"),
-        ({"spread": -1.0}, "spread must be finite and at least 0"),
+        ({"features": [3]}, "features must be None or 2 widths"),
+        ({"features": [3, 0]}, "features must be an integer of at least 1"),
         ({"num_classes": 0}, "num_classes must be at least 1"),
         ({"num_classes": -3}, "num_classes must be at least 1"),
         *(
             ({name: bad}, f"{name} must be finite")
-            for name in ("onset", "ceiling", "sharpness", "odds")
+            for name in ("onset", "ceiling", "odds")
             for bad in (float("nan"), float("inf"), -float("inf"))
         ),
     ],
@@ -364,7 +389,7 @@ def test_casting_keeps_the_statistics_precise():
     logits, target = clean_data(dtype=torch.float32)
     fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     expected = fusion(logits).logits
-    assert fusion.half().rule.fitted.whiten.dtype == torch.float64
+    assert fusion.half().rule.fitted.classes.dtype == torch.float64
     assert torch.equal(fusion(logits).logits, expected)
 
 

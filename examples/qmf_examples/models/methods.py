@@ -344,7 +344,7 @@ ABLATION = Table(
         _without("the distance of logits", typicality_distance=False),
         _without("either", typicality_norm=False, typicality_distance=False),
         _without("distances as evidence", distance_evidence=0.0),
-        _without("class frequencies", class_prior=False),
+        _without("the evidential likelihood", evidential=False),
         _without("bounded votes", agreement=False),
         *_pick(_ORACLE),
     ),
