@@ -389,6 +389,28 @@ def test_jpegs_truncated_anywhere_are_found_by_the_quick_check(tmp_path):
                 opened(path)
 
 
+def test_a_link_to_a_folder_is_not_followed_out(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "real", outside / "deep"):
+        folder.mkdir(parents=True)
+        (folder / "x.png").write_bytes(b"x")
+    (root / "linked").symlink_to(outside, target_is_directory=True)
+    (root / "inside").symlink_to("real", target_is_directory=True)
+    assert file_inside(root, "inside/x.png").read_bytes() == b"x"
+    for name in ("linked/deep/x.png", "./linked/deep/x.png", "real/../linked/deep/x.png"):
+        with pytest.raises(DataError, match="leads out of the data folder"):
+            file_inside(root, name)
+
+
+def test_the_bound_is_64_million_pixels(tmp_path):
+    Image.new("1", (8000, 8000)).save(tmp_path / "a.png")
+    Image.new("1", (8000, 8001)).save(tmp_path / "b.png")
+    assert check_image(tmp_path / "a.png") == open_image(tmp_path / "a.png").size == (8000, 8000)
+    for opened in (check_image, open_image):
+        with pytest.raises(DataError, match=r"refused: b\.png has 8000 x 8001 pixels, more than 64,000,000"):
+            opened(tmp_path / "b.png")
+
+
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(DataError, match="not a file"):
