@@ -29,8 +29,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("qmf_fusion", "kernels/qmf_kernels/eager")
 OUTSIDE = ("qmf_fusion/version.py",)
-SLOW = ("compile", "compiled_step", "distributed", "benchmarks", "standalone", "hub_layout", "imports", "testing")
-"""Tests that start processes or compile: what they alone would see is not counted as seen."""
+SLOW_FILES = ("compile", "compiled_step", "distributed", "resume", "benchmarks", "standalone", "hub_layout", "imports")
+SLOW_TESTS = "not opcheck and not compile and not processes"
+"""What compiles or starts processes: a change that these tests alone would notice counts as one that survived."""
 COMPARISONS = {
     ast.Lt: ("<=", ">"), ast.LtE: ("<", ">="), ast.Gt: (">=", "<"), ast.GtE: (">", "<="), ast.Eq: ("!=",),
     ast.NotEq: ("==",), ast.Is: ("is not",), ast.IsNot: ("is",), ast.In: ("not in",), ast.NotIn: ("in",),
@@ -51,7 +52,7 @@ def changes(tree: ast.AST) -> Iterator[Change]:
             if not isinstance(node, ast.AST) or isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.Assert):
                 continue
             if isinstance(node, ast.expr | ast.stmt):
-                yield from ((node, text) for text in replacements(node))
+                yield from ((node, text) for text in replacements(node) if text != ast.unparse(node))
             yield from changes(node)
 
 
@@ -97,18 +98,17 @@ def mutate(source: str, node: ast.expr | ast.stmt, text: str) -> str:
     return (before + text.encode() + after).decode()
 
 
-def order_of_tests(copy: Path, changed: Path) -> list[str]:
-    """First the tests that are named as the file, then its doctests, then all others."""
-    stem = changed.stem
-    files = [f for room in ("qmf_fusion", "qmf_kernels") for f in sorted((copy / "tests" / room).glob("test_*.py"))]
-    files = [f for f in files if f.stem.removeprefix("test_") not in SLOW or f.stem.removeprefix("test_") == stem]
-    if "testing" in changed.parts:
-        files.insert(0, copy / "tests" / "qmf_fusion" / "test_testing.py")
-    files.sort(key=lambda f: not (stem in f.stem or stem in f.read_text()))
-    return [str(changed), *dict.fromkeys(map(str, files))]
+def tests_of(copy: Path, changed: Path) -> list[str]:
+    """First the file's doctests and the tests that are named as it or speak of it, then all others."""
+    rooms = ("qmf_fusion", "qmf_kernels")
+    files = [file for room in rooms for file in sorted((copy / "tests" / room).glob("test_*.py"))]
+    own = f"test_{'testing' if changed.parent.name == 'testing' else changed.stem}"
+    slow = {f"test_{name}" for name in (*SLOW_FILES, "testing")} - {own}
+    files = sorted(files, key=lambda file: (file.stem != own, changed.stem not in file.read_text()))
+    return [str(changed), *(str(file) for file in files if file.stem not in slow)]
 
 
-def survives(copy: Path, changed: Path, timeout: float) -> bool:
+def outcome(copy: Path, changed: Path, timeout: float) -> str:
     child = os.fork()
     if not child:
         os.setsid()
@@ -118,16 +118,16 @@ def survives(copy: Path, changed: Path, timeout: float) -> bool:
         for stream in (1, 2):
             os.dup2(os.open(copy / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--rootdir={copy}"]
-        os._exit(pytest.main([*options, *order_of_tests(copy, changed)]))
+        os._exit(pytest.main([*options, "-k", SLOW_TESTS, *tests_of(copy, changed)]))
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return status == 0
+            return "SURVIVED" if status == 0 else "killed"
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return False  # an endless loop is noticed
+    return "killed, out of time,"
 
 
 def main() -> None:
@@ -141,27 +141,23 @@ def main() -> None:
     files = [f for folder in FOLDERS for f in sorted((ROOT / folder).rglob("*.py"))]
     names = [str(f.relative_to(ROOT)) for f in files]
     names = [name for name in names if args.only in name and name not in OUTSIDE]
-    possible = [(n, node, text) for n in names for node, text in changes(ast.parse((ROOT / n).read_text()))]
+    possible = [(n, *change) for n in names for change in changes(ast.parse((ROOT / n).read_text()))]
     chosen = random.Random(args.seed).sample(possible, min(args.count, len(possible)))
     alive = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "docs", "__pycache__", "runs", "*.egg-info"))
+        if outcome(copy, copy / names[0], args.timeout) != "SURVIVED":
+            sys.exit(f"the tests fail without any change, or take more than --timeout {args.timeout}")
         for number, (name, node, text) in enumerate(chosen, start=1):
             source = (ROOT / name).read_text()
             mutant = mutate(source, node, text)
-            try:
-                compile(mutant, name, "exec")
-            except SyntaxError:
-                print(f"{number}: {name}:{node.lineno} is no Python, not counted", flush=True)
-                continue
             (copy / name).write_text(mutant)
-            begun, lives = time.monotonic(), survives(copy, copy / name, args.timeout)
+            begun, end = time.monotonic(), outcome(copy, copy / name, args.timeout)
             (copy / name).write_text(source)
-            alive += lives
-            seconds = time.monotonic() - begun
-            print(f"{number}: {'SURVIVED' if lives else 'killed'} {name}:{node.lineno} ({seconds:.0f} s)", flush=True)
-            if lives:
+            print(f"{number}: {end} {name}:{node.lineno} ({time.monotonic() - begun:.0f} s)", flush=True)
+            if end == "SURVIVED":
+                alive += 1
                 diff = difflib.unified_diff(source.splitlines(), mutant.splitlines(), lineterm="", n=0)
                 print("\n".join(list(diff)[2:]), flush=True)
     print(f"{len(chosen) - alive} of {len(chosen)} killed: {100 * (1 - alive / len(chosen)):.0f} %, seed {args.seed}")
