@@ -29,7 +29,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("qmf_fusion", "kernels/qmf_kernels/eager")
 OUTSIDE = ("qmf_fusion/version.py",)
-SLOW_FILES = ("compile", "compiled_step", "distributed", "resume", "benchmarks", "standalone", "hub_layout", "imports")
+SLOW_FILES = (
+    "backend", "benchmarks", "compile", "compiled_step", "distributed", "hub_layout", "imports", "resume", "standalone",
+)  # fmt: skip
 SLOW_TESTS = "not opcheck and not compile and not processes"
 """What compiles or starts processes: a change that these tests alone would notice counts as one that survived."""
 COMPARISONS = {

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from qmf_fusion import QualityAwareFusion, fusion_report
 from qmf_fusion.calibration import CleanData, positive_correlation
 
 QUANTILES = {0.95: 1.6448536269514722, 0.99: 2.3263478740408408}  # of the normal distribution, from a table
@@ -45,3 +46,12 @@ def test_rows_that_do_not_count_have_no_say():
     counted[0, 3:] = False
     data = CleanData([], torch.zeros(20, dtype=torch.int64), counted, losses)
     assert not positive_correlation(weights, data, 0.95)
+
+
+@pytest.mark.parametrize(("num", "interval"), [(1, (0.0, 0.0)), (2, (-1.0, 0.0))])
+def test_intervals_of_hardly_any_samples(num, interval):
+    """Of two samples, half of the resamples are of one of them twice, which is no correlation."""
+    logits = torch.tensor([[[4.0, 0.0], [1.0, 0.0]]], dtype=torch.float64)[:, :num]
+    (found,) = fusion_report(QualityAwareFusion(1), logits, torch.zeros(num, dtype=torch.int64)).modalities
+    assert found.interval == pytest.approx(interval)
+    assert found.eq6 == "undecided"

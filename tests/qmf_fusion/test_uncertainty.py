@@ -96,3 +96,8 @@ def test_softplus_is_exact_wherever_it_is_nearly_the_identity():
     found = (1 / evidence_uncertainty(x.unsqueeze(-1)) - 1).numpy()
     np.testing.assert_allclose(found[x >= 1], softplus[x >= 1], rtol=2e-15)
     np.testing.assert_allclose(evidential(x).numpy(), np.log1p(softplus), rtol=1e-13, atol=1e-15)
+
+
+def test_what_is_not_finite_stays_as_it_is():
+    rows = torch.tensor([-torch.inf, torch.inf, torch.nan])
+    torch.testing.assert_close(evidential(rows), rows, equal_nan=True)
