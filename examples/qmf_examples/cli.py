@@ -1,5 +1,6 @@
 """The `qmf-fusion` command: what every subcommand shares. Nothing here imports torch, so that help comes at once."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for what the machine lacks, 2 for a wrong argument, 130 for an interrupt. Errors are one
         line on standard error.
     """
+    _print_anything()
     try:
         # Outside of this block nothing of the extra is needed, so that its absence can be told in one line too.
         from .commands import app as commands
@@ -38,6 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of a pipe has gone; a closed standard output keeps Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _print_anything() -> None:
+    """Print what the terminal has no characters for as escapes, such as names of files that are not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a notebook has put a stream of its own
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> int:

@@ -25,7 +25,7 @@ def entropy(x):
 
 
 def evidence(x):
-    return x.shape[-1] / (F.softplus(x.double()) + 1).sum(-1)
+    return x.shape[-1] / (torch.logaddexp(x.double(), torch.zeros((), dtype=torch.float64)) + 1).sum(-1)
 
 
 UNCERTAINTIES = {"energy": energy, "msp": msp, "entropy": entropy, "evidence": evidence}

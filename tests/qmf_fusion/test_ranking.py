@@ -193,6 +193,15 @@ def test_start_epoch_counts_a_samples_own_visits():
     assert trajectory.kappa(torch.tensor([0]), rescale=None).item() == 3.0  # the mean of 2, 3 and 4
 
 
+def test_resize_keeps_visits():
+    trajectory = LossTrajectory(2, 1, start_epoch=3)
+    for _ in range(2):
+        trajectory.record(torch.ones(1, 1), torch.tensor([0]))
+    trajectory.resize(4)
+    trajectory.record(torch.ones(1, 2), torch.tensor([0, 3]))
+    assert trajectory.count.tolist() == [[1, 0, 0, 0]]  # the third visit of the first, the first one of the last
+
+
 def test_resize_keeps_history():
     rank = TrajectoryRankingLoss(3, 2)
     rank(rand(2, 3), rand(2, 3, seed=1), torch.arange(3))

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
-from qmf_fusion.uncertainty import UNCERTAINTIES
+from qmf_fusion.evidential import evidential
+from qmf_fusion.uncertainty import UNCERTAINTIES, evidence_uncertainty
 
 NUM, ROWS = 3, 5
 NAMES = pytest.mark.parametrize("name", list(UNCERTAINTIES))
@@ -85,3 +87,17 @@ def test_the_largest_probability_of_many_keeps_its_digits() -> None:
         QualityAwareFusion(1, uncertainty="msp")([leaf]).weights.sum().backward()
         grads.append(leaf.grad.double())
     torch.testing.assert_close(*grads, rtol=1e-4, atol=0)
+
+
+def test_softplus_is_exact_wherever_it_is_nearly_the_identity():
+    """Cut off at 20, as PyTorch's is, it would show in float64: log(1 + e^21) is 21 + 7.6e-10."""
+    x = torch.linspace(-60, 60, 241, dtype=torch.float64)
+    softplus = np.logaddexp(x.numpy(), 0)
+    found = (1 / evidence_uncertainty(x.unsqueeze(-1)) - 1).numpy()
+    np.testing.assert_allclose(found[x >= 1], softplus[x >= 1], rtol=2e-15)
+    np.testing.assert_allclose(evidential(x).numpy(), np.log1p(softplus), rtol=1e-13, atol=1e-15)
+
+
+def test_what_is_not_finite_stays_as_it_is():
+    rows = torch.tensor([-torch.inf, torch.inf, torch.nan])
+    torch.testing.assert_close(evidential(rows), rows, equal_nan=True)

@@ -109,7 +109,7 @@ def take_turns(sides: Sides, seed: int, seen: Callable[[Any, Any], object] = lam
 
 def _load(samples: Dataset[Any], collate: Callable[[list[Any]], Any], seed: int) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(seed)
-    order = Shuffled(samples, 1, 0, seed=seed)
+    order = Shuffled(samples, 1, 0, seed=seed, batch_size=BATCH)
     return DataLoader(samples, BATCH, sampler=order, collate_fn=collate, generator=generator)
 
 

@@ -119,6 +119,10 @@ def train_set(
     own = [{**_absolute(base), "method": m, "seed": s} for m in methods for s in seeds_of_each]
     plan = [resolve(data_set, *layers, run) for run in own]
     folder = output if output is not None else Path("runs") / data_set
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(f"--output: must be UTF-8, for TensorBoard's files, got {str(folder)!r}") from error
     prepare_output(folder)
     with disk_errors(), resumable("run it again with --resume to go on"):
         _train_all(plan, folder, resume)

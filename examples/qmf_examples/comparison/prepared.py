@@ -13,6 +13,7 @@ from ..corruption import features, view_copies
 from ..corruption.conditions import CLEAN, CONFLICT, FEATURES, UNSEEN, VIEW_COPIES, Condition
 from ..data.feature_files import FeatureFile
 from ..data.multiview import Array, MultiView
+from ..errors import CommandError
 
 Ids = NDArray[np.int64]
 Scale = Callable[[Array], Array]
@@ -154,7 +155,13 @@ def split_60_40(labels: NDArray[np.int64], seed: int) -> tuple[Ids, Ids]:
 
 
 def split_80_20(labels: NDArray[np.int64], seed: int) -> tuple[Ids, Ids]:
-    """Every fifth sample of each class, in an order at random, is a test sample."""
+    """Every fifth sample of each class, in an order at random, is a test sample.
+
+    Raises:
+        CommandError: so few that there might be none.
+    """
+    if len(labels) < 5:
+        raise CommandError(f"a set must have 5 samples at least, got {len(labels)}: every fifth is a test sample")
     rng = np.random.default_rng([seed, zlib.crc32(b"split")])
     test = np.zeros(len(labels), dtype=np.bool_)
     order = np.concatenate([rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)])

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 64_000_000
-"""Images of more pixels are refused before they are decoded: 192 MB as RGB."""
+"""Images of more pixels are refused before they are decoded, and those of which resizing would make more: 192 MB as
+RGB."""
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 NAMED = 5
 """How many faults a message names; all are counted."""
@@ -136,6 +137,34 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
         image.load()
     return size
+
+
+def shorter_side_to(side: int, size: tuple[int, int]) -> tuple[int, int]:
+    """What a ``size`` becomes where its shorter side is resized to ``side`` pixels and its shape kept.
+
+    Example:
+        >>> shorter_side_to(256, (1, 60_000))
+        (256, 15360000)
+    """
+    width, height = size
+    return (side, side * height // width) if width <= height else (side * width // height, side)
+
+
+def too_large_resized(size: tuple[int, int], made: tuple[int, int], max_pixels: int = MAX_PIXELS) -> str | None:
+    """Why an image of ``size`` is not resized to ``made``, each width and height; None where nothing is against it.
+
+    Pillow resizes the rows first, so that on its way it holds an image of the new width and the old height.
+
+    Example:
+        >>> too_large_resized((1, 60_000), (256, 15_360_000))
+        'refused: 1 x 60000 pixels would be resized by way of 256 x 15360000, more than 64,000,000'
+        >>> too_large_resized((1, 60_000), (256, 256))
+    """
+    width, height = made[0], max(size[1], made[1])
+    if width * height <= max_pixels:
+        return None
+    way = f"{width} x {height}, more than {max_pixels:,}"
+    return f"refused: {size[0]} x {size[1]} pixels would be resized by way of {way}"
 
 
 def _decoder(file: BinaryIO, name: str, max_pixels: int, deep: bool = False) -> "Image":

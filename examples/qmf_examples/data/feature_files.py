@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CommandError
+from .multiview import LARGEST
 
 CLEAN = "clean"
 OWN = "conflict"
@@ -101,5 +102,5 @@ def _check_rows(path: Path, key: str, rows: NDArray[Any], num: int, width: tuple
     if rows.ndim != 2 or rows.shape != (num, *width) or not rows.size:
         wanted = f"{num} rows of {width[0]} features" if width else f"{num} rows of features"
         raise CommandError(f"{path}: {key} must be {wanted}, got shape {rows.shape}")
-    if not np.isfinite(rows).all():
-        raise CommandError(f"{path}: {key} must be finite")
+    if not (np.abs(rows) <= LARGEST).all():
+        raise CommandError(f"{path}: {key} must be finite, in single precision too")

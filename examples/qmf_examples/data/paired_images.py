@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from .catalogue import DataSet, how_to_obtain
 from .class_checks import check_class_count
-from .faults import DataError, Fault, file_inside, open_image
+from .faults import DataError, Fault, file_inside, open_image, too_large_resized
 from .image_checks import check_images
 
 Pair = tuple[Any, Any]
@@ -41,6 +41,7 @@ class PairedImages(Dataset[PairedSample]):
         transform: called with both images at once, as torchvision's v2 transforms are, so that crops and flips agree.
         corrupt: called after it with ``(image, index, modality)`` on each image of the pair.
         finish: called last, with both images.
+        resized: pixels to each side that ``transform`` makes of an image; what this takes too many pixels for is bad.
         skip_bad: leave out what cannot be used, and keep it in ``faults``, rather than raise.
         num_classes: how many there must be; the data set's own number where None, any where 0.
         check: read every image now; without it a bad one raises when its turn comes.
@@ -66,6 +67,7 @@ class PairedImages(Dataset[PairedSample]):
         transform: Callable[[Any, Any], Pair] | None = None,
         corrupt: Callable[[Image.Image, int, str], Image.Image] | None = None,
         finish: Callable[[Any, Any], Pair] | None = None,
+        resized: int = LOAD_SIZE,
         skip_bad: bool = False,
         num_classes: int | None = None,
         check: bool = True,
@@ -73,12 +75,13 @@ class PairedImages(Dataset[PairedSample]):
     ) -> None:
         self.root, self.split = Path(root), split
         self.transform, self.corrupt, self.finish = transform, corrupt, finish
+        self.resized = max(resized, LOAD_SIZE)
         self.classes = class_folders(known, self.root, num_classes)
         self.faults: list[Fault] = []
         self.sizes: list[tuple[int, int]] = []
         rows = self._find(known)
         if check:
-            results = check_images(self.root, [name for name, _ in rows], _cuts_in_two, done)
+            results = check_images(self.root, [name for name, _ in rows], self._refuse, done)
             self.faults += [Fault(name, r) for (name, _), r in zip(rows, results, strict=True) if isinstance(r, str)]
             self.sizes = [result for result in results if not isinstance(result, str)]
             rows = [row for row, result in zip(rows, results, strict=True) if not isinstance(result, str)]
@@ -104,6 +107,10 @@ class PairedImages(Dataset[PairedSample]):
             rows += [(f"{self.split}/{of_class.name}/{name}", label) for name in names]
         return rows
 
+    def _refuse(self, size: tuple[int, int]) -> str | None:
+        half = (size[0] // 2, size[1])
+        return _cuts_in_two(size) or too_large_resized(half, (self.resized, self.resized))
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -117,7 +124,11 @@ class PairedImages(Dataset[PairedSample]):
         index = range(len(self.names))[index]
         name = self.names[index]
         try:
-            rgb, depth = split_pair(open_image(file_inside(self.root, name)))
+            image = open_image(file_inside(self.root, name))
+            reason = self._refuse(image.size)
+            if reason:
+                raise DataError(reason)
+            rgb, depth = split_pair(image)
         except DataError as error:
             raise DataError(f"{self.root / name}: {error}") from error
         images: Pair = (rgb, depth)

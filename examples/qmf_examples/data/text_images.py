@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch.utils.data import Dataset
 
 from .catalogue import DataSet, how_to_obtain
 from .class_checks import check_class_count
-from .faults import DataError, Fault, file_inside, open_image
+from .faults import DataError, Fault, file_inside, open_image, shorter_side_to, too_large_resized
 from .image_checks import check_images
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TextImageSample(TypedDict):
@@ -52,6 +55,7 @@ class TextImages(Dataset[TextImageSample]):
         corrupt: called with ``(image, index, "image")`` after ``transform``.
         corrupt_text: called with ``(text, index)`` before ``text_transform``, and before the image is read.
         finish: of the image, after ``corrupt``.
+        resized: pixels that ``transform`` makes of an image's shorter side; what this takes too many pixels for is bad.
         skip_bad: leave out what cannot be used, and keep it in ``faults``, rather than raise.
         num_classes: how many there must be; the data set's own number where None, any where 0.
         check: read every image now; without it a bad one raises when its turn comes.
@@ -82,6 +86,7 @@ class TextImages(Dataset[TextImageSample]):
         corrupt: Callable[[Image.Image, int, str], Image.Image] | None = None,
         corrupt_text: Callable[[str, int], str] | None = None,
         finish: Callable[[Any], Any] | None = None,
+        resized: int = 256,
         skip_bad: bool = False,
         num_classes: int | None = None,
         check: bool = True,
@@ -89,7 +94,7 @@ class TextImages(Dataset[TextImageSample]):
     ) -> None:
         self.root, self.split, self.images = Path(root), split, images
         self.transform, self.text_transform, self.finish = transform, text_transform, finish
-        self.corrupt, self.corrupt_text = corrupt, corrupt_text
+        self.corrupt, self.corrupt_text, self.resized = corrupt, corrupt_text, resized
         file = self.root / f"{split}.jsonl"
         rows, self.faults = read_rows(known, file)
         train = rows if split == "train" else read_rows(known, self.root / "train.jsonl")[0]
@@ -114,7 +119,7 @@ class TextImages(Dataset[TextImageSample]):
         with_image = [row for row in named if row.img is not None]
         bad: set[int] = set()
         if check:
-            results = check_images(self.root, [row.img or "" for row in with_image], done=done)
+            results = check_images(self.root, [row.img or "" for row in with_image], self._refuse, done)
             for row, result in zip(with_image, results, strict=True):
                 if isinstance(result, str):
                     self.faults.append(Fault(file, result, row.line))
@@ -123,6 +128,9 @@ class TextImages(Dataset[TextImageSample]):
                     self.sizes.append(result)
         self.faults.sort(key=lambda fault: fault.line or 0)
         return [row for row in named if row.line not in bad]
+
+    def _refuse(self, size: tuple[int, int]) -> str | None:
+        return too_large_resized(size, shorter_side_to(self.resized, size))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,6 +158,9 @@ class TextImages(Dataset[TextImageSample]):
         else:
             try:
                 image = open_image(file_inside(self.root, row.img))
+                reason = self._refuse(image.size)
+                if reason:
+                    raise DataError(reason)
                 image = image if image.mode == "RGB" else image.convert("RGB")
             except DataError as error:
                 raise DataError(f"{self.root / self.split}.jsonl, line {row.line}: {error}") from error
@@ -199,4 +210,10 @@ def _parse(line: bytes, number: int) -> Row | str:
     img = fields.get("img")
     if "img" not in fields or not (img is None or isinstance(img, str)):
         return f"'img' must be a path or null, got {img!r:.60}" if "img" in fields else "'img' is missing"
-    return Row(number, str(fields.get("id", number)), fields["label"], fields["text"], img)
+    row = Row(number, str(fields.get("id", number)), fields["label"], fields["text"], img)
+    for field in ("id", "label", "text", "img"):
+        half = _SURROGATE.search(getattr(row, field) or "")
+        if half:
+            # JSON can say it and Python can hold it, but no tokenizer, file or terminal takes it.
+            return f"{field!r} has half of a pair of surrogates, \\u{ord(half[0]):x}, which is no character"
+    return row

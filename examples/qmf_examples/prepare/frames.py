@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.faults import DataError, Fault
+from ..data.faults import DataError, Fault, too_large_resized
 from ..files import held, write_atomically
 
 if TYPE_CHECKING:
@@ -165,6 +165,9 @@ def _convert_and_write(convert: Converter, out: Path, size: int, frame: Frame) -
     if halves[0].size != halves[1].size:
         return Fault(frame.source, f"RGB is {halves[0].size} and depth {halves[1].size}, width by height")
     if size:
+        reason = too_large_resized(halves[0].size, (size, size))
+        if reason:
+            return Fault(frame.source, reason)
         halves = [half.resize((size, size), Image.Resampling.BICUBIC) for half in halves]
     pair = Image.fromarray(np.concatenate([np.asarray(half) for half in halves], axis=1))
     path = out / frame.target

@@ -70,7 +70,8 @@ def open_hdf5(mat: Path) -> Any:
     except FileNotFoundError as error:
         raise DataError(f"--mat: no file {mat}") from error
     except OSError as error:
-        raise DataError(f"--mat: {mat} cannot be read as HDF5, a MATLAB 7.3 file ({error})") from error
+        reason = " ".join(str(error).split())  # HDF5's has several lines
+        raise DataError(f"--mat: {mat} cannot be read as HDF5, a MATLAB 7.3 file ({reason})") from error
 
 
 def _dataset(file: Any, mat: Path, name: str) -> Any:
@@ -98,15 +99,21 @@ def read_splits(splits: Path) -> dict[str, list[int]]:
     content = read_mat(splits, ("trainNdxs", "testNdxs"), "--splits")
     try:
         found = {
-            split: [int(number) for number in np.asarray(content[name]).ravel()]
+            split: [_whole(number) for number in np.asarray(content[name]).ravel()]
             for split, name in (("train", "trainNdxs"), ("test", "testNdxs"))
         }
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"--splits: {splits} must hold numbers ({error})") from error
     both = set(found["train"]) & set(found["test"])
     if both:
         raise DataError(f"--splits: {splits} has {len(both)} images in both splits, image {min(both)} for one")
     return found
+
+
+def _whole(number: Any) -> int:
+    if isinstance(number, complex) or int(number) != number:
+        raise ValueError(f"{number} is not whole")
+    return int(number)
 
 
 def nyud2_converter(mat: Path, depth: str, crop: bool) -> "partial[tuple[NDArray[np.uint8], NDArray[np.uint8]]]":

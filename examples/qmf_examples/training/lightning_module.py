@@ -1,6 +1,8 @@
 """The training loop's two halves that Lightning asks for: what a step does, and where batches come from."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -9,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
+from ..errors import CommandError
 from ..models.learners import Learner, keep_trajectories, trajectories
 from .settings import Settings
 
@@ -48,7 +51,15 @@ class TrainingModule(L.LightningModule):
                 encoder.requires_grad_(self.current_epoch >= epochs)
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
-        answer = self.learner(batch["inputs"])
+        try:
+            answer = self.learner(batch["inputs"])
+        except ValueError as error:
+            if len(batch["label"]) != 1:
+                raise
+            raise CommandError(
+                f"a batch of one sample cannot be trained on here ({error}): take --batch-size of 2 or more, and "
+                "a training set of 2 samples or more"
+            ) from error
         annealing = min(1.0, self.current_epoch / ANNEALING_EPOCHS)
         loss = self.learner.loss(answer, batch["label"], batch["index"], annealing)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
@@ -116,8 +127,20 @@ class TrainingModule(L.LightningModule):
 class Shuffled(DistributedSampler[Any]):
     """All samples in the order that ``seed`` draws, however often it is asked: Lightning starts the iterator of an
     epoch twice, and of one that it resumes once. Of P processes each takes every P-th sample, and some repeat one of
-    the first so that all have the same number: together their batches are those of one process.
+    the first so that all have the same number: together their batches are those of one process. A sample that would be
+    a last batch of its own is left out, another one in every epoch.
     """
+
+    def __init__(self, samples: Dataset[Any], processes: int, process: int, seed: int, batch_size: int) -> None:
+        super().__init__(samples, processes, process, seed=seed)
+        # Batch normalisation has no statistics of one sample.
+        self.lone = batch_size < self.num_samples and self.num_samples % batch_size == 1 < batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(super().__iter__(), len(self))
+
+    def __len__(self) -> int:
+        return self.num_samples - self.lone
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: the seed is the epoch's own."""
@@ -134,8 +157,9 @@ class Batches(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         seed, epoch, processes = self.settings.seed, self.trainer.current_epoch, self.trainer.world_size
-        order = Shuffled(self.train, processes, self.trainer.global_rank, seed=_epoch_seed(seed, epoch))
-        own = _epoch_seed(seed, epoch, self.trainer.global_rank)
+        size, process = self.settings.batch_size, self.trainer.global_rank
+        order = Shuffled(self.train, processes, process, _epoch_seed(seed, epoch), size)
+        own = _epoch_seed(seed, epoch, process)
         return self._load(self.train, sampler=order, worker_init_fn=partial(_seed_worker, own))
 
     def val_dataloader(self) -> DataLoader[Any]:

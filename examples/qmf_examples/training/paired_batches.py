@@ -34,9 +34,7 @@ def load_training(settings: Settings) -> TrainingData:
     check_every_class(images.classes, images.labels, root / "train")
     as_tested = v2.Resize((settings.image_size, settings.image_size))
     if settings.selection == "test":
-        select: Dataset[Any] = PairedImages(
-            known, root, "test", transform=as_tested, finish=_to_tensors(settings), skip_bad=settings.skip_bad
-        )
+        select: Dataset[Any] = PairedImages(known, root, "test", transform=as_tested, **_common(settings))
         train: Dataset[Any] = images
     else:
         same = copy.copy(images)
@@ -64,8 +62,7 @@ def load_images(settings: Settings) -> PairedImages:
                 v2.RandomHorizontalFlip(),
             ]
         ),
-        finish=_to_tensors(settings),
-        skip_bad=settings.skip_bad,
+        **_common(settings),
     )
 
 
@@ -76,14 +73,14 @@ def load_test(settings: Settings, numbering: None = None) -> PairedImages:
         Path(settings.data_root),
         "test",
         transform=v2.Resize((settings.image_size, settings.image_size)),
-        finish=_to_tensors(settings),
-        skip_bad=settings.skip_bad,
+        **_common(settings),
     )
 
 
-def _to_tensors(settings: Settings) -> v2.Compose:
+def _common(settings: Settings) -> dict[str, Any]:
     known = DATA_SETS[settings.data_set]
-    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(known.mean, known.std)])
+    to_tensors = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(known.mean, known.std)]
+    return {"finish": v2.Compose(to_tensors), "resized": settings.load_size, "skip_bad": settings.skip_bad}
 
 
 def collate(samples: list[Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def load_texts(settings: Settings, split: str, numbering: Numbering) -> TextImag
                 v2.Normalize(known.mean, known.std),
             ]
         ),
+        resized=settings.load_size,
         skip_bad=settings.skip_bad,
     )
 

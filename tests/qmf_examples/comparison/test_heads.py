@@ -1,28 +1,46 @@
-"""What training hands to the losses of small heads."""
+"""How heads are trained: the order of each epoch's batches, and how far the late parts of a loss have come in."""
 
 import pytest
 import torch
 
-from qmf_examples.comparison.digits import DIGITS
 from qmf_examples.comparison.heads import Config, train_heads
-from qmf_examples.comparison.prepared import prepare
-from qmf_examples.data.digits import load_digits
-from qmf_examples.models.learners import UnimodalHeads
+from qmf_examples.comparison.prepared import Prepared
+from qmf_examples.models.evidential import Trusted
 from qmf_examples.models.methods import Training
 
+NUM = 20
 
-def test_evidential_losses_are_whole_after_a_tenth_of_the_training():
-    # 50 of 500 epochs in the code of TMC and of RCML.
+
+def trained(seed=0, **options):
+    """The annealing and the samples of each step."""
     seen = []
 
-    class Watched(UnimodalHeads):
+    class Spy(Trusted):
         def loss(self, answer, target, index, annealing):
-            seen.append(annealing)
+            seen.append((annealing, index.tolist()))
             return super().loss(answer, target, index, annealing)
 
-    data = prepare(load_digits(), DIGITS, 0, torch.device("cpu"))
-    config = Config(seeds=(0,), epochs=None, steps=40)
-    train_heads(Training("watched", lambda parts: Watched(parts.heads())), data, config, seed=0)
-    assert seen[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
-    assert set(seen[4:]) == {1.0}
-    assert len(seen) == 40
+    generator = torch.Generator().manual_seed(0)
+    views = {name: torch.randn(NUM, 3, generator=generator) for name in ("a", "b")}
+    data = Prepared(views, torch.arange(NUM) % 2, [], torch.arange(2), 2)
+    training = Training("spy", lambda parts: Spy(parts.heads()))
+    train_heads(training, data, Config(batch_size=5, hidden=4, **options), seed)
+    return [step[0] for step in seen], [step[1] for step in seen]
+
+
+@pytest.mark.parametrize("options", [{"epochs": 10}, {"epochs": None, "steps": 40}], ids=["epochs", "steps"])
+def test_evidential_losses_are_whole_after_a_tenth_of_the_training(options):
+    # 50 of 500 epochs in the code of TMC and of RCML.
+    annealing, _ = trained(**options)
+    assert annealing == [0.0, 0.25, 0.5, 0.75, *[1.0] * 36]
+
+
+@pytest.mark.parametrize("options", [{"epochs": 3}, {"epochs": None, "steps": 12}], ids=["epochs", "steps"])
+def test_the_order_is_another_in_every_epoch_and_with_every_seed(options):
+    orders = []
+    for seed in (0, 1):
+        _, batches = trained(seed, **options)
+        orders += [[i for batch in batches[start : start + 4] for i in batch] for start in (0, 4, 8)]
+    assert all(sorted(order) == list(range(NUM)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+    assert trained(0, **options)[1] == trained(0, **options)[1]

@@ -116,3 +116,9 @@ def test_real_files(name, train, test, widths, damages):
     data = load_npz(Path(SHARED) / "features" / f"{name}.npz")
     assert (len(data.train_labels), len(data.test_labels), len(data.damages)) == (train, test, damages)
     assert {modality: copies["clean"].shape[1] for modality, copies in data.test.items()} == widths
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39])
+def test_what_single_precision_cannot_hold_is_told(tmp_path, value):
+    with pytest.raises(CommandError, match="test_rgb_black must be finite, in single precision too"):
+        load_npz(write(tmp_path / "scenes.npz", test_rgb_black=np.full((6, 4), value)))

@@ -213,6 +213,49 @@ def test_a_mark_of_byte_order_windows_lines_and_a_long_line(mvsa):
     assert len(after[1]["text"]) == 2_000_000
 
 
+def test_a_whole_pair_of_surrogates_is_a_character(mvsa):
+    file = mvsa / "dev.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["text"] = "smile 😀"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "\\ud83d\\ude00" in file.read_text()
+    assert read("mvsa", mvsa, "dev")[0]["text"] == "smile 😀"
+
+
+def test_an_image_that_resizing_would_make_too_large_is_told(mvsa):
+    """A shorter side of 1 pixel becomes 256, and the longer side 256 times as long."""
+    path = mvsa / json.loads((mvsa / "dev.jsonl").read_text().splitlines()[0])["img"]
+    for size in ((1, 60_000), (60_000, 1), (2, 8_000_000)):
+        Image.new("1", size).save(path, format="PNG")
+        assert path.stat().st_size < 20_000
+        check_told(mvsa, "dev", 1, "refused: .* pixels would be resized by way of", 3)
+    with pytest.raises(DataError, match=r"dev\.jsonl, line 1: refused"):
+        read("mvsa", mvsa, "dev", check=False)[0]
+    # 256 x 256 x 976 pixels are just below the bound.
+    for length, usable in ((976, True), (977, False)):
+        Image.new("1", (length, 1)).save(path, format="PNG")
+        assert (len(read("mvsa", mvsa, "dev", skip_bad=True)) == 3) is usable
+    Image.new("1", (900, 1)).save(path, format="PNG")
+    assert len(read("mvsa", mvsa, "dev", resized=256)) == 3
+    assert len(read("mvsa", mvsa, "dev", resized=300, skip_bad=True)) == 2
+
+
+def test_a_pair_that_resizing_would_make_too_large_on_its_way_is_told(tmp_path):
+    """The halves become 256 x 256 by way of 256 pixels in each of the old rows."""
+    write_sample(DATA_SETS["nyud2"], tmp_path / "n", per_class={"train": 1, "test": 1}, image_size=16)
+    path = tmp_path / "n" / "test" / "office" / "office_0000.png"
+    for size, usable in (((2, 250_000), True), ((2, 250_001), False), ((2, 8_000_000), False), ((8_000_000, 2), True)):
+        Image.new("1", size).save(path)
+        data = read("nyud2", tmp_path / "n", "test", skip_bad=True)
+        assert len(data) == 9 + usable, size
+        assert [fault.reason.split(":")[0] for fault in data.faults] == ([] if usable else ["refused"])
+    assert len(read("nyud2", tmp_path / "n", "test", resized=8001, skip_bad=True, num_classes=0, check=False)) == 10
+    Image.new("1", (2, 250_001)).save(path)
+    data = read("nyud2", tmp_path / "n", "test", check=False)
+    with pytest.raises(DataError, match=r"office_0000\.png: refused: 1 x 250001 pixels"):
+        data[data.labels.index(data.classes.index("office"))]
+
+
 LINE_FAULTS = {
     "json": ("{'id': 1}", "not JSON"),
     "half a line": ('{"id": "1", "label": "pos', "not JSON"),
@@ -229,6 +272,22 @@ LINE_FAULTS = {
     "absolute": ('{"id": "1", "label": "positive", "text": "a", "img": "/etc/hostname"}', "must be relative"),
     "drive": ('{"id": "1", "label": "positive", "text": "a", "img": "C:\\\\x.jpg"}', "must be relative"),
     "nul": ('{"id": "1", "label": "positive", "text": "a", "img": "a\\u0000.jpg"}', "must be relative"),
+    "half a surrogate in the text": (
+        '{"id": "1", "label": "positive", "text": "smile \\ud83d", "img": null}',
+        r"'text' has half of a pair of surrogates, \\ud83d, which is no character",
+    ),
+    "half a surrogate in the image": (
+        '{"id": "1", "label": "positive", "text": "a", "img": "\\udcff.jpg"}',
+        "'img' has half of a pair",
+    ),
+    "half a surrogate in the label": (
+        '{"id": "1", "label": "\\ude00", "text": "a", "img": null}',
+        "'label' has half of a pair",
+    ),
+    "half a surrogate in the id": (
+        '{"id": "\\ud83d!", "label": "positive", "text": "a", "img": null}',
+        "'id' has half of a pair",
+    ),
     "long": (
         json.dumps({"id": "1", "label": "positive", "text": "a", "img": "x" * 5000}),
         "cannot look up|no such file",
@@ -328,6 +387,28 @@ def test_jpegs_truncated_anywhere_are_found_by_the_quick_check(tmp_path):
         for opened in (check_image, open_image):
             with pytest.raises(DataError, match=r"cannot be read|not an image"):
                 opened(path)
+
+
+def test_a_link_to_a_folder_is_not_followed_out(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "real", outside / "deep"):
+        folder.mkdir(parents=True)
+        (folder / "x.png").write_bytes(b"x")
+    (root / "linked").symlink_to(outside, target_is_directory=True)
+    (root / "inside").symlink_to("real", target_is_directory=True)
+    assert file_inside(root, "inside/x.png").read_bytes() == b"x"
+    for name in ("linked/deep/x.png", "./linked/deep/x.png", "real/../linked/deep/x.png"):
+        with pytest.raises(DataError, match="leads out of the data folder"):
+            file_inside(root, name)
+
+
+def test_the_bound_is_64_million_pixels(tmp_path):
+    Image.new("1", (8000, 8000)).save(tmp_path / "a.png")
+    Image.new("1", (8000, 8001)).save(tmp_path / "b.png")
+    assert check_image(tmp_path / "a.png") == open_image(tmp_path / "a.png").size == (8000, 8000)
+    for opened in (check_image, open_image):
+        with pytest.raises(DataError, match=r"refused: b\.png has 8000 x 8001 pixels, more than 64,000,000"):
+            opened(tmp_path / "b.png")
 
 
 def test_only_regular_files_are_opened(tmp_path):

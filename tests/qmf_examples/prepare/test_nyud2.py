@@ -7,7 +7,7 @@ from PIL import Image
 from qmf_examples.data.catalogue import DATA_SETS
 from qmf_examples.data.faults import DataError
 from qmf_examples.prepare.frames import Frame, prepare_frames
-from qmf_examples.prepare.nyud2 import nyud2_converter, plan_nyud2, scene_class
+from qmf_examples.prepare.nyud2 import nyud2_converter, plan_nyud2, read_splits, scene_class
 
 TILT = np.radians(20)
 
@@ -104,6 +104,25 @@ def test_nyud2_faults_are_told(nyu, tmp_path):
     savemat(root / "half.mat", {"trainNdxs": [[1]]})
     with pytest.raises(DataError, match="no variable 'testNdxs'"):
         plan_nyud2(root / "nyu.mat", root / "half.mat")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1.5, 1j])
+def test_nyud2_splits_must_hold_whole_numbers(tmp_path, number):
+    from scipy.io import savemat
+
+    savemat(tmp_path / "odd.mat", {"trainNdxs": [[2], [number]], "testNdxs": [[3]]})
+    with pytest.raises(DataError, match=r"--splits: .*odd\.mat must hold numbers"):
+        read_splits(tmp_path / "odd.mat")
+
+
+def tall(_):
+    return (np.zeros((250_001, 1, 3), np.uint8),) * 2
+
+
+def test_a_frame_that_resizing_would_make_too_large_on_its_way_is_told(tmp_path):
+    outcome = prepare_frames([Frame("1", "a.png")], tall, tmp_path / "o", {}, size=256, workers=1)
+    assert outcome.written == 0
+    assert str(outcome.faults[0]).startswith("1: refused: 1 x 250001 pixels would be resized by way of 256 x 250001")
 
 
 def test_nyud2_scene_types_and_places():

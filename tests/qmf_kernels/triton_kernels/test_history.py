@@ -151,3 +151,18 @@ def test_more_programs_than_one_load_of_their_sums():
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(past.history, whole.history, rtol=1e-15, atol=0)
     assert past.history[1].eq(13).all()
+
+
+@pytest.mark.parametrize("how", BLOCKS)
+@pytest.mark.parametrize("single", [False, True])
+def test_the_range_follows_a_mean_that_two_visits_of_one_batch_move(how, single):
+    """One loss of 1.45 leaves a mean of 0.5 below the largest, 1; two in one batch take it above."""
+    past = make_past(1, 9)
+    loss_rule = LossRule(form="margin")
+    target = torch.zeros(3, dtype=torch.int64)
+    with sampled(how if not single else "one block"):
+        for losses, index in (([0.05, 0.5, 1.0], [4, 7, 2]), ([1.45, 0.5, 1.45], [7, 3, 7])):
+            heads = [torch.tensor([[0.0, math.log(math.expm1(loss))] for loss in losses])]
+            past = past._replace(samples=torch.tensor(index))
+            step(past, heads, target, loss_rule, single, math.nan)
+    assert past.span.item() == pytest.approx((0.5 + 2 * 1.45) / 3 - 0.05, rel=1e-5)
