@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ..corruption.conditions import Condition
+from ..errors import CommandError
 from ..evaluation.reliability import calibration_error, damage_detection, risk_coverage_area
 from ..evaluation.statistics import correlation
+from ..models.divergence import DivergenceWatch, check_probabilities
 from ..models.learners import Learner
 from ..models.methods import Frozen, Table, Training
 from ..processes import place
@@ -44,7 +46,7 @@ def compare(
         progress: see ``Progress``.
 
     Raises:
-        CommandError: a checkpoint to resume that cannot be read, or is another run's.
+        CommandError: a checkpoint to resume that cannot be read, or is another run's; a training that diverges.
     """
     first = place()[0] == 0
     if first and checkpoints is not None and not resume:
@@ -74,9 +76,13 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
     """Every method that uses these heads, under every condition."""
     methods = [method for method in table.methods if table.training(method) == training]
     seen, labels = learner(data.train), data.test_labels
-    scores, best = [], 0
+    scores, best, watch = [], 0, DivergenceWatch()
     for number, test in enumerate(data.tests):
         answer = learner(test.views)
+        watch.add(answer)
+        problem = watch.problem(learner)
+        if problem:
+            raise CommandError(f"{training.name}, seed {seed}, {test.condition.name}: {problem}")
         losses = torch.stack([F.cross_entropy(x, labels, reduction="none") for x in answer.unimodal_logits])
         if number == 0:
             hits = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
@@ -87,6 +93,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
             right = fused.scores.argmax(-1) == labels
             # In float64, where confidences near 1 are still told apart.
             probabilities = fused.scores.double().softmax(-1)
+            check_probabilities(probabilities, f"{method.label}, seed {seed}, {test.condition.name}")
             scores.append(
                 Score(
                     method.label,
