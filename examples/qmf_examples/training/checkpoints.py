@@ -1,6 +1,5 @@
 """A run's checkpoints: written whole or not at all, read without running what they hold, and wherever they lie."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..errors import CommandError
 from ..files import save_checkpoint
 from ..models.divergence import shortened
+from .settings import brief
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 _ALWAYS = {"state_dict": Mapping, "epoch": int, "sizes": dict}
@@ -73,6 +73,8 @@ def read_checkpoint(path: Path, resume: bool = False) -> dict[str, Any]:
     wrong = [n for n, kind in (_RESUMED if resume else _ALWAYS).items() if not isinstance(content.get(n), kind)]
     if wrong:
         raise CommandError(f"{path}: not a checkpoint of a training run of this version ({shortened(wrong)})")
+    if not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in content["state_dict"].items()):
+        raise CommandError(f"{path}: its state_dict must hold tensors by name")
     counts = {"epoch": content["epoch"] + 1, **content["sizes"]}
     for name in ("epoch", "num_classes", "num_samples"):
         if type(counts.get(name)) is not int or not 1 <= counts[name] < 2**31:
@@ -94,7 +96,7 @@ def unlike(found: Any, expected: Any, where: str = "") -> str | None:
 
     Example:
         >>> unlike({"step": "three", "lr": [0.1]}, {"step": 3, "lr": [0.5]}, "optimizer")
-        'optimizer.step must be int, got str'
+        "optimizer.step must be of type int like 3, got 'three'"
     """
     if expected is None:
         return None
@@ -112,8 +114,10 @@ def unlike(found: Any, expected: Any, where: str = "") -> str | None:
     elif isinstance(expected, Tensor) and fits:
         if found.shape != expected.shape:
             return f"{where} must have the shape {[*expected.shape]}, got {[*found.shape]}"
-    elif type(expected) in (int, float):
-        fits = (fits or (type(expected) is float and type(found) is int)) and not MOST <= abs(found) < math.inf
+    elif type(expected) is float:
+        fits = fits or (type(found) is int and abs(found) < MOST)
+    elif type(expected) is int and fits:
+        fits = 0 <= found < MOST
     if not fits:
-        return f"{where} must be {type(expected).__name__}, got {type(found).__name__}"
+        return f"{where} must be of type {type(expected).__name__} like {brief(expected)}, got {brief(found)}"
     return next((reason for reason in (unlike(*each) for each in made) if reason), None)

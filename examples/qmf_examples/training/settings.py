@@ -17,7 +17,8 @@ MOST_SEEDS = 2**31
 MANY = 10**9
 """More epochs, batches or samples than there will be."""
 LARGEST_FILE = 2**16
-"""Bytes of a YAML file of settings."""
+DEEPEST = 4
+"""Of a YAML file of settings, in bytes and in values that hold values."""
 
 _FUSED = ("tmc", "etmc", "ranking-only", "qmf", "robust", "msp", "entropy", "evidence", "energy")
 RGBD_METHODS = ("rgb", "depth", "late", "concat", "align", "mmtm", *_FUSED)
@@ -262,7 +263,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A YAML file of settings: nothing but plain values.
 
     Raises:
-        CommandError: no such file, no mapping in it, or what no file of settings has: aliases, or many kilobytes.
+        CommandError: no such file, no mapping in it, or what no file of settings has: aliases, a setting twice, deep
+            nesting, many kilobytes.
     """
     import yaml
 
@@ -271,13 +273,18 @@ def read_settings(path: Path) -> dict[str, Any]:
             text = file.read(LARGEST_FILE + 1).decode()
         if len(text) > LARGEST_FILE:
             raise CommandError(f"{path}: no file of settings: it is larger than {LARGEST_FILE} bytes")
-        # An alias costs nothing to read, and a few lines of them all memory to go through.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise CommandError(f"{path}: must hold plain values, not aliases")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # An alias costs nothing to read, and a few lines of them all memory to go through.
+            if isinstance(event, yaml.AliasEvent):
+                raise CommandError(f"{path}: must hold plain values, not aliases")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # before PyYAML goes on, whose time grows with the square of the depth
+                raise CommandError(f"{path}: must hold plain values, not lists in lists in lists")
         root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply; a number with too many digits
+    except (yaml.YAMLError, ValueError) as error:  # such as a number with too many digits
         raise CommandError(f"{path}: not YAML of settings ({' '.join(str(error).split()):.300})") from error
     if not isinstance(content, dict):
         raise CommandError(f"{path}: must be a mapping of settings, got {type(content).__name__}")

@@ -58,6 +58,7 @@ def test_the_best_stays_the_best_wherever_the_folder_lies(carry, layers, accurac
     first = tmp_path / "runs" / "first"
     train_run(resolve("nyud2", *layers, {"epochs": 2}), first)
     before = read_checkpoint(first / "best.ckpt")
+    (first / "finished.json").unlink()  # as if killed
     folder = carry(first, tmp_path / "moved")
     finished = train_run(resolve("nyud2", *layers, {"epochs": 4}), folder, resume=True)
     after = read_checkpoint(folder / "best.ckpt")
@@ -82,6 +83,7 @@ def test_the_figure_is_that_of_the_weights_that_are_tested(layers, accuracies, t
     monkeypatch.undo()
     layers = [*layers, {"selection": "test", "limit_batches": 100, "epochs": 1}]
     finished = train_run(resolve("nyud2", *layers), tmp_path / "a")
+    (tmp_path / "a" / "finished.json").unlink()  # as if killed
     folder = move(tmp_path / "a", tmp_path / "b")
 
     def worse(self):
