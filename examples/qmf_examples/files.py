@@ -2,8 +2,11 @@
 
 import contextlib
 import errno
+import io
 import os
 import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -14,25 +17,58 @@ if TYPE_CHECKING:
     import torch
 
 
+class _Disk(io.FileIO):
+    """A new file that remembers what the system refused: writers such as ``torch.save`` raise an error of their own."""
+
+    refused: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.refused = error
+            raise
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a temporary file, and rename it to ``path`` once it is on disk.
 
     Every write has a temporary file of its own, so that of two processes that write the same file the last one wins
     and neither sees the other's half. A process killed at any point leaves the old file or the new one, and at worst
     a ``.part`` file, which nothing reads; a write that fails leaves none.
+
+    Raises:
+        OSError: what the system refused, a full disk say, with ``path`` as its file, whatever ``write`` made of it.
     """
     # Not the process id alone: machines and containers that share a folder have the same ones.
     part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    file = part.open("xb")
+    disk = _Disk(part, "xb")
     try:
-        with file:
+        with io.BufferedWriter(disk) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        refused = error if isinstance(error, OSError) else disk.refused
+        if refused is None or not isinstance(error, Exception):
+            raise
+        raise OSError(refused.errno, refused.strerror or str(refused), str(path)) from error
+
+
+_held: set[io.FileIO] = set()
+
+
+def _let_go() -> None:
+    """In a forked process, such as a loader's: it would hold on to the locks of a parent that was killed."""
+    while _held:
+        _held.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
@@ -43,22 +79,37 @@ def held(path: Path, busy: str) -> Iterator[None]:
     Where the system or the file system knows no such locks, nothing is held.
 
     Raises:
-        CommandError: another process holds it; ``busy`` is the message.
+        CommandError: another process holds it; the message is ``busy`` and which process that is.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    with path.open("ab") as file:
+    with io.FileIO(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CommandError(busy) from error
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip()
+            raise CommandError(f"{busy} ({holder or 'by a process that has just begun'})") from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
                 raise
-        yield
+        _held.add(file)
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds, without a name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n".encode())
+        try:
+            yield
+        finally:
+            _held.discard(file)
+
+
+def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold an existing output folder against every other command that writes there; see ``held``."""
+    busy = f"{folder}: another command is writing there; wait for it, or give another --output"
+    return held(folder / "run.lock", busy)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -88,6 +139,6 @@ def load_checkpoint(path: Path, made_with: dict[str, str], device: "torch.device
         names = [name for name in {**made_with, **theirs} if made_with.get(name) != theirs.get(name)]
         was, wanted = (", ".join(f"{name} {given.get(name)}" for name in names) for given in (theirs, made_with))
         raise CommandError(
-            f"--resume: {path} was made with {was}, not with {wanted}; run without --resume to start afresh"
+            f"--resume: {path} was made with {was:.200}, not with {wanted:.200}; run without --resume to start afresh"
         )
     return state

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from .errors import CommandError
@@ -35,6 +36,13 @@ def most_devices(device: str) -> int:
 def place() -> tuple[int, int]:
     """This process' number in its group, and how many there are; (0, 1) where there is no group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_of_all(x: Tensor) -> Tensor:
+    """The sum of ``x`` over the processes of the group; ``x`` itself where there is none."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 def run_in_processes(number: int, device: str, work: Callable[..., Any], *arguments: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import require_extras
+from ..files import alone_in
 from .output_folder import disk_errors, prepare_output
 
 HELP = (
@@ -67,5 +68,5 @@ def bench_robustness(
         dataclasses.replace(VIEWS, seeds=chosen, steps=steps or (60 if quick else VIEWS.steps)),
         dataclasses.replace(FILES, seeds=chosen, epochs=epochs or (2 if quick else FILES.epochs)),
     )
-    with disk_errors():
+    with disk_errors(), alone_in(output):
         run_and_report(sets, settings, output, ABLATION if ablation else ROBUSTNESS)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CommandError, require_extras
+from ..files import alone_in
 from .output_folder import disk_errors, prepare_output
 from .train_sets import PACKAGES
 
@@ -55,7 +56,7 @@ def evaluate(
     target = output if output is not None else runs[0] / "evaluation"
     prepare_output(target)
     plan = NoisePlan(kinds, epsilons, protocol, noise_seed)
-    with disk_errors():
+    with disk_errors(), alone_in(target):
         tested = evaluate_runs(found, plan, data_root, device, batch_size, workers, typer.echo)
         write_report(tested, plan, target)
     typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png, gaps.png, correlations.png")

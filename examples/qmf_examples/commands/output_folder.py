@@ -2,6 +2,8 @@
 
 import contextlib
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +32,15 @@ def prepare_output(folder: Path, argument: str = "--output") -> None:
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
     """Errors of the system (a full disk, a folder that may only be read) as ``CommandError``."""
+    # TensorBoard writes in a thread. What ends that is raised again here at the next write, and said once.
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else before(args)
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
+        time.sleep(0.1)  # for the thread to end, whose last words would come behind ours
         raise CommandError(f"{error.filename or 'output'}: {error.strerror or error}") from error
+    finally:
+        threading.excepthook = before

@@ -6,10 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CommandError, require_extras, resumable
-from ..training.settings import ABLATION, DEFAULTS, METHODS, QUICK, Settings, read_settings, resolve
+from ..training.settings import ABLATION, DEFAULTS, METHODS, QUICK, Settings, brief, read_settings, resolve
 from .output_folder import disk_errors, prepare_output
 
 PAPER_SEEDS = {"nyud2": 10, "sunrgbd": 10, "food101": 3, "mvsa": 5}
+MOST_RUNS = 1000
+"""Of a method; more are a slip."""
 PACKAGES = ("numpy", "PIL", "lightning", "torchmetrics", "torchvision", "transformers", "tensorboard", "yaml", "rich")
 
 HELP = {
@@ -38,7 +40,9 @@ def train_set(
     method: Annotated[
         str | None, typer.Option(help="A method, several with commas, all, or ablation. [default: qmf]")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; the paper's number if not given.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=MOST_RUNS, help="How many seeds; the paper's number if not given.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**31, help="The first seed. [default: 1]")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings, which options override.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed of tiny networks, in seconds.")] = False,
@@ -141,8 +145,10 @@ def _absolute(settings: Settings) -> dict[str, Any]:
 
 
 def _seeds(first: Any, count: Any) -> range:
-    if type(first) is not int or type(count) is not int or count < 1:
-        raise CommandError(f"seed and seeds must be whole numbers, seeds at least 1, got {first!r} and {count!r}")
+    if type(first) is not int or type(count) is not int or not 1 <= count <= MOST_RUNS:
+        raise CommandError(
+            f"seed and seeds must be whole numbers, seeds from 1 to {MOST_RUNS}, got {brief(first)} and {brief(count)}"
+        )
     return range(first, first + count)
 
 
@@ -152,14 +158,16 @@ def choose_methods(data_set: str, given: Any) -> tuple[str, ...]:
     Raises:
         CommandError: a name that is neither.
     """
+    if not isinstance(given, str):
+        raise CommandError(f"method must be of type str, got {brief(given)}")
     known = METHODS[data_set]
     groups = {"all": known, "ablation": ABLATION}
-    asked = [name.strip() for name in str(given).split(",")]
+    asked = [name.strip() for name in given.split(",")]
     names = tuple(dict.fromkeys(name for one in asked for name in groups.get(one, (one,))))
     strangers = [name for name in names if name not in known]
     if strangers:
         raise CommandError(
-            f"--method: {', '.join(strangers)} is none of {data_set}'s: {', '.join(known)}, all, ablation"
+            f"--method: {', '.join(strangers):.200} is none of {data_set}'s: {', '.join(known)}, all, ablation"
         )
     return names
 
@@ -173,7 +181,7 @@ def _train_all(plan: list[Settings], folder: Path, resume: bool) -> None:
         say("--selection test: epochs are chosen on the test set, as published; their accuracies are flattered")
     for settings in plan:
         place = folder / settings.method / f"seed{settings.seed}"
-        finished = train_run(settings, place, resume)
+        finished = train_run(settings, place, resume, say)
         skipped = f", {finished.faults} bad rows skipped" if finished.faults else ""
         on = {"test": "test"}.get(settings.selection, "dev" if "text" in _modalities(settings) else "held-out")
         say(

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ..corruption.conditions import Condition
+from ..errors import CommandError
 from ..evaluation.reliability import calibration_error, damage_detection, risk_coverage_area
 from ..evaluation.statistics import correlation
+from ..models.divergence import DivergenceWatch, check_probabilities
 from ..models.learners import Learner
 from ..models.methods import Frozen, Table, Training
 from ..processes import place
@@ -44,7 +46,7 @@ def compare(
         progress: see ``Progress``.
 
     Raises:
-        CommandError: a checkpoint to resume that cannot be read, or is another run's.
+        CommandError: a checkpoint to resume that cannot be read, or is another run's; a training that diverges.
     """
     first = place()[0] == 0
     if first and checkpoints is not None and not resume:
@@ -73,9 +75,13 @@ def checkpoint_path(folder: Path, seed: int, training: Training) -> Path:
 def score(learner: Learner, training: Training, table: Table, data: Prepared, seed: int) -> list[Score]:
     """Every method that uses these heads, under every condition."""
     methods = [method for method in table.methods if table.training(method) == training]
-    labels, scores, best = data.test_labels, [], 0
+    labels, scores, best, watch = data.test_labels, [], 0, DivergenceWatch()
     for number, test in enumerate(data.tests):
         answer = learner(test.views)
+        watch.add(answer)
+        problem = watch.problem(learner)
+        if problem:
+            raise CommandError(f"{training.name}, seed {seed}, {test.condition.name}: {problem}")
         losses = torch.stack([F.cross_entropy(x, labels, reduction="none") for x in answer.unimodal_logits])
         if number == 0:
             hits = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
@@ -86,6 +92,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
             right = fused.scores.argmax(-1) == labels
             # In float64, where confidences near 1 are still told apart.
             probabilities = fused.scores.double().softmax(-1)
+            check_probabilities(probabilities, f"{method.label}, seed {seed}, {test.condition.name}")
             scores.append(
                 Score(
                     method.label,

@@ -5,6 +5,7 @@ from pathlib import Path
 from ..corruption.view_copies import CORRUPTIONS
 from ..data.digits import VIEWS, load_digits
 from ..evaluation.display import console
+from ..files import alone_in
 from ..models.methods import digits_table
 from ..processes import place
 from .accuracy_plot import plot_accuracy
@@ -33,12 +34,17 @@ def run_and_report(config: Config, output: Path, resume: bool = False) -> list[R
     """Run, write `results.json` and `accuracy.png` to the folder ``output``, and print the tables.
 
     Checkpoints go to ``output / "checkpoints"``; see ``compare`` for ``resume`` and what is raised. Of several
-    processes, the first alone writes and prints.
+    processes, the first alone writes and prints, and sees to it that no other command does.
     """
     checkpoints = output / "checkpoints"
     if place()[0]:
         run_digits(config, checkpoints, resume)
         return []
+    with alone_in(output):
+        return _run_and_report_alone(config, output, checkpoints, resume)
+
+
+def _run_and_report_alone(config: Config, output: Path, checkpoints: Path, resume: bool) -> list[Row]:
     checkpoints.mkdir(parents=True, exist_ok=True)
     assert config.epochs is not None
     with progress_bars(len(config.seeds) * len(TABLE.trainings), config.epochs) as progress:

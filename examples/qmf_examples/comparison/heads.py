@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+from ..errors import CommandError
 from ..files import load_checkpoint, save_checkpoint
+from ..models.divergence import DivergenceWatch, diverged
 from ..models.learners import Head, Learner, classifier, keep_trajectories, trajectories
 from ..models.methods import Parts, Training
-from ..processes import place
+from ..processes import place, sum_of_all
 from .prepared import Prepared
 
 ANNEALED_BY = 0.1
@@ -115,7 +117,7 @@ def train_heads(
         report: called after every epoch, and once for what a checkpoint had finished.
 
     Raises:
-        CommandError: a checkpoint that cannot be read, or is another run's.
+        CommandError: a checkpoint that cannot be read, or is another run's; the training diverges.
     """
     device, labels = torch.device(config.device), data.train_labels
     rank, size = place()
@@ -127,14 +129,21 @@ def train_heads(
     made_with, done = config.made_with(seed, training), 0
     state = load_checkpoint(checkpoint, made_with, device) if checkpoint is not None and resume else None
     if state is not None:
-        learner.load_state_dict(state["learner"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["epoch"]
+        try:
+            learner.load_state_dict(state["learner"])
+            optimizer.load_state_dict(state["optimizer"])
+            done = range(config.all_steps(len(labels)) + 1).index(state["epoch"])
+        except Exception as error:  # whatever PyTorch makes of a state that is none of its own
+            reason = " ".join(str(error).split())[:200]
+            raise CommandError(
+                f"--resume: cannot go on from {checkpoint} ({reason}); run without --resume to start afresh"
+            ) from error
         if report is not None:
             report(seed, training.name, done)
 
     keep_trajectories(learner)
     answer = learner if size == 1 else DistributedDataParallel(learner)
+    watch = DivergenceWatch()
     last, in_epoch = config.all_steps(len(labels)), config.steps_of_epoch(len(labels))
     epochs, step = -(-last // in_epoch), done * in_epoch
     for epoch, batches in itertools.islice(enumerate(_epochs(len(labels), config, seed), start=1), done, epochs):
@@ -146,7 +155,11 @@ def train_heads(
             loss = learner.loss(given, labels[index], index, annealing=min(1.0, step / (ANNEALED_BY * last)))
             loss.backward()
             optimizer.step()
+            watch.add(given, loss)
             step += 1
+        problem = watch.problem(learner, sum_of_all)
+        if problem:
+            raise diverged(f"{training.name}, seed {seed}", epoch, problem, config.learning_rate)
         for trajectory in trajectories(learner).values():
             trajectory.sync()
         if rank == 0 and checkpoint is not None and (epoch % config.checkpoint_every == 0 or epoch == epochs):

@@ -19,6 +19,7 @@ from ..data.feature_files import load_npz
 from ..errors import CommandError
 from ..evaluation.display import bare_table, save_figure
 from ..files import write_atomically
+from ..models.divergence import weights_not_finite
 from ..models.learners import Learner, QualityAware
 from ..models.methods import ROBUSTNESS, Training, digits_table
 from .heads import train_heads, untrained_heads
@@ -50,11 +51,17 @@ def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         hidden = int(json.loads(state["made_with"]["hidden"]))
         data = prepare(load_digits(), DIGITS, seed)
-        how = next(each for each in digits_table(tuple(DIGIT_VIEWS)).trainings if each.name == training)
+        how = {each.name: each for each in digits_table(tuple(DIGIT_VIEWS)).trainings}[training]
         learner = untrained_heads(how, data, hidden, seed)
         learner.load_state_dict(state["learner"])
-    except (KeyError, ValueError, RuntimeError, EOFError) as error:
-        raise CommandError(f"{path} is no checkpoint of the digits job: {str(error).splitlines()[0]}") from error
+    except CommandError:
+        raise
+    except Exception as error:  # whatever a damaged file, or one of another make, leads to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CommandError(f"{path} is no checkpoint of the digits job: {reason}") from error
+    broken = weights_not_finite(learner)
+    if broken:
+        raise CommandError(f"{path}: weights are not finite: {broken}; the training has diverged")
     return _report_all(learner.eval(), data)
 
 

@@ -16,6 +16,7 @@ from ..corruption.released_streams import ReleasedStreams
 from ..corruption.texts import TextCorruption
 from ..data.catalogue import DATA_SETS
 from ..errors import CommandError
+from ..models.divergence import DivergenceWatch, check_probabilities
 from ..models.learners import Learner
 from ..training.run import FINISHED, load_learner, loader_of, quieten
 from ..training.settings import FILE, METHODS, Settings, differences, load_run
@@ -98,6 +99,9 @@ def evaluate_runs(
         batch_size: samples at a time; no figure depends on it.
         workers: loader processes; none under a released protocol, whose random numbers go on from sample to sample.
         say: told of each run.
+
+    Raises:
+        CommandError: a run that cannot be loaded, or whose weights or scores are not finite.
     """
     quieten()
     tested: list[Tested] = []
@@ -146,14 +150,20 @@ def _damage(samples: Any, settings: Settings, condition: Condition, plan: NoiseP
 @torch.no_grad()
 def _test(learner: Learner, loader: Any, settings: Settings, condition: Condition, device: str) -> Tested:
     scores, targets, weights, unimodal = [], [], [], []
+    watch, run = DivergenceWatch(), f"{settings.method}, seed {settings.seed}, {condition.name}"
     for batch in loader:
         answer = learner(_to(batch["inputs"], device))
+        watch.add(answer)
         scores.append(answer.scores.float().cpu())
         targets.append(batch["label"])
         if answer.weights is not None:
             weights.append(answer.weights.float().cpu())
             unimodal.append(torch.stack([x.float().cpu() for x in answer.unimodal_logits]))
+    problem = watch.problem(learner)
+    if problem:
+        raise CommandError(f"{run}: {problem}")
     probabilities, target = torch.cat(scores).softmax(-1), torch.cat(targets)
+    check_probabilities(probabilities, run)
     correct = probabilities.argmax(-1) == target
     w = x = r = None
     if weights:

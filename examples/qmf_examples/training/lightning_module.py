@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..errors import CommandError
+from ..models.divergence import DivergenceWatch, diverged
 from ..models.learners import Learner, keep_trajectories, trajectories
+from .checkpoints import unlike
 from .settings import Settings
 
 ACCURACY = "validation/accuracy"
@@ -28,13 +30,26 @@ class TrainingModule(L.LightningModule):
         settings: of the run.
         num_classes: K.
         num_samples: N, saved with K, so that a run can be rebuilt without its training data.
+        digests: of the data, by name; saved too.
     """
 
-    def __init__(self, learner: Learner, settings: Settings, num_classes: int, num_samples: int) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        settings: Settings,
+        num_classes: int,
+        num_samples: int,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.learner = learner
         self.settings = settings
         self.sizes = {"num_classes": num_classes, "num_samples": num_samples}
+        self.digests = dict(digests or {})
+        self.watch = DivergenceWatch()
+        self.resumed: dict[str, Any] | None = None
+        self.started = False
+        """Whether all is restored of the checkpoint that is gone on from, if any."""
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         keep_trajectories(self)
@@ -62,23 +77,26 @@ class TrainingModule(L.LightningModule):
             ) from error
         annealing = min(1.0, self.current_epoch / ANNEALING_EPOCHS)
         loss = self.learner.loss(answer, batch["label"], batch["index"], annealing)
+        self.watch.add(answer, loss)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
         return loss
 
     def on_validation_start(self) -> None:
+        self._stop_if_diverged()
         # Each process has seen samples of its own; merged here, before the checkpoint of the epoch is written.
         if not self.trainer.sanity_checking:
             for trajectory in trajectories(self.learner).values():
                 trajectory.sync()
 
     def validation_step(self, batch: dict[str, Any], number: int) -> None:
-        scores, label = self.learner(batch["inputs"]).scores, batch["label"]
+        answer, label = self.learner(batch["inputs"]), batch["label"]
+        self.watch.add(answer)
         # Of several processes, some repeat a sample at the end, so that all take as many steps; it counts once.
         num = len(cast(DataLoader[Any], self.trainer.val_dataloaders).dataset)  # type: ignore[arg-type]
         own = len(range(self.global_rank, num, self.trainer.world_size))
         counted = max(0, min(len(label), own - number * self.settings.batch_size))
         if counted:
-            self.accuracy.update(scores[:counted], label[:counted])
+            self.accuracy.update(answer.scores[:counted], label[:counted])
 
     def on_validation_epoch_end(self) -> None:
         accuracy = self.accuracy.compute()
@@ -89,6 +107,15 @@ class TrainingModule(L.LightningModule):
             # resumed run has finished: stepped here, its state in the checkpoint is the epoch's.
             self.plateau.step(accuracy.item())
             self.log("train/learning_rate", self.plateau.optimizer.param_groups[0]["lr"])
+
+    def on_train_epoch_end(self) -> None:
+        self._stop_if_diverged()  # before the epoch's checkpoints are written, so that the last good ones stay
+
+    def _stop_if_diverged(self) -> None:
+        problem = self.watch.problem(self.learner, partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        if problem:
+            s = self.settings
+            raise diverged(f"{s.method}, seed {s.seed}", self.current_epoch + 1, problem, s.learning_rate)
 
     def configure_optimizers(self) -> Any:
         s = self.settings
@@ -112,16 +139,43 @@ class TrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["sizes"] = self.sizes
+        checkpoint["accuracy"] = float(self.trainer.callback_metrics[ACCURACY])
+        checkpoint.update(self.digests)
         if self.plateau is not None:
             checkpoint["plateau"] = self.plateau.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._saved_plateau = checkpoint.get("plateau")
+        self.resumed = checkpoint
+        kept = [*self.trainer.early_stopping_callbacks, *self.trainer.checkpoint_callbacks]
+        callbacks = {each.state_key: each.state_dict() for each in kept}
+        self._compare({"loops": {"fit_loop": self.trainer.fit_loop.state_dict()}, "callbacks": callbacks})
 
     def on_fit_start(self) -> None:
-        saved = getattr(self, "_saved_plateau", None)
-        if saved is not None and self.plateau is not None:
-            self.plateau.load_state_dict(saved)
+        if self.resumed is None or self.plateau is None:
+            return
+        # Optimizers and schedulers are there now, and Lightning restores them next.
+        optimizers = [optimizer.state_dict() for optimizer in self.trainer.optimizers]
+        schedulers = [each.scheduler.state_dict() for each in self.trainer.lr_scheduler_configs]
+        plateau = self.plateau.state_dict()
+        self._compare({"optimizer_states": optimizers, "lr_schedulers": schedulers, "plateau": plateau})
+        parameters = [p for group in self.trainer.optimizers[0].param_groups for p in group["params"]]
+        for number, moments in self.resumed["optimizer_states"][0]["state"].items():
+            like = {"step": torch.tensor(0.0), "exp_avg": parameters[number], "exp_avg_sq": parameters[number]}
+            self._check(unlike(moments, {name: x.detach() for name, x in like.items()}, "an optimizer's state"))
+        self.plateau.load_state_dict(self.resumed["plateau"])
+
+    def on_train_start(self) -> None:
+        self.resumed, self.started = None, True
+
+    def _compare(self, fresh: dict[str, Any]) -> None:
+        """Whether what is gone on from is of the same make as what it would replace."""
+        for name, value in fresh.items():
+            assert self.resumed is not None
+            self._check(unlike(self.resumed.get(name), value, name))
+
+    def _check(self, different: str | None) -> None:
+        if different:
+            raise ValueError(different)
 
 
 class Shuffled(DistributedSampler[Any]):

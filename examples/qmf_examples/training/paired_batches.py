@@ -14,7 +14,7 @@ from ..data.paired_images import PairedImages
 from ..data.stratified_split import stratified_split
 from ..errors import CommandError
 from .settings import Settings
-from .training_data import TrainingData
+from .training_data import TrainingData, fingerprint
 
 NAMES = ("rgb", "depth")
 
@@ -34,8 +34,10 @@ def load_training(settings: Settings) -> TrainingData:
     check_every_class(images.classes, images.labels, root / "train")
     as_tested = v2.Resize((settings.image_size, settings.image_size))
     if settings.selection == "test":
-        select: Dataset[Any] = PairedImages(known, root, "test", transform=as_tested, **_common(settings))
+        test = PairedImages(known, root, "test", transform=as_tested, **_common(settings))
         train: Dataset[Any] = images
+        select: Dataset[Any] = test
+        rows = fingerprint(images.classes, _rows(images), _rows(test))
     else:
         same = copy.copy(images)
         same.transform = as_tested
@@ -46,7 +48,12 @@ def load_training(settings: Settings) -> TrainingData:
                 f"{len(held)} of {len(images)}"
             )
         train, select = torch.utils.data.Subset(images, rest), torch.utils.data.Subset(same, held)
-    return TrainingData(train, select, tuple(images.classes), len(images), len(images.faults))
+        rows = fingerprint(images.classes, _rows(images), rest, held)
+    return TrainingData(train, select, tuple(images.classes), len(images), len(images.faults), rows)
+
+
+def _rows(images: PairedImages) -> list[tuple[str, int]]:
+    return list(zip(images.names, images.labels, strict=True))
 
 
 def load_images(settings: Settings) -> PairedImages:

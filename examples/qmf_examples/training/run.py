@@ -1,33 +1,39 @@
 """One run: a method and a seed trained to the end, with checkpoints that a killed run goes on from."""
 
+import contextlib
 import json
 import logging
 import os
+import reprlib
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..data.catalogue import DATA_SETS
 from ..errors import CommandError
-from ..files import save_checkpoint, write_atomically
+from ..files import alone_in, write_atomically
+from ..models.divergence import weights_not_finite
 from ..models.learners import Learner
+from ..models.text_encoders import WordNumbers
 from ..processes import launched, most_devices, together
 from . import paired_batches, text_batches
+from .checkpoints import BEST, LAST, AtomicCheckpoints, KeptCheckpoint, callback_state, read_checkpoint
 from .lightning_module import ACCURACY, Batches, TrainingModule
 from .networks import build_learner
 from .settings import FILE, Settings, differences, load_run, write_settings
-from .training_data import TrainingData
+from .training_data import TrainingData, fingerprint
 
-BEST, LAST, FINISHED = "best.ckpt", "last.ckpt", "finished.json"
+FINISHED = "finished.json"
 
 
 class Finished(NamedTuple):
@@ -40,51 +46,30 @@ class Finished(NamedTuple):
     """Rows of training data that were skipped."""
 
 
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, whole or not there at all, and read without running what they hold."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(Path(path), checkpoint)
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
-        return _load_plain(Path(path))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors and plain values; nothing in it is executed.
-
-    Raises:
-        CommandError: none is there, or it cannot be read so.
-    """
-    content = _load_plain(path)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CommandError(f"{path}: not a checkpoint of a training run")
-    return content
-
-
-def _load_plain(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CommandError(f"no checkpoint {path}") from error
-    except Exception as error:  # whatever a damaged zip or pickle makes torch.load raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CommandError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-
-
-def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finished:
+def train_run(
+    settings: Settings, folder: Path, resume: bool = False, say: Callable[[str], object] = lambda _: None
+) -> Finished:
     """Train ``settings.method`` with ``settings.seed`` into ``folder``.
 
     Args:
         settings: of the run, saved with it.
         folder: for settings.yaml, best.ckpt, last.ckpt, finished.json and TensorBoard's files.
         resume: go on from what is there, to the same numbers as without a stop (on CPUs, with as many processes).
+        say: told why nothing is trained, where nothing is.
 
     Raises:
-        CommandError: a run is there already and ``resume`` is False, or was made with other settings.
+        CommandError: a run is there already and ``resume`` is False, or was made with other settings or data; another
+            process trains it; its files cannot be used; the training diverges.
         DataError: data that cannot be used.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of several processes that train together, the first writes, and so is the one that must be alone.
+    with alone_in(folder) if is_first_process() else contextlib.nullcontext():
+        return _train_alone(settings, folder, resume, say)
+
+
+def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[str], object]) -> Finished:
+    last = folder / LAST
     if (folder / FILE).exists():
         # Of several processes, the first looks before it writes them, and may have by the time that the others do.
         if not resume and is_first_process():
@@ -92,38 +77,72 @@ def train_run(settings: Settings, folder: Path, resume: bool = False) -> Finishe
         different = differences(settings, load_run(folder)) if resume else []
         if different:
             raise CommandError(f"--resume: {folder} was made with {'; '.join(different)}")
-        if (folder / FINISHED).exists():
-            return read_finished(folder)
+    state = read_checkpoint(last, resume) if resume and last.exists() else None
+    over = _why_over(state, settings) if state is not None else None
+    if resume and (folder / FINISHED).exists():
+        finished = read_finished(folder)
+        if state is None:
+            over = f"it has finished after {finished.epochs} epochs, and {LAST} to go on from is gone"
+        if over is not None:
+            say(f"{folder}: nothing to train: {over}")
+            return finished
     quieten()
     L.seed_everything(settings.seed, verbose=False)
     loader = loader_of(settings.data_set)
     data: TrainingData = loader.load_training(settings)
-    num_classes = len(data.classes)
-    learner = build_learner(settings, num_classes, data.num_samples, data.numbering)
-    folder.mkdir(parents=True, exist_ok=True)
+    if state is not None and state["fingerprint"] != data.fingerprint:
+        raise CommandError(
+            f"--resume: {settings.data_root} does not hold the samples that {folder} was trained on, or not in their "
+            "order, so that histories and the best accuracy would be of others; give another --output"
+        )
     if is_first_process():
         write_settings(folder / FILE, settings)
-    last = folder / LAST
-    state = read_checkpoint(last) if resume and last.exists() else None
-    stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
-    trainer = make_trainer(settings, folder, stopping)
-    if state is None or not _is_over(state, settings):
-        module = TrainingModule(learner, settings, num_classes, data.num_samples)
-        batches = Batches(data.train, data.select, loader.collate, settings)
-        try:
-            with together(trainer.world_size):
-                trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
-        except SystemExit:  # what Lightning makes of an interrupt, without a word
-            if not trainer.interrupted:
-                raise
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        state = read_checkpoint(last)
-    finished = Finished(float(_saved(state, "EarlyStopping")["best_score"]), int(state["epoch"]) + 1, data.faults)
-    if trainer.is_global_zero:
+        (folder / FINISHED).unlink(missing_ok=True)
+    if over is None:
+        state = _fit(settings, folder, data, state)
+    else:
+        say(f"{folder}: nothing to train: {over}")
+    assert state is not None
+    # The figure of the weights that are there, not of what one of the callbacks remembers.
+    accuracy = read_checkpoint(folder / BEST, resume=True)["accuracy"]
+    finished = Finished(accuracy, state["epoch"] + 1, data.faults)
+    if is_first_process():
         text = json.dumps(finished._asdict(), indent=1) + "\n"
         write_atomically(folder / FINISHED, lambda file: file.write(text.encode()))
     return finished
+
+
+def _fit(settings: Settings, folder: Path, data: TrainingData, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Train, from the state of ``last.ckpt`` on where there is one, and give back that of the end."""
+    num_classes, last = len(data.classes), folder / LAST
+    learner = build_learner(settings, num_classes, data.num_samples, data.numbering)
+    stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
+    trainer = make_trainer(settings, folder, stopping)
+    digests = {"fingerprint": data.fingerprint, "words": _words(data.numbering)}
+    module = TrainingModule(learner, settings, num_classes, data.num_samples, digests)
+    batches = Batches(data.train, data.select, loader_of(settings.data_set).collate, settings)
+    try:
+        with together(trainer.world_size):
+            trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
+    except SystemExit:  # what Lightning makes of an interrupt, without a word
+        if not trainer.interrupted:
+            raise
+    except (CommandError, OSError):
+        raise
+    except Exception as error:
+        if state is None or module.started:
+            raise
+        # Whatever Lightning and PyTorch make of a state that is none of theirs.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CommandError(f"--resume: {last}: cannot be gone on from ({reason})") from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return read_checkpoint(last, resume=True)
+
+
+def _words(numbering: Any) -> str:
+    """A digest of which number stands for which of the training texts' words; empty where a tokenizer says."""
+    return fingerprint(numbering.vocabulary.words) if isinstance(numbering, WordNumbers) else ""
 
 
 def is_first_process() -> bool:
@@ -161,8 +180,8 @@ def loader_of(data_set: str) -> Any:
 def make_trainer(settings: Settings, folder: Path, stopping: EarlyStopping) -> L.Trainer:
     """Lightning's trainer: the best weights, the last state after every epoch, early stopping, TensorBoard."""
     options: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": True}
-    best = ModelCheckpoint(filename="best", monitor=ACCURACY, mode="max", save_weights_only=True, **options)
-    last = ModelCheckpoint(filename="last", save_top_k=1, **options)
+    best = KeptCheckpoint(filename="best", monitor=ACCURACY, mode="max", save_weights_only=True, **options)
+    last = KeptCheckpoint(filename="last", save_top_k=1, **options)
     devices: Any = int(settings.devices) if settings.devices.lstrip("-").isdigit() else settings.devices
     # What is frozen at first has no gradients for the other processes to wait for.
     strategy = (
@@ -194,15 +213,14 @@ def make_trainer(settings: Settings, folder: Path, stopping: EarlyStopping) -> L
         raise CommandError(f"cannot train so here: {' '.join(str(error).split())}") from error
 
 
-def _is_over(state: dict[str, Any], settings: Settings) -> bool:
-    """Whether the run behind a checkpoint was killed after its last epoch, before it said so."""
-    return int(state["epoch"]) + 1 >= settings.epochs or _saved(state, "EarlyStopping")["wait_count"] >= (
-        settings.patience
-    )
-
-
-def _saved(state: dict[str, Any], callback: str) -> dict[str, Any]:
-    return next(saved for key, saved in state["callbacks"].items() if key.startswith(callback))
+def _why_over(state: dict[str, Any], settings: Settings) -> str | None:
+    """Why the run behind a checkpoint has no epoch left to train; None where it has."""
+    epochs, waited = state["epoch"] + 1, callback_state(state, "EarlyStopping").get("wait_count")
+    if type(waited) is int and waited >= settings.patience:
+        return f"it stopped after {waited} epochs without a better one (--patience), {epochs} in all"
+    if epochs >= settings.epochs:
+        return f"it has trained {epochs} epochs, and --epochs is {settings.epochs}"
+    return None
 
 
 def read_finished(folder: Path) -> Finished:
@@ -212,33 +230,55 @@ def read_finished(folder: Path) -> Finished:
         CommandError: it cannot be read.
     """
     try:
-        return Finished(**json.loads((folder / FINISHED).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        finished = Finished(**json.loads((folder / FINISHED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CommandError(f"{folder / FINISHED}: cannot be read ({error})") from error
+    accuracy, *counts = finished
+    if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
+        raise CommandError(f"{folder / FINISHED}: accuracy must be from 0 to 1, got {reprlib.repr(accuracy)}")
+    if any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
+        raise CommandError(f"{folder / FINISHED}: epochs and faults must be counts, got {reprlib.repr(counts)}")
+    return finished
 
 
 def load_learner(folder: Path) -> tuple[Settings, Learner, Any]:
     """A trained run: its settings, the method with its best weights, and for texts how they become numbers.
 
     Raises:
-        CommandError: no such run, or weights that do not fit.
+        CommandError: no such run, or weights that do not fit, are not finite, or are of other words than the data's.
     """
     settings = load_run(folder)
     state = read_checkpoint(folder / BEST)
     weights = {key.removeprefix("learner."): x for key, x in state["state_dict"].items() if key.startswith("learner.")}
-    num_classes, num_samples = (int(state.get("sizes", {}).get(name, 1)) for name in ("num_classes", "num_samples"))
     numbering = None if DATA_SETS[settings.data_set].paired else text_batches.load_texts_numbering(settings)
-    learner = build_learner(settings, num_classes, num_samples, numbering, pretrained=False)
+    if state.get("words", "") not in ("", _words(numbering)):
+        raise CommandError(
+            f"{folder} was trained on other words than {settings.data_root}/train.jsonl has: its weights would be "
+            "taken for those of other words"
+        )
+    sizes = state["sizes"]["num_classes"], state["sizes"]["num_samples"]
     try:
+        learner = build_learner(settings, *sizes, numbering, pretrained=False)
         learner.load_state_dict(weights)
     except RuntimeError as error:
-        raise CommandError(f"{folder / BEST}: does not fit its settings or data ({str(error)[:200]})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise CommandError(f"{folder / BEST}: does not fit its settings or data ({reason})") from error
+    broken = weights_not_finite(learner)
+    if broken:
+        raise CommandError(
+            f"{folder / BEST}: weights are not finite: {broken}; the training has diverged: train anew, with a smaller "
+            "learning rate say"
+        )
     return settings, learner.eval(), numbering
 
 
 def quieten() -> None:
-    """Leave Lightning's advice and banners out: what matters is said by the command."""
+    """Leave Lightning's advice and banners out: what matters is said by the command. Its warnings of anything else, of
+    a state that it does not restore above all, are shown.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\..*")
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")

@@ -1,6 +1,9 @@
 """Every setting of a training run: the released defaults, then a YAML file, then the command line."""
 
 import math
+import reprlib
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -11,6 +14,11 @@ from ..files import write_atomically
 
 FILE = "settings.yaml"
 MOST_SEEDS = 2**31
+MANY = 10**9
+"""More epochs, batches or samples than there will be."""
+LARGEST_FILE = 2**16
+DEEPEST = 4
+"""Of a YAML file of settings, in bytes and in values that hold values."""
 
 _FUSED = ("tmc", "etmc", "rcml", "pdf", "ranking-only", "qmf", "robust", "msp", "entropy", "evidence", "energy")
 RGBD_METHODS = ("rgb", "depth", "late", "concat", "align", "mmtm", *_FUSED)
@@ -161,9 +169,9 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
     known = {f.name for f in fields(Settings)}
     unknown = sorted(set(given) - known)
     if unknown:
-        raise CommandError(f"no such setting: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        raise CommandError(f"no such setting: {', '.join(unknown):.200}; there are {', '.join(sorted(known))}")
     if given.get("data_set", data_set) != data_set:
-        raise CommandError(f"data_set: the settings are for {given['data_set']}, the command for {data_set}")
+        raise CommandError(f"data_set: the settings are for {brief(given['data_set'])}, the command for {data_set}")
     own = OF_METHOD.get(str(given.get("method")), {}) if METHODS[data_set] is RGBD_METHODS else {}
     settings = replace(DEFAULTS[data_set], **_typed({**own, **given}))
     _check(settings)
@@ -189,19 +197,29 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         try:
             # Python would make 1 of True, 2 of 2.5, and text of a list.
-            if kind is bool or isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float)):
+            plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+            if kind is bool or not plain or (kind is int and isinstance(value, float)):
                 raise ValueError
             made[known.name] = kind(value)
-        except (TypeError, ValueError) as error:
-            raise CommandError(f"{known.name} must be of type {kind.__name__}, got {value!r}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CommandError(f"{known.name} must be of type {kind.__name__}, got {brief(value)}") from error
     freeze = made.get("freeze")
     if isinstance(freeze, str):
         freeze = made["freeze"] = parse_freeze(freeze)
     if freeze is not None and not (
-        isinstance(freeze, Mapping) and all(type(epochs) is int and epochs >= 0 for epochs in freeze.values())
+        isinstance(freeze, Mapping)
+        and all(isinstance(name, str) and type(n) is int and 0 <= n <= MANY for name, n in freeze.items())
     ):
-        raise CommandError(f"freeze must map modalities to numbers of epochs, such as image: 3, got {freeze!r}")
+        raise CommandError(f"freeze must map modalities to numbers of epochs, such as image: 3, got {brief(freeze)}")
     return made
+
+
+def brief(value: object) -> str:
+    """A value as it is shown in a message, whatever a file holds: short, of deep nesting and long numbers too."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes out no whole number of more than 4,300 digits.
+        return f"a value of type {type(value).__name__} with a number that is too long to be shown"
 
 
 def parse_freeze(text: str) -> dict[str, int]:
@@ -220,7 +238,7 @@ def parse_freeze(text: str) -> dict[str, int]:
         pairs = [item.split("=") for item in text.split(",")]
         return {name.strip(): int(epochs) for name, epochs in pairs}
     except ValueError as error:
-        raise CommandError(f"freeze must be like image=3,text=5, or none; got {text!r}") from error
+        raise CommandError(f"freeze must be like image=3,text=5, or none; got {brief(text)}") from error
 
 
 def _check(settings: Settings) -> None:
@@ -234,25 +252,29 @@ def _check(settings: Settings) -> None:
         ("update", ("after", "before")),
     ):
         if getattr(settings, name) not in allowed:
-            raise CommandError(f"{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}")
-    for names, least in (
-        (("batch_size", "accumulate", "epochs", "patience", "regions", "image_size", "load_size", "limit_batches"), 1),
-        (("start_epoch", "sampling_count"), 1),
-        (("max_tokens",), 3),
-        (("seed", "workers", "hidden", "joint_width", "plateau_patience"), 0),
-        (("weight_decay", "ranking_weight", "beta"), 0),
+            raise CommandError(f"{name} must be one of {', '.join(allowed)}, got {brief(getattr(settings, name))}")
+    for names, least, most in (
+        (("batch_size", "accumulate", "epochs", "patience", "limit_batches"), 1, MANY),
+        (("start_epoch", "sampling_count"), 1, MANY),
+        (("image_size", "load_size"), 1, 8192),
+        (("regions",), 1, 64),
+        (("max_tokens",), 3, MANY),
+        (("workers",), 0, 1024),
+        (("hidden", "joint_width"), 0, 2**16),
+        (("plateau_patience",), 0, MANY),
+        (("seed",), 0, MOST_SEEDS),
+        (("weight_decay", "ranking_weight", "beta"), 0, sys.float_info.max),
     ):
         for name in names:
             value = getattr(settings, name)
-            if value is not None and not least <= value < math.inf:
-                raise CommandError(f"{name} must be at least {least}, got {value}")
+            if value is not None and not least <= value <= most:
+                bound = f"at least {least}" if not value > most or value == math.inf else f"at most {most}"
+                raise CommandError(f"{name} must be {bound}, got {brief(value)}")
     for name in ("learning_rate", "temperature"):
         if not 0 < getattr(settings, name) < math.inf:
             raise CommandError(f"{name} must be above 0, got {getattr(settings, name)}")
     if settings.alpha is not None and not -math.inf < settings.alpha < 0:
         raise CommandError(f"alpha must be below 0, got {settings.alpha}")
-    if settings.seed > MOST_SEEDS:
-        raise CommandError(f"seed must be at most {MOST_SEEDS}, got {settings.seed}")
     for name, low, high in (
         ("validation", 0.0, 1.0),
         ("dropout", 0.0, 1.0),
@@ -272,19 +294,38 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A YAML file of settings: nothing but plain values.
 
     Raises:
-        CommandError: no such file, or no mapping in it.
+        CommandError: no such file, no mapping in it, or what no file of settings has: aliases, a setting twice, deep
+            nesting, many kilobytes.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE + 1).decode()
+        if len(text) > LARGEST_FILE:
+            raise CommandError(f"{path}: no file of settings: it is larger than {LARGEST_FILE} bytes")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # An alias costs nothing to read, and a few lines of them all memory to go through.
+            if isinstance(event, yaml.AliasEvent):
+                raise CommandError(f"{path}: must hold plain values, not aliases")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # before PyYAML goes on, whose time grows with the square of the depth
+                raise CommandError(f"{path}: must hold plain values, not lists in lists in lists")
+        root, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise CommandError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, ValueError) as error:  # such as a number with too many digits
+        raise CommandError(f"{path}: not YAML of settings ({' '.join(str(error).split()):.300})") from error
     if not isinstance(content, dict):
         raise CommandError(f"{path}: must be a mapping of settings, got {type(content).__name__}")
-    return {str(name): value for name, value in content.items()}
+    twice = [name for name, n in Counter(key.value for key, _ in root.value).items() if n > 1]
+    if twice:  # YAML would take the last one, without a word
+        raise CommandError(f"{path}: must set each setting once, got several values of {brief(twice[0])}")
+    strangers = [name for name in content if not isinstance(name, str)]
+    if strangers:
+        raise CommandError(f"{path}: settings must have names, got {brief(strangers[0])}")
+    return content
 
 
 def write_settings(path: Path, settings: Settings) -> None:
@@ -305,9 +346,12 @@ def load_run(folder: Path) -> Settings:
     """
     content = read_settings(folder / FILE)
     data_set = content.get("data_set")
-    if data_set not in DEFAULTS:
-        raise CommandError(f"{folder / FILE}: data_set must be one of {', '.join(DEFAULTS)}, got {data_set!r}")
-    return resolve(data_set, content)
+    if not isinstance(data_set, str) or data_set not in DEFAULTS:
+        raise CommandError(f"{folder / FILE}: data_set must be one of {', '.join(DEFAULTS)}, got {brief(data_set)}")
+    try:
+        return resolve(data_set, content)
+    except CommandError as error:
+        raise CommandError(f"{folder / FILE}: {error}") from error
 
 
 def differences(ours: Settings, theirs: Settings) -> list[str]:

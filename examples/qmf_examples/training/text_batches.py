@@ -12,7 +12,7 @@ from ..data.text_images import TextImages, read_rows
 from ..models.text_encoders import Numbering, WordNumbers, load_numbering, pad
 from ..models.vocabulary import Vocabulary
 from .settings import Settings
-from .training_data import TrainingData
+from .training_data import TrainingData, fingerprint
 
 BAGS = ("bow", "concatbow")
 TEXT_ALONE = ("bow", "bert")
@@ -25,7 +25,8 @@ def load_training(settings: Settings) -> TrainingData:
     check_every_class(train.classes, train.labels, Path(settings.data_root) / "train.jsonl")
     select = load_texts(settings, "test" if settings.selection == "test" else "dev", numbering)
     faults = len(train.faults) + len(select.faults)
-    return TrainingData(train, select, tuple(train.classes), len(train), faults, numbering)
+    rows = fingerprint(*([(row.id, row.label, row.text, row.img) for row in split.rows] for split in (train, select)))
+    return TrainingData(train, select, tuple(train.classes), len(train), faults, rows, numbering)
 
 
 def load_test(settings: Settings, numbering: Numbering) -> TextImages:

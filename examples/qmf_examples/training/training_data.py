@@ -1,5 +1,8 @@
 """What a data set's loader hands to a run."""
 
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,5 +22,22 @@ class TrainingData:
     """Of the whole training split: indices run over it."""
     faults: int
     """Rows that were skipped."""
+    fingerprint: str
+    """Of the rows to train on and to select by: which they are, their labels and their order."""
     numbering: Numbering | None = None
     """How texts became numbers."""
+
+
+def fingerprint(*parts: Iterable[Any]) -> str:
+    """A digest of rows of plain values, part by part, that changes with any value and with the order.
+
+    Example:
+        >>> fingerprint([("a.png", 0), ("b.png", 1)]) == fingerprint([("b.png", 1), ("a.png", 0)])
+        False
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        for row in part:
+            digest.update(json.dumps(row).encode() + b"\n")
+        digest.update(b"\n")
+    return digest.hexdigest()

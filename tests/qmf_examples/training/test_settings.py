@@ -116,7 +116,7 @@ def test_a_run_reads_back_as_written(tmp_path):
         ({"limit_batches": 0}, "limit_batches must be at least 1, got 0"),
         ({"seed": -4}, "seed must be at least 0, got -4"),
         ({"seed": 2**32}, "seed must be at most"),
-        ({"data_set": "mvsa"}, "the settings are for mvsa, the command for nyud2"),
+        ({"data_set": "mvsa"}, "the settings are for 'mvsa', the command for nyud2"),
     ],
 )
 def test_what_cannot_be_is_named(given, message):
