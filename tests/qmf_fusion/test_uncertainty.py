@@ -85,3 +85,12 @@ def test_the_largest_probability_of_many_keeps_its_digits() -> None:
         QualityAwareFusion(1, uncertainty="msp")([leaf]).weights.sum().backward()
         grads.append(leaf.grad.double())
     torch.testing.assert_close(*grads, rtol=1e-4, atol=0)
+
+
+@NAMES
+def test_gradients_of_huge_logits_are_finite(name):
+    """What stands where a probability is 0 has no slope, however large the gradient that comes in."""
+    x = torch.tensor([[1e30, -3e29, 2e30], [4e30, 0.0, 1.0]], requires_grad=True)
+    measure = QualityAwareFusion(1, uncertainty=name, combine="probabilities").uncertainties
+    (grad,) = torch.autograd.grad(measure([x]).sum(), x, torch.tensor(1e30))
+    assert torch.isfinite(grad).all()
