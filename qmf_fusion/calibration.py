@@ -19,6 +19,8 @@ from .precision import KeepsPrecision
 from .rows import Features, stack_rows
 
 FITTABLE = ("alpha", "temperature")
+SURE = 0.99  # the softmax of the right class from which on a head is sure of it
+FEW = 30  # rows of which an able head may be right on all by chance
 
 
 class Calibration(KeepsPrecision):
@@ -74,6 +76,27 @@ class CleanData(NamedTuple):
         if missing:
             raise ValueError(f"logits must hold every modality at least once, got none that counts of {missing}")
 
+    def fitted(self, names: Sequence[str]) -> list[str]:
+        """The modalities whose heads are right on all of their rows, at least ``FEW``, as on rows of the training set.
+
+        A ValueError says where all heads are, and sure of every row.
+        """
+        x = torch.stack(self.rows)
+        if x.shape[-1] == 1:  # where nobody can be wrong
+            return []
+        y = self.target.expand(self.counted.shape).unsqueeze(-1)
+        probs = torch.softmax(x, -1)
+        own = probs.gather(-1, y).squeeze(-1)
+        wrong, unsure = own < probs.amax(-1), own < SURE
+        enough = [int(c.sum()) >= FEW for c in self.counted]
+        if all(enough) and not bool((unsure & self.counted).any()):
+            raise ValueError(
+                "logits must be of held-out data, got heads that are right on every row and sure of it (a softmax of "
+                f"{SURE} and more), as on data that they were trained on"
+            )
+        heads = zip(names, enough, (wrong & self.counted).flatten(1).any(1).tolist(), strict=True)
+        return [name for name, many, errs in heads if many and not errs]
+
 
 def clean_data(
     rows: list[Tensor],
@@ -88,6 +111,8 @@ def clean_data(
 
     An IndexError says which target is no class.
     """
+    if target.is_meta:
+        raise ValueError("logits must hold values, got tensors on the meta device")
     wide = torch.float32 if target.device.type == "mps" else torch.float64
     rows = normalize_rows([row.detach().to(wide) for row in rows], logit_norm)
     x, counted = stack_rows(rows, present)

@@ -5,6 +5,7 @@ Nothing here waits for a device: values are looked at only where they lie in the
 a device-side assertion.
 """
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -20,12 +21,13 @@ def can_look(x: Tensor) -> bool:
 
 def modality_names(modalities: int | Iterable[str]) -> tuple[str, ...]:
     """Names from a count (``"0"``, ``"1"``, ...) or from names."""
-    if isinstance(modalities, bool) or not isinstance(modalities, int | Iterable) or isinstance(modalities, str):
+    count = as_integer(modalities)
+    if count is not None:
+        if count < 1:
+            raise ValueError(f"modalities must be at least 1, got {count}")
+        return tuple(str(m) for m in range(count))
+    if not isinstance(modalities, Iterable) or isinstance(modalities, str):
         raise TypeError(f"modalities must be a count or a list of names, got {modalities!r}")
-    if isinstance(modalities, int):
-        if modalities < 1:
-            raise ValueError(f"modalities must be at least 1, got {modalities}")
-        return tuple(str(m) for m in range(modalities))
     names = tuple(modalities)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"modalities must be non-empty names, at least one, got {list(names)!r}")
@@ -149,10 +151,8 @@ def check_widths(features: Sequence[int | None] | None, num_modalities: int) -> 
         raise ValueError(
             f"features must be None or {num_modalities} widths, one per modality or None, got {features!r}"
         )
-    for width in features:
-        if width is not None:
-            check_count("features", width)
-    return tuple(features) if any(width is not None for width in features) else None
+    widths = tuple(None if width is None else check_count("features", width) for width in features)
+    return widths if any(width is not None for width in widths) else None
 
 
 def check_batch(
@@ -235,9 +235,26 @@ def check_class_weight(weight: Tensor | None, num_classes: int | None = None, on
         raise ValueError(f"class_weight must be from 0 to 1e30, got {weight[first].item()} for class {first}")
 
 
-def check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def as_integer(value: object) -> int | None:
+    """A Python int of any kind of integer, NumPy's included; None of everything else, truth values too."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def check_integer(name: str, value: int) -> int:
+    integer = as_integer(value)
+    if integer is None:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return integer
+
+
+def check_count(name: str, value: int) -> int:
+    count = as_integer(value)
+    if count is None or count < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return count
 
 
 def check_logit_norm(temperature: float | None) -> float | None:

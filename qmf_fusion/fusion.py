@@ -15,6 +15,7 @@ from .checks import (
     Logits,
     check_batch,
     check_features,
+    check_integer,
     check_logit_norm,
     check_logits,
     check_present,
@@ -117,7 +118,7 @@ class QualityAwareFusion(nn.Module):
         super().__init__()
         self.names = modality_names(modalities)
         self.normalize_logits = check_logit_norm(normalize_logits)
-        self.class_dim = class_dim
+        self.class_dim = check_integer("class_dim", class_dim)
         if isinstance(combine, str):
             options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
             options.check()
@@ -165,7 +166,7 @@ class QualityAwareFusion(nn.Module):
             >>> agree, other = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.0, 6.0, 0.0]])
             >>> out = fusion([agree, agree, other])  # the third is outvoted
             >>> out.logits.argmax(-1), out.weights[:, 0]
-            (tensor([0]), tensor([0.8043, 0.8043, 0.1263]))
+            (tensor([0]), tensor([0.7681, 0.7681, 0.6898]))
         """
         names = modality_names(modalities)
         rule = ContaminatedProduct(len(names), num_classes, features=features, **switches)
@@ -281,7 +282,8 @@ class QualityAwareFusion(nn.Module):
 
         Eq. 5: ``beta`` becomes, by Lemma 1, what makes each modality's mean weight its static weight, to 1e-6. Eq. 6:
         a modality whose weights correlate positively with its loss at ``confidence`` is held at its static weight,
-        with a warning. ``robust`` also fits its statistics. Calling it again starts from the uncalibrated layer, and
+        with a warning. ``robust`` also fits its statistics, for which the data must be held out: those of the logits
+        that a head has fitted describe the training set alone. Calling it again starts from the uncalibrated layer, and
         ``reset_calibration`` restores that exactly.
 
         Args:
@@ -300,6 +302,9 @@ class QualityAwareFusion(nn.Module):
 
         Raises:
             TypeError, ValueError: arguments of the wrong kind, shape or range, or static weights that cannot be met.
+                For ``robust`` also data on which the heads are perfect: every one is right on every row, with a
+                softmax of 0.99 and more. Held-out data has harder rows. Where any head is right on every row, for which
+                held-out data may be easy enough, it warns. Fewer than 30 rows tell neither.
 
         Example:
             >>> logits = 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
@@ -315,6 +320,15 @@ class QualityAwareFusion(nn.Module):
             static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
         data = self.clean_data(logits, target, present, ignore_index, features)
         data.check_every_modality(self.names)
+        if self.rule.takes_clean_statistics:
+            fitted = data.fitted(self.names)
+            if fitted:
+                warnings.warn(
+                    f"the heads of {fitted} are right on every row, as on data that they were trained on: statistics "
+                    "of such data describe no other; calibrate on held-out data",
+                    UserWarning,
+                    stacklevel=3,  # no_grad's wrapper lies between this and the caller
+                )
         before = copy.deepcopy(self.rule.state_dict())
         try:
             self.rule.reset_calibration()

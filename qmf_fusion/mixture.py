@@ -23,8 +23,9 @@ from torch import Tensor
 from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import CleanData, hold_until_eq_6
-from .checks import can_look, check_widths
+from .checks import can_look, check_integer, check_widths
 from .evidential import evidential
+from .precision import without_autocast
 from .rows import Features, stack_rows
 from .rule import Rule, Weighed, ready_rule
 from .typicality import (
@@ -43,33 +44,40 @@ class Stacked(NamedTuple):
     """A batch as the rule computes with it."""
 
     x: Tensor  # ``[M, *, K]``: logits, float32 or float64; 0 where they do not count
-    z: Tensor  # ``[M, *, K]``: whose softmax is the likelihood
-    counted: Tensor  # ``[M, *]`` bool: present, with logits and features that are finite throughout
+    counted: Tensor | None  # ``[M, *]`` bool: present, with finite logits and features; None: all are
     features: Features  # ``[*, D]`` for each modality that has any: without gradients, 0 where they are not finite
 
-    def energy(self) -> Tensor:
-        """``[M, *]`` (Eq. 13), of the logits as they came."""
-        return torch.where(self.counted, -torch.logsumexp(self.x, -1), torch.inf)
+    def where_counted(self, values: Tensor, other: float) -> Tensor:
+        """``[M, *]``."""
+        return values if self.counted is None else torch.where(self.counted, values, other)
 
 
-def _mixture(ratio: Tensor, odds: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Fused ``[*, K]`` and weights ``[M, *]`` of ``[M, *, K]``, ``[M, *, 1]`` and ``[M, *]``.
+def _mixture(probs: Tensor, odds: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fused ``[*, K]`` and weights ``[M, *]`` of likelihoods ``[M, *, K]``, odds ``[M, *, 1]`` and ``[M, *]``.
 
     In plain autograd: with its slopes written down, a training step takes only 3 % less.
     """
-    either = ratio + odds
-    votes = either.log() * counted.unsqueeze(-1).to(odds.dtype)  # all of them finite
+    share = odds / probs.shape[-1]  # r is K times the likelihood
+    either = probs + share
+    votes = either.log()
+    if counted is not None:
+        votes = votes * counted.unsqueeze(-1).to(votes.dtype)  # all of them finite
     fused = torch.log_softmax(votes.sum(0), -1)
-    weights = (fused.exp() * (ratio / either)).sum(-1)
+    weights = (fused.exp() * (probs / either)).sum(-1)
     # A modality alone has exactly this weight. Left to the sum above, roundings would differ from sample to sample, and
     # the ranking loss would take them for an order.
-    return fused, torch.where(counted.sum(0) > 1, weights, (1 / (1 + odds)).squeeze(-1))
+    alone = (1 / (1 + odds)).squeeze(-1)
+    if counted is None:
+        return fused, weights if len(probs) > 1 else alone
+    return fused, torch.where(counted.sum(0) > 1, weights, alone)
 
 
-def _product(ratio: Tensor, odds: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+def _product(probs: Tensor, odds: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same without agreement, ``prod_m r_m ** (1 / (1 + rho_m))``."""
     trust = 1 / (1 + odds)
-    votes = torch.where(counted.unsqueeze(-1), ratio.clamp_min(1e-12).log() * trust, 0)
+    votes = (probs * probs.shape[-1]).clamp_min(1e-12).log() * trust
+    if counted is not None:
+        votes = torch.where(counted.unsqueeze(-1), votes, 0)
     return torch.log_softmax(votes.sum(0), -1), trust.squeeze(-1)
 
 
@@ -109,6 +117,7 @@ class ContaminatedProduct(Rule):
     """
 
     num_classes: int
+    takes_clean_statistics = True
 
     def __init__(
         self,
@@ -129,8 +138,7 @@ class ContaminatedProduct(Rule):
         everywhere: bool = True,
     ) -> None:
         super().__init__(num_modalities)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
+        num_classes = check_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         for demand, holds, values in (
@@ -162,14 +170,15 @@ class ContaminatedProduct(Rule):
         """rho, broken : clean before the others are heard, which rises with the untypicality u."""
         return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
 
-    def statistics(self, dtype: torch.dtype = torch.float64) -> Statistics | None:
+    def statistics(self, dtype: torch.dtype = torch.float64, *, look: bool = True) -> Statistics | None:
         """The calibrated ones, else those gathered in training; None where there can be seen to be neither.
 
-        On a device, to ask would be to wait for it: there, nothing may be known of what is returned.
+        On a device, to ask would be to wait for it: there, or without ``look``, nothing may be known of what is
+        returned, and nothing follows from it.
         """
         fitted, running = self.fitted.sums(), self.running.sums()
         calibrated, gathered = (sums.measured[:, 0, SIZE].any() for sums in (fitted, running))
-        if not can_look(calibrated):
+        if not (look and can_look(calibrated)):
             either = [
                 torch.where(calibrated, f, r)
                 for f, r in zip(self.fitted.buffers(), self.running.buffers(), strict=True)
@@ -181,71 +190,87 @@ class ContaminatedProduct(Rule):
             return None
         return chosen.statistics(self.running.widths, dtype)
 
-    def evidence(self, batch: Stacked, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+    def evidence(self, batch: Stacked, z: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
         """What each modality says on its own.
 
-        The likelihood ratio ``r`` of each class ``[M, *, K]``, of mean 1, and the untypicality ``u`` ``[M, *]``, at
-        least 0. Without statistics, r is K times the head's likelihood and u is 0.
+        Its likelihood ``[M, *, K]``, which sums to 1 (``r`` is K times that), and the untypicality ``u`` ``[M, *]``, at
+        least 0. Without statistics, they are the head's likelihood, ``softmax(z)``, and 0.
         """
-        x = batch.x
-        ratio = x.shape[-1] * torch.softmax(batch.z, -1)
+        x, probs = batch.x, torch.softmax(z, -1)
         if statistics is None:
-            return ratio, torch.zeros_like(x[..., 0])
+            return probs, torch.zeros_like(x[..., 0])
         x = x.clamp(-LARGEST, LARGEST)
-        distances = class_distances(x, statistics)
+        distances = class_distances(x, statistics.centers)
         if self.distance_evidence:
-            known = statistics.known[:, OWN].view(-1, *(1,) * (x.dim() - 1))
+            known = per_modality(statistics.known[:, OWN], x)
             scale = per_modality(statistics.mean[:, OWN].clamp_min(1e-12), x)
-            finite = torch.where(known, distances, 0)
             # Relative to the nearest class, so that some class's is 1, however far they all are.
-            tail = (scale + finite.amin(-1, keepdim=True)) / (scale + finite)
+            tail = (scale + distances.amin(-1, keepdim=True)) / (scale + distances)
             tail = tail.square().square() * tail
-            tail = tail * (x.shape[-1] / tail.sum(-1, keepdim=True))
-            ratio = torch.lerp(ratio, tail, self.distance_evidence * known.to(x.dtype))
+            probs = torch.lerp(probs, tail / tail.sum(-1, keepdim=True), self.distance_evidence * known)
         sees = {"norm": self.typicality_norm, "distance": self.typicality_distance}
-        return ratio, untypicality(x, distances, batch.features, statistics, **sees, floor=self.floor)
+        return probs, untypicality(x, distances, batch.features, statistics, **sees, floor=self.floor)
 
     def likelihood(self, rows: Tensor) -> Tensor:
         return evidential(rows) if self.evidential else rows
 
-    def posterior(self, batch: Stacked, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+    def posterior(self, batch: Stacked, z: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
         """Fused log-probabilities ``[*, K]``, 0 where nothing counts, and ``P(clean | all)`` ``[M, *]``.
 
         What does not count is dropped, exactly, with weight 0. No statistics make the plain form. A modality held by
         calibration has that constant weight, and the odds ``1 / weight - 1``.
         """
         counted = batch.counted
-        ratio, u = self.evidence(batch, statistics)
+        probs, u = self.evidence(batch, z, statistics)
         odds, held = self.odds_of(u), None
         if not can_look(self.calibration.held) or any(self.calibration.held.tolist()):
             held = per_modality(self.calibration.held, odds)
-            odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1) - 1).clamp_min(1e-6))
-        fused, weights = (_mixture if self.agreement else _product)(ratio, odds.unsqueeze(-1), counted)
+            odds = torch.where(held == 0, odds, (1 / held.clamp(1e-6, 1.0) - 1).clamp_min(1e-6))
+        fused, weights = (_mixture if self.agreement else _product)(probs, odds.unsqueeze(-1), counted)
         if held is not None:
             weights = torch.where(held == 0, weights, held)
-        return torch.where(counted.any(0).unsqueeze(-1), fused, 0), torch.where(counted, weights, 0)
+        if counted is not None:
+            fused = torch.where(counted.any(0).unsqueeze(-1), fused, 0)
+        return fused, batch.where_counted(weights, 0)
 
     def weigh(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None = None, *, plain: bool = False
     ) -> Weighed:
-        with torch.autocast(rows[0].device.type, enabled=False):
-            batch = self.stack(rows, present, features)
-            fused, weights = self.posterior(batch, None if plain else self.statistics(batch.x.dtype))
-        counted = batch.counted
-        # A mask costs the operators more than to see here that there is nothing to leave out.
-        mask = None if can_look(counted) and bool(counted.all()) else counted
-        return Weighed(batch.z.unbind(0), mask, ready_rule(weights, fused), batch.energy())
+        with without_autocast(rows[0].device):
+            batch = self.stack(rows, present, features, look=True)
+            z = self.likelihood(batch.x)
+            fused, weights = self.posterior(batch, z, None if plain else self.statistics(z.dtype))
+            return Weighed(z.unbind(0), batch.counted, ready_rule(weights, fused), self._energy(batch))
 
     def fuse(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Without the operators, which would have nothing to add."""
-        with torch.autocast(rows[0].device.type, enabled=False):
+        with without_autocast(rows[0].device):
             batch = self.stack(rows, present, features)
-            return *self.posterior(batch, self.statistics(batch.x.dtype)), batch.energy()
+            z = self.likelihood(batch.x)
+            # Activation checkpointing, which computes this again when the criterion has learned from the batch, must
+            # find the same operations: no look at what there is.
+            known = self.statistics(z.dtype, look=not torch.is_grad_enabled())
+            return *self.posterior(batch, z, known), self._energy(batch)
 
-    def stack(self, rows: Sequence[Tensor], present: Tensor | None = None, features: Features | None = None) -> Stacked:
-        """M rows ``[*, K]`` and features ``[*, D]`` as the rule computes with them."""
+    def _energy(self, batch: Stacked) -> Tensor:
+        """``[M, *]`` (Eq. 13), of the logits as they came."""
+        return batch.where_counted(-torch.logsumexp(batch.x, -1), torch.inf)
+
+    def stack(
+        self,
+        rows: Sequence[Tensor],
+        present: Tensor | None = None,
+        features: Features | None = None,
+        *,
+        look: bool = False,
+    ) -> Stacked:
+        """M rows ``[*, K]`` and features ``[*, D]`` as the rule computes with them.
+
+        ``look`` leaves the mask out where there is nothing to leave out: a training step gains more by that than it
+        costs to see.
+        """
         known, got = self.num_classes, rows[0].shape[-1]
         if got != known:
             raise ValueError(f"logits must have the {known} classes of the statistics of robust(), got {got}")
@@ -257,12 +282,13 @@ class ContaminatedProduct(Rule):
             seen = [f if f is None else torch.where(c.unsqueeze(-1), f, 0) for f, c in zip(wide, finite, strict=True)]
             counted = counted & torch.stack(finite)
             x = torch.where(counted.unsqueeze(-1), x, 0)
-        return Stacked(x, self.likelihood(x), counted, seen)
+        return Stacked(x, None if look and can_look(counted) and bool(counted.all()) else counted, seen)
 
     def uncertainties(self, rows: list[Tensor], features: Features | None = None) -> Tensor:
         """The untypicality, which the odds rise with: 0 everywhere without statistics."""
         batch = self.stack(rows, None, features)
-        return torch.where(batch.counted, self.evidence(batch, self.statistics(batch.x.dtype))[1], torch.nan)
+        u = self.evidence(batch, self.likelihood(batch.x), self.statistics(batch.x.dtype))[1]
+        return batch.where_counted(u, torch.nan)
 
     def observe(
         self,
@@ -275,10 +301,11 @@ class ContaminatedProduct(Rule):
         """Count a batch in the running statistics, unless that is left to ``calibrate``."""
         if not self.gather:
             return
-        with torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
+        with torch.no_grad(), without_autocast(rows[0].device):
             batch = self.stack([row.detach() for row in rows], present, features)
             valid = target != ignore_index
-            self.running.update(*_flat(batch._replace(counted=batch.counted & valid), torch.where(valid, target, 0)))
+            counted = valid.expand(batch.x.shape[:-1]) if batch.counted is None else batch.counted & valid
+            self.running.update(*_flat(batch, torch.where(valid, target, 0), counted))
 
     def calibrate(self, data: CleanData, static: Tensor | None, fit: Sequence[str], confidence: float) -> None:
         if static is not None:
@@ -288,7 +315,7 @@ class ContaminatedProduct(Rule):
         if fit:
             raise ValueError(f"fit must be empty for this rule, which has no such constants, got {list(fit)}")
         batch = self.stack(data.rows, data.counted, data.features)
-        self.fitted.fit(*_flat(batch, data.target))
+        self.fitted.fit(*_flat(batch, data.target, data.counted if batch.counted is None else batch.counted))
         self.fitted.keep_features(self.running, [f is None for f in batch.features])
         # To hold one modality moves the posteriors of the others, their means and their correlations.
         hold_until_eq_6(
@@ -310,11 +337,11 @@ class ContaminatedProduct(Rule):
         return ", ".join([*shown, *([] if self.feature_widths is None else [f"features={list(self.feature_widths)}"])])
 
 
-def _flat(batch: Stacked, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Features]:
+def _flat(batch: Stacked, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor, Features]:
     """``[M, R, K]``, ``[R]``, ``[M, R]`` and ``[R, D]`` each, for the statistics."""
     return (
         rearrange(batch.x, "m ... k -> m (...) k"),
         rearrange(target, "... -> (...)"),
-        rearrange(batch.counted, "m ... -> m (...)"),
+        rearrange(counted, "m ... -> m (...)"),
         [None if f is None else rearrange(f, "... d -> (...) d") for f in batch.features],
     )

@@ -1,6 +1,7 @@
-"""Buffers that keep float64 while their module is cast: Eq. 9's constants, class weights and the loss history."""
+"""Arithmetic that nobody lowers: buffers that stay float64 while their module is cast, and no autocast."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor, nn
 def widened(x: Tensor) -> Tensor:
     """A copy of its own, in float64, on the same device; in float32 where that has no more (MPS)."""
     return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Computing as if there were no autocast, on devices that have one (the meta device does not)."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class KeepsPrecision(nn.Module):

@@ -41,6 +41,9 @@ class Rule(nn.Module):
     feature_widths: tuple[int | None, ...] | None = None
     """The width of each modality's features, None for one without; None for a rule that takes none."""
 
+    takes_clean_statistics: bool = False
+    """Whether ``calibrate`` measures what is typical of clean rows, for which no head may have fitted them."""
+
     def __init__(self, num_modalities: int) -> None:
         super().__init__()
         self.num_modalities = num_modalities

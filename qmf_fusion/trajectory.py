@@ -47,10 +47,9 @@ class LossTrajectory(KeepsPrecision):
 
     def __init__(self, num_samples: int, num_modalities: int, start_epoch: int = 1) -> None:
         super().__init__()
-        check_count("num_samples", num_samples)
-        check_count("num_modalities", num_modalities)
-        check_count("start_epoch", start_epoch)
-        self.start_epoch = start_epoch
+        num_samples = check_count("num_samples", num_samples)
+        num_modalities = check_count("num_modalities", num_modalities)
+        self.start_epoch = start_epoch = check_count("start_epoch", start_epoch)
         # Sums and counts in one tensor, [2, M, N], for one gather and one scatter a step; counts stay exact to 2^53.
         self.register_buffer("history", torch.zeros(2, num_modalities, num_samples, dtype=torch.float64))
         # The smallest mean loss per modality, over the samples that have one, and the largest's distance from it.
@@ -173,7 +172,7 @@ class LossTrajectory(KeepsPrecision):
 
     def resize(self, num_samples: int) -> None:
         """Grow to ``num_samples``, with no history for the new ones; a ValueError for fewer than there are."""
-        check_count("num_samples", num_samples)
+        num_samples = check_count("num_samples", num_samples)
         added = num_samples - self.num_samples
         if added < 0:
             raise ValueError(f"num_samples must be at least the present {self.num_samples}, got {num_samples}")

@@ -26,38 +26,43 @@ CLASS_MOMENTUM = 0.95  # of a class's own mean, per sample of the class: about t
 MOST_ROWS = 4096  # per step, process and modality; a dense prediction's positions beyond that are thinned out evenly
 LARGEST = 1e15  # what float32 can square and sum: larger values are measured as this, and not learned from
 LOGIT_FLOOR = 1e-5  # of the logarithm of a size or distance of logits: less is how float32 rounds equal ones
+UNSEEN = 1e18  # by how much a class without samples lies higher: farther from every row than any other
 FEATURE_FLOOR = 0.02  # the least standard deviation believed of the logarithm of a distance of features
 
 SIZE, NEAREST, OWN, FEATURE = range(4)  # what is measured of a row: see ``Sums.measured``
 
 
-class Statistics(NamedTuple):
-    """What is known of M modalities' clean rows, K classes, in the dtype of the rows to be measured."""
+class Centers(NamedTuple):
+    """Where M modalities' clean rows lie, K classes, in the dtype of the rows to be measured."""
 
     others: Tensor  # ``[M, K]``: mean of logit k over the samples of other classes
-    rise: Tensor  # ``[M, K]``: by how much its mean is higher over the samples of class k
-    seen: Tensor  # ``[M, K]`` bool: whether there are any of class k
-    known: Tensor  # ``[M, 4]`` bool: whether there is any measurement of the kind
-    mean: Tensor  # ``[M, 4]``: of the measurements; 1 where there are none
-    deviation: Tensor  # ``[M, 4]``: their standard deviation
+    rise: Tensor  # ``[M, K]``: by how much its mean is higher over the samples of class k; ``UNSEEN`` without any
     features: Sequence[tuple[Tensor, Tensor]]  # ``[D]`` each: the mean, and one over the standard deviation
 
 
+class Statistics(NamedTuple):
+    """What is known of M modalities' clean rows, in the dtype of the rows to be measured."""
+
+    centers: Centers
+    known: Tensor  # ``[M, 4]`` bool: whether there is any measurement of the kind
+    mean: Tensor  # ``[M, 4]``: of the measurements; 1 where there are none
+    deviation: Tensor  # ``[M, 4]``: their standard deviation
+
+
 class Sums(NamedTuple):
-    """What statistics follow from."""
+    """What statistics follow from; D is the widest modality's, beyond the others' all is 0."""
 
     classes: Tensor
     """``[M, 2, 2, K]``: number of rows and sum of logit k, over the samples of class k, and over all others."""
     measured: Tensor
     """``[M, 3, 4]``: number, sum and sum of squares of log |x|; log squared distance to the nearest class; squared
-    distance to the own class; log distance of the features."""
+    distance to the own class; log distance of the features, which is not there where no modality has any."""
     features: Tensor | None = None
-    """``[M, 3, D]``: the same of each feature; D is the widest, beyond the others' all is 0."""
+    """``[M, 3, D]``: the same of each feature."""
 
-    def statistics(self, widths: Sequence[int | None], dtype: torch.dtype) -> Statistics:
+    def centers(self, widths: Sequence[int | None], dtype: torch.dtype) -> Centers:
         own, others = _mean(*self.classes.unbind(2)).unbind(1)
-        mean, variance = _moments(self.measured)
-        known = self.measured[:, 0] > 0
+        rise = torch.where(self.classes[:, 0, 0] > 0, own - others, UNSEEN)
         features = []
         for width, sums in zip(widths, [] if self.features is None else self.features, strict=False):
             first, second = _moments(sums[None, :, : width or 0])
@@ -65,15 +70,13 @@ class Sums(NamedTuple):
             n = sums[0, :1]
             second = ((n * second + second.mean()) / (n + 1)).clamp_min(1e-30)
             features.append((first[0].to(dtype), second[0].rsqrt().to(dtype)))
-        return Statistics(
-            others=others.to(dtype),
-            rise=(own - others).to(dtype),
-            seen=self.classes[:, 0, 0] > 0,
-            known=known,
-            mean=torch.where(known, mean, 1).to(dtype),
-            deviation=variance.sqrt().to(dtype),
-            features=features,
-        )
+        return Centers(others.to(dtype), rise.to(dtype), features)
+
+    def statistics(self, widths: Sequence[int | None], dtype: torch.dtype) -> Statistics:
+        mean, variance = _moments(self.measured)
+        known = self.measured[:, 0] > 0
+        mean, deviation = torch.where(known, mean, 1).to(dtype), variance.sqrt().to(dtype)
+        return Statistics(self.centers(widths, dtype), known, mean, deviation)
 
 
 class CleanStatistics(KeepsPrecision):
@@ -101,7 +104,8 @@ class CleanStatistics(KeepsPrecision):
         super().__init__()
         self.widths, self.everywhere = tuple(widths), everywhere
         widest = max(width or 0 for width in widths)
-        for name, shape in {"classes": (2, 2, num_classes), "measured": (3, 4), "features": (3, widest)}.items():
+        kinds = 4 if widest else 3
+        for name, shape in {"classes": (2, 2, num_classes), "measured": (3, kinds), "features": (3, widest)}.items():
             sums = torch.zeros(num_modalities, *shape, dtype=torch.float64)
             self.register_buffer(name, sums if widest or name != "features" else None)
 
@@ -126,36 +130,35 @@ class CleanStatistics(KeepsPrecision):
 
         A sample's distance to its own class is to the mean of the class's *other* samples, if there are any.
         """
-        counts = _counts(x, counted, features, self.classes.dtype)
+        x, sizes, counts = _learned(x, counted, features, self.classes.dtype)
         classes = _sum_classes(x, target, counts)
         of_features = None if self.features is None else _sum_features(self.features, features, counts)
-        sums = Sums(classes, torch.zeros_like(self.measured), of_features)
-        number = classes[:, 0, 0].gather(1, target.expand(len(x), -1)).to(x.dtype)
-        measures = _measure(x, target, features, sums.statistics(self.widths, x.dtype), number)
-        measured = _sum_measures(measures, [counts, counts * (number > 1), counts * (number > 1), counts])
-        self._store([classes, measured, of_features])
+        centers = Sums(classes, self.measured, of_features).centers(self.widths, x.dtype)
+        number = classes[:, 0, 0].gather(1, target.expand(len(x), -1))
+        several = counts * (number > 1)
+        values = _measure(x, sizes, target, features, centers, number.to(x.dtype))
+        self._store([classes, _sum_measures(values, [counts, several, several, counts], features), of_features])
 
     @torch.no_grad()
     def update(self, x: Tensor, target: Tensor, counted: Tensor, features: Features) -> None:
         """A batch: x ``[M, R, K]``, finite; target ``[R]``, a class everywhere; counted bool ``[M, R]``; features
         ``[R, D]``, finite, or None.
 
-        Rows with a value beyond ``LARGEST`` are left out. With ``everywhere`` a collective: every process of the
+        Rows of a norm beyond ``LARGEST`` are left out. With ``everywhere`` a collective: every process of the
         default group calls it, each with rows of its own.
         """
         stride = -(-x.shape[1] // MOST_ROWS)
         if stride > 1:
             x, target, counted = x[:, ::stride], target[::stride], counted[:, ::stride]
             features = [None if f is None else f[::stride] for f in features]
-        counts = _counts(x, counted, features, self.classes.dtype)
-        old = self.sums().statistics(self.widths, x.dtype)
-        met = counts * old.seen[:, target]  # there is a mean to compare with
-        felt = counts
-        added = [_sum_classes(x, target, counts)]
+        x, sizes, counts = _learned(x, counted, features, self.classes.dtype)
+        old = self.sums().centers(self.widths, x.dtype)
+        met = counts * (self.classes[:, 0, 0] > 0)[:, target]  # there is a mean to compare with
+        felt = counts if self.features is None else counts * (self.features[:, 0, :1] > 1)  # and a variance
+        measured = _sum_measures(_measure(x, sizes, target, features, old), [counts, met, met, felt], features)
+        added = [_sum_classes(x, target, counts), measured]
         if self.features is not None:
-            felt = counts * (self.features[:, 0, :1] > 1)  # and a variance
             added.append(_sum_features(self.features, features, counts))
-        added.insert(1, _sum_measures(_measure(x, target, features, old), [counts, met, met, felt]))
         if self.everywhere:
             added = sum_over_processes(added)
         number = added[0][:, :, :1]
@@ -179,19 +182,18 @@ class CleanStatistics(KeepsPrecision):
                 setattr(self, name, value)
 
 
-def class_distances(x: Tensor, statistics: Statistics) -> Tensor:
-    """Squared distance of each row ``[M, *, K]`` to each class, ``[M, *, K]``; infinite for a class without a mean.
+def class_distances(x: Tensor, centers: Centers) -> Tensor:
+    """Squared distance of each row ``[M, *, K]`` to each class, ``[M, *, K]``; beyond all others' for a class unseen.
 
     A class's mean differs from the common one mostly in its own logit. Taking that for the whole difference,
     ``|x - mean_y|^2 = |x - mu|^2 - 2 rise_y (x_y - mu_y) + rise_y^2``: all classes at the cost of one.
     """
     lead = (len(x), *(1,) * (x.dim() - 2), -1)
-    centred = x - statistics.others.view(lead)
-    rise = statistics.rise.view(lead)
-    common = centred.square().sum(-1, keepdim=True)
-    # The last digits of the common part are lost in the difference.
-    distances = torch.maximum(common + rise * (rise - 2 * centred), 1e-6 * common)
-    return torch.where(statistics.seen.view(lead), distances, torch.inf)
+    centred = x - centers.others.view(lead)
+    rise = centers.rise.view(lead)
+    common = torch.linalg.vector_norm(centred, dim=-1, keepdim=True).square()
+    distances = torch.addcmul(common, rise, torch.sub(rise, centred, alpha=2))
+    return torch.maximum(distances, 1e-6 * common)  # the last digits of the common part are lost in the difference
 
 
 def untypicality(
@@ -219,27 +221,24 @@ def untypicality(
 
     u, floor = torch.zeros_like(x[..., 0]), max(floor, LOGIT_FLOOR)
     if norm:
-        u = z_score(log_size(x), SIZE, floor).abs()
+        u = z_score(_log(torch.linalg.vector_norm(x, dim=-1)), SIZE, floor).abs()
     if distance:
-        u = torch.maximum(u, z_score(_log(distances.amin(-1).nan_to_num(posinf=1.0)), NEAREST, floor))
-    if statistics.features and any(f is not None for f in features):
-        apart = [torch.zeros_like(u[0]) if d is None else d for d in feature_distances(features, statistics)]
+        u = torch.maximum(u, z_score(_log(distances.amin(-1)), NEAREST, floor))
+    if any(f is not None for f in features):
+        distances_of_features = feature_distances(features, statistics.centers)
+        apart = [torch.zeros_like(u[0]) if d is None else d for d in distances_of_features]
         z = z_score(torch.stack(apart), FEATURE, FEATURE_FLOOR).abs()
         given = [torch.full_like(u[0], f is not None) for f in features]
         u = torch.maximum(u, z * torch.stack(given))
     return u
 
 
-def feature_distances(features: Features, statistics: Statistics) -> list[Tensor | None]:
+def feature_distances(features: Features, centers: Centers) -> list[Tensor | None]:
     """Log of the mean squared deviation of each row's features, in standard deviations: ``[*]``, None without any."""
     return [
         None if f is None else _log(((f.clamp(-LARGEST, LARGEST) - mean) * inverse).square().mean(-1).clamp_max(1e30))
-        for f, (mean, inverse) in zip(features, statistics.features, strict=True)
+        for f, (mean, inverse) in zip(features, centers.features, strict=True)
     ]
-
-
-def log_size(x: Tensor) -> Tensor:
-    return _log(torch.linalg.vector_norm(x, dim=-1))
 
 
 def _log(values: Tensor) -> Tensor:
@@ -247,7 +246,7 @@ def _log(values: Tensor) -> Tensor:
 
 
 def _mean(number: Tensor, total: Tensor) -> Tensor:
-    return total / number.masked_fill(number == 0, torch.inf)
+    return total / number.clamp_min(torch.finfo(number.dtype).tiny)
 
 
 def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,20 +255,20 @@ def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (square - mean * mean).clamp_min(0)
 
 
-def _counts(x: Tensor, counted: Tensor, features: Features, dtype: torch.dtype) -> Tensor:
-    """1 where a row is learned from, else 0: ``[M, R]``."""
-    sizes = x.abs().amax(-1)
+def _learned(x: Tensor, counted: Tensor, features: Features, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[M, R, K]``, 0 where they are not learned from; their norms, ``[M, R]``; and 1 where they are, else 0."""
+    sizes = largest = torch.linalg.vector_norm(x, dim=-1)
     if any(f is not None for f in features):
-        sizes = torch.stack(
-            [s if f is None else torch.maximum(s, f.abs().amax(-1)) for s, f in zip(sizes, features, strict=True)]
-        )
-    return (counted & (sizes < LARGEST)).to(dtype)
+        pairs = zip(sizes, features, strict=True)
+        norms = [s if f is None else torch.maximum(s, torch.linalg.vector_norm(f, dim=-1)) for s, f in pairs]
+        largest = torch.stack(norms)
+    learned = counted & (largest < LARGEST)
+    return x * learned.unsqueeze(-1).to(x.dtype), torch.where(learned, sizes, 0), learned.to(dtype)
 
 
 def _sum_classes(x: Tensor, target: Tensor, counts: Tensor) -> Tensor:
     """``Sums.classes`` of a batch."""
     y = target.expand(len(x), -1)
-    x = x * counts.unsqueeze(-1).to(x.dtype)
     of_rows = torch.stack([counts, x.gather(-1, y.unsqueeze(-1)).squeeze(-1).to(counts)], 1)  # [M, 2, R]
     own = counts.new_zeros(len(x), 2, x.shape[-1]).scatter_add(-1, y.unsqueeze(1).expand_as(of_rows), of_rows)
     every = torch.stack([counts.sum(1, keepdim=True).expand(-1, x.shape[-1]), x.sum(1, dtype=counts.dtype)], 1)
@@ -287,28 +286,32 @@ def _sum_features(like: Tensor, features: Features, counts: Tensor) -> Tensor:
 
 
 def _measure(
-    x: Tensor, target: Tensor, features: Features, statistics: Statistics, number: Tensor | None = None
+    x: Tensor, sizes: Tensor, target: Tensor, features: Features, centers: Centers, number: Tensor | None = None
 ) -> list[Tensor]:
     """Of each row ``[M, R]`` what ``Sums.measured`` sums up. ``number`` ``[M, R]`` says of how many samples its class's
     mean is, where it is one of them: its distance is then that to the mean of the others.
     """
     y = target.expand(len(x), -1).unsqueeze(-1)
-    distances = class_distances(x, statistics)
+    distances = class_distances(x, centers)
     own = distances.gather(-1, y)
     if number is not None:
-        to_own = x.gather(-1, y).squeeze(-1) - (statistics.others + statistics.rise).gather(-1, y.squeeze(-1))
+        to_own = x.gather(-1, y).squeeze(-1) - (centers.others + centers.rise).gather(-1, y.squeeze(-1))
         farther = (number / (number - 1).clamp_min(1)).square() - 1
         own = own + (to_own.square() * farther).unsqueeze(-1)
         distances = distances.scatter(-1, y, own)
-    size = log_size(x)
-    apart = feature_distances(features, statistics) if statistics.features else [None] * len(x)
-    given = [torch.full_like(s, torch.nan) if d is None else d for s, d in zip(size, apart, strict=True)]
-    return [size, _log(distances.amin(-1)), own.squeeze(-1), torch.stack(given)]
+    measures = [_log(sizes), _log(distances.amin(-1)), own.squeeze(-1)]
+    if centers.features:
+        apart = feature_distances(features, centers)
+        measures.append(torch.stack([torch.zeros_like(sizes[0]) if d is None else d for d in apart]))
+    return measures
 
 
-def _sum_measures(measures: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
-    """``[M, 3, 4]``; what is not finite, as there is nothing to measure, does not count."""
-    weight, values = torch.stack(list(counts), -1), torch.stack(list(measures), -1).to(counts[0])
-    weight = weight * torch.isfinite(values)
-    values = torch.where(weight > 0, values, 0)
-    return torch.stack([weight, weight * values, weight * values.square()], 1).sum(2)
+def _sum_measures(measures: Sequence[Tensor], counts: Sequence[Tensor], features: Features) -> Tensor:
+    """``[M, 3, 4]``, or ``[M, 3, 3]`` where no modality has features."""
+    values = torch.stack(list(measures), -1).to(counts[0])
+    if len(measures) > FEATURE:
+        given = [torch.full_like(c, f is not None) for c, f in zip(counts[0], features, strict=True)]
+        counts = [*counts[:FEATURE], counts[FEATURE] * torch.stack(given)]
+    weight = torch.stack(list(counts[: len(measures)]), -1)
+    first = weight * values
+    return torch.stack([weight, first, first * values], 1).sum(2)

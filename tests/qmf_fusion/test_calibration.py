@@ -88,9 +88,10 @@ def test_robust_holds_a_modality_too():
     fusion.calibration.held[1] = 0.4
     out = fusion(logits)
     torch.testing.assert_close(out.weights[1], torch.full((200,), 0.4, dtype=torch.float64))
-    ratio, u = fusion.rule.evidence(fusion.rule.stack(logits), fusion.rule.statistics())
+    z, statistics = fusion.rule.likelihood(logits), fusion.rule.statistics()
+    probs, u = fusion.rule.evidence(fusion.rule.stack(logits), z, statistics)
     odds = torch.stack([fusion.rule.odds_of(u)[0], torch.full((200,), 1.5)])
-    votes = torch.log1p(ratio / odds.unsqueeze(-1))
+    votes = torch.log1p(logits.shape[-1] * probs / odds.unsqueeze(-1))
     torch.testing.assert_close(out.logits, votes.sum(0).log_softmax(-1))
 
 
@@ -249,3 +250,37 @@ def test_normalised_shares_can_be_calibrated_where_modalities_are_absent(share):
     torch.testing.assert_close(means[0], present.any(0).sum() / present.sum().double(), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="sum to 1"):
         fusion.calibrate(logits, target, [0.5, 0.5], present=present)
+
+
+def fitted_logits(sure, n=60):
+    """Of two heads that are right on every row, by one margin."""
+    target = torch.arange(n) % 5
+    noise = 0.1 * torch.randn(2, n, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return noise + (20.0 if sure else 2.0) * torch.nn.functional.one_hot(target, 5), target
+
+
+def test_robust_refuses_heads_that_are_perfect():
+    logits, target = fitted_logits(sure=True)
+    fusion = QualityAwareFusion.robust(2, 5)
+    before = copy.deepcopy(fusion.state_dict())
+    with pytest.raises(ValueError, match="logits must be of held-out data, got heads that are right on every row"):
+        fusion.calibrate(logits, target)
+    torch.testing.assert_close(fusion.state_dict(), before, rtol=0, atol=0)
+    logits[1, 7] = -logits[1, 7]  # one row is enough to learn from
+    with pytest.warns(UserWarning, match=r"the heads of \['0'\] are right on every row"):
+        fusion.calibrate(logits, target)
+    QualityAwareFusion(2).calibrate(*fitted_logits(sure=True))  # which takes no statistics
+    alone = torch.zeros(2, 60, 1, dtype=torch.float64)
+    QualityAwareFusion.robust(2, 1).calibrate(alone, torch.zeros(60, dtype=torch.long))
+
+
+def test_robust_warns_of_data_that_the_heads_have_fitted():
+    with pytest.warns(UserWarning, match=r"the heads of \['0', '1'\] are right on every row") as told:
+        QualityAwareFusion.robust(2, 5).calibrate(*fitted_logits(sure=False))
+    assert told[0].filename == __file__, "the warning points at the caller"
+    logits, target = fitted_logits(sure=False, n=2000)
+    logits += torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        QualityAwareFusion.robust(2, 5).calibrate(logits, target)
+        QualityAwareFusion.robust(2, 5).calibrate(*fitted_logits(sure=True, n=20))  # too few to tell

@@ -1,5 +1,6 @@
 """Every public error names its argument, what came and what was expected."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,6 +39,18 @@ def model(inputs, **heads):
 
 META = X.to("meta")
 CASES = {
+    "class_dim's name": (layer(2, class_dim="a"), TypeError, "class_dim must be an integer, got 'a'"),
+    "class_dim's number": (layer(2, class_dim=1.0), TypeError, r"class_dim must be an integer, got 1\.0"),
+    "class_dim's truth": (
+        lambda: QualityAwareFusion.robust(2, 4, class_dim=True),
+        TypeError,
+        "class_dim must be an integer, got True",
+    ),
+    "no values to calibrate on": (
+        lambda: QualityAwareFusion(2).calibrate([META, META], Y.to("meta")),
+        ValueError,
+        "logits must hold values, got tensors on the meta device",
+    ),
     # QualityAwareFusion(...)
     "modalities 0": (layer(0), ValueError, r"modalities must be at least 1, got 0"),
     "modalities True": (layer(True), TypeError, r"modalities must be a count or a list of names, got True"),
@@ -326,6 +339,18 @@ CASES = {
 def test_error_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numpys_integers_are_integers():
+    for two in (np.int64(2), np.uint8(2)):
+        assert QualityAwareFusion(two).num_modalities == 2
+        fusion = QualityAwareFusion.robust(two, two, features=[two, None], class_dim=np.int64(-1))
+        assert type(fusion.rule.num_classes) is int
+        criterion = QMFLoss(fusion, two, start_epoch=two)
+        criterion([X[:, :2], X[:, :2]], Y % 2, Y % 2, features=[X[:, :2], None])
+        criterion.ranking.resize(np.int64(5))
+    with pytest.raises(TypeError, match="num_classes must be an integer"):
+        QualityAwareFusion.robust(2, np.bool_(True))
 
 
 class ReturnsNothing(nn.Module):

@@ -40,12 +40,16 @@ def test_posteriors_are_those_of_the_model_by_enumeration():
     fusion = QualityAwareFusion.robust(3, 5).calibrate(logits, target)
     test = 3 * torch.randn(3, 20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     out = fusion(test)
-    ratio, u = fusion.rule.evidence(fusion.rule.stack(test), fusion.rule.statistics())
-    odds = fusion.rule.odds_of(u)
+    probs, u = evidence(fusion, test)
+    ratio, odds = 5 * probs, fusion.rule.odds_of(u)
     for i in range(20):
         fused, clean = from_definition(odds[:, i], ratio[:, i])
         torch.testing.assert_close(out.logits[i].exp(), fused)
         torch.testing.assert_close(out.weights[:, i], clean)
+
+
+def evidence(fusion, logits):
+    return fusion.rule.evidence(fusion.rule.stack(logits), fusion.rule.likelihood(logits), fusion.rule.statistics())
 
 
 def expected_statistics(x, target, k, features):
@@ -96,8 +100,9 @@ def test_statistics_and_evidence_are_the_documented_formulas():
             apart = ((seen - center).square() / variance).mean().log()
             u = max(u, abs(apart - moments[2][0]) / max(moments[2][1], 0.02))
         batch = fusion.rule.stack([v.view(1, 3)], None, [None if seen is None else seen.view(1, 7)])
-        found, untypical = fusion.rule.evidence(batch, fusion.rule.statistics())
-        torch.testing.assert_close(found[0, 0], ratio, rtol=1e-6, atol=1e-9)
+        z = fusion.rule.likelihood(batch.x)
+        found, untypical = fusion.rule.evidence(batch, z, fusion.rule.statistics())
+        torch.testing.assert_close(3 * found[0, 0], ratio, rtol=1e-6, atol=1e-9)
         assert float(untypical) == pytest.approx(float(u), rel=1e-6)
         rho = 0.3 * (1 + torch.exp(torch.tensor(min(float(u), 6) - 3)))
         assert float(fusion.rule.odds_of(untypical)) == pytest.approx(float(rho), rel=1e-6)
@@ -110,9 +115,11 @@ def test_without_statistics_it_is_the_plain_form():
     expected = torch.log1p(6 * p / (0.3 * (1 + torch.exp(torch.tensor(-3.0))))).sum(0).log_softmax(-1)
     torch.testing.assert_close(fusion(x).logits, expected)
     assert fusion.rule.statistics() is None
-    batch = fusion.rule.stack(x)
-    nothing = fusion.rule.posterior(batch, fusion.rule.running.sums().statistics([None] * 4, x.dtype))
-    torch.testing.assert_close(nothing, fusion.rule.posterior(batch, None), msg="statistics of nothing change nothing")
+    batch, z = fusion.rule.stack(x), evidential(x)
+    nothing = fusion.rule.posterior(batch, z, fusion.rule.running.sums().statistics([None] * 4, x.dtype))
+    torch.testing.assert_close(
+        nothing, fusion.rule.posterior(batch, z, None), msg="statistics of nothing change nothing"
+    )
     usual = QualityAwareFusion.robust(4, 6, evidential=False)(x).logits
     plain = torch.log1p(6 * x.softmax(-1) / (0.3 * (1 + torch.exp(torch.tensor(-3.0))))).sum(0).log_softmax(-1)
     torch.testing.assert_close(usual, plain)
@@ -141,7 +148,7 @@ def test_a_weight_never_rises_with_its_uncertainty(seed, rise):
     mixture = ContaminatedProduct(3, 5)
     u = 6 * torch.rand(3, 10, generator=g, dtype=torch.float64)
     x = 4 * torch.randn(3, 10, 5, generator=g, dtype=torch.float64)
-    ratio, _ = mixture.evidence(mixture.stack(x), None)
+    ratio = 5 * mixture.evidence(mixture.stack(x), evidential(x), None)[0]
 
     def weights(u):
         odds = mixture.odds_of(u).unsqueeze(-1)
@@ -319,8 +326,8 @@ def test_a_modality_never_seen_stays_plain():
     criterion = QMFLoss(fusion, len(target), ranking_weight=0)
     for _ in range(3):
         criterion([logits[0], None, logits[2]], target)
-    ratio, untypical = fusion.rule.evidence(fusion.rule.stack(logits), fusion.rule.statistics())
-    torch.testing.assert_close(ratio[1], 5 * evidential(logits[1]).softmax(-1))
+    probs, untypical = evidence(fusion, logits)
+    torch.testing.assert_close(probs[1], evidential(logits[1]).softmax(-1))
     assert (untypical[1] == 0).all()
     assert (untypical[0] > 0).any()
 

@@ -117,7 +117,7 @@ def test_uncertainty_of_robust_is_its_untypicality():
     assert not fusion.uncertainties(logits).any()
     fusion.calibrate(logits, target)
     u = fusion.uncertainties(logits.index_fill(0, torch.tensor([1]), torch.inf))
-    _, expected = fusion.rule.evidence(fusion.rule.stack(logits), fusion.rule.statistics())
+    _, expected = fusion.rule.evidence(fusion.rule.stack(logits), logits, fusion.rule.statistics())
     assert torch.equal(u[[0, 2]], expected[[0, 2]])
     assert u[1].isnan().all()
     assert (expected > 0).any()
