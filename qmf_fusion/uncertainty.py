@@ -66,8 +66,10 @@ def entropy_uncertainty(logits: Tensor) -> Tensor:
         return 0 * logits.squeeze(-1)
     # Shifted to a maximum of 0: the two terms below would lose large logits' digits in their difference.
     logits = logits - logits.detach().amax(-1, keepdim=True)
-    # H = logsumexp(x) - <p, x>, whose gradient stays finite where a probability is 0.
-    mean = (torch.softmax(logits, -1) * logits.masked_fill(logits == -torch.inf, 0)).sum(-1)
+    # H = logsumexp(x) - <p, x>, whose gradient stays finite where a probability is 0: what stands there, -inf or so
+    # much that an incoming gradient times it overflows, is left out.
+    probs = torch.softmax(logits, -1)
+    mean = (probs * torch.where(probs > 0, logits, 0)).sum(-1)
     return (torch.logsumexp(logits, -1) - mean) / torch.logsumexp(torch.zeros_like(logits), -1)
 
 

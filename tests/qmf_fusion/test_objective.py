@@ -382,6 +382,23 @@ def test_no_gradient_passes_through_a_class_that_is_ruled_out(smoothing):
     assert not d_x.any()
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_a_class_that_is_ruled_out_and_weighs_nothing_costs_nothing(smoothing):
+    """0 times -inf would be NaN; the loss is that of the classes that are left."""
+    x, y, target = randn(2, 4).requires_grad_(), randn(2, 4, seed=1), torch.tensor([0, 3])
+    y[0, 2] = -torch.inf  # CLASS_WEIGHT[2] is 0
+    y.requires_grad_()
+    options = {"label_smoothing": smoothing, "class_weight": CLASS_WEIGHT}
+    out = functional.qmf_objective([x, y], target, None, **options)
+    out.loss.backward()
+    log_probs, weight = y.detach().log_softmax(-1), CLASS_WEIGHT
+    smooth = -(weight * log_probs.masked_fill(weight == 0, 0)).sum() / 4 / weight[target].sum()
+    hard = -(weight[target] * log_probs[[0, 1], target]).sum() / weight[target].sum()
+    torch.testing.assert_close(out.unimodal_losses[1], (1 - smoothing) * hard + smoothing * smooth)
+    assert torch.isfinite(out.loss)
+    assert all(torch.isfinite(v.grad).all() for v in (x, y))
+
+
 def test_second_derivatives_raise():
     x = [randn(3, 4, seed=m).requires_grad_() for m in range(2)]
     for out in (functional.qmf_objective(x, torch.arange(3), None).loss, QualityAwareFusion(2)(x).logits.sum()):

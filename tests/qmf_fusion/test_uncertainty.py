@@ -101,3 +101,12 @@ def test_softplus_is_exact_wherever_it_is_nearly_the_identity():
 def test_what_is_not_finite_stays_as_it_is():
     rows = torch.tensor([-torch.inf, torch.inf, torch.nan])
     torch.testing.assert_close(evidential(rows), rows, equal_nan=True)
+
+
+@NAMES
+def test_gradients_of_huge_logits_are_finite(name):
+    """What stands where a probability is 0 has no slope, however large the gradient that comes in."""
+    x = torch.tensor([[1e30, -3e29, 2e30], [4e30, 0.0, 1.0]], requires_grad=True)
+    measure = QualityAwareFusion(1, uncertainty=name, combine="probabilities").uncertainties
+    (grad,) = torch.autograd.grad(measure([x]).sum(), x, torch.tensor(1e30))
+    assert torch.isfinite(grad).all()

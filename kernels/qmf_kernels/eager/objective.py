@@ -224,7 +224,8 @@ def _class_sums(groups: Sequence[Tensor], class_weight: Tensor | None) -> tuple[
     """The classes' total weight, and the sums of the logits so weighted, ``[M + 1, B, *, 1]``."""
     mass = _class_mass(class_weight, groups[0])
     if class_weight is not None:
-        groups = [x * class_weight.to(x.dtype) for x in groups]
+        # A class that is ruled out and weighs nothing is no loss: 0 times -inf would be NaN.
+        groups = [torch.where(class_weight > 0, x * class_weight.to(x.dtype), 0) for x in groups]
     return mass, torch.cat([x.sum(-1, keepdim=True) for x in groups])
 
 

@@ -108,12 +108,13 @@ def _add_tile(sums, tiles, f, finite, column, in_tile, rows, labels, CONFIG: tl.
         products = products + (sums.products[m] * rescale + tl.sum(exps * finite[m], 1),)
     if labels.smoothing is not None:
         share = class_weights(column, labels, rows.num_classes, CONFIG)[None, :]
-        fused += tl.sum(tl.where(in_tile, share * f, 0.0), 1)
+        weighs = in_tile & (share > 0)  # 0 times -inf would be NaN
+        fused += tl.sum(tl.where(weighs, share * f, 0.0), 1)
         mass += tl.sum(tl.where(in_tile, share, 0.0), 1)
         ruled, logits = (), ()
         for m in tl.static_range(M):
             ruled = ruled + (sums.ruled[m] + tl.sum(tl.where(f == -float("inf"), 0.0, share * finite[m]), 1),)
-            there = in_tile & rows.counted[m][:, None]
+            there = weighs & rows.counted[m][:, None]
             logits = logits + (sums.logits[m] + tl.sum(tl.where(there, share * tiles[m], 0.0), 1),)
     total = sums.total * rescale + tl.sum(exps, 1)
     return Sums(top=top, total=total, products=products, fused=fused, ruled=ruled, logits=logits, mass=mass)

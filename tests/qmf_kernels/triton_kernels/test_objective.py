@@ -263,3 +263,17 @@ def test_targets_whose_classes_weigh_nothing_are_no_loss(ruled_out):
             assert found["loss"] == found["fused_loss"] == 0
             assert not found["unimodal_losses"].any()
             assert not any(d.any() for d in (*rows, *(found[f"d_logits[{m}]"] for m in range(2))))
+
+
+def test_a_class_that_is_ruled_out_and_weighs_nothing_costs_nothing():
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(4, 3, generator=generator) for _ in range(2)]
+    heads[0][1, 1] = -torch.inf
+    rule = WeightRule(None, torch.tensor([-0.1, -0.5]), torch.zeros(2), None)
+    loss_rule = LossRule(torch.tensor([1.0, 0.0, 2.0]), label_smoothing=0.2)
+    case = Case(heads, torch.tensor([0, 2, 0, 2]), None, None, rule, loss_rule)
+    one = LossGrads(loss=torch.ones(()))
+    for single in (False, True):
+        ours, _ = run(case, one, gradients=single)
+        check(case, ours, one)
+        assert all(torch.isfinite(ours[name]).all() for name in ("loss", "d_logits[0]", "d_logits[1]"))
