@@ -127,7 +127,7 @@ def run_and_report(
     shown.print(
         "Half of each sample's views are damaged, of an odd number the smaller half. 'worst seed': its mean. "
         "'shortfall': the largest gap to the best rule of a condition, oracle aside. ECE, AURC and AUROC are means "
-        "over conditions and seeds, in points.\n"
+        f"over conditions and seeds, in points. Intervals: {TEST}.\n"
         f"Wrote {output / 'robustness.json'} and pictures beside it.",
         soft_wrap=True,
     )
@@ -142,7 +142,7 @@ def _print(
         for measure in MEASURES:
             shown.print(sets_table(lines, measure))
     shown.print(correlation_table(lines, methods, f"Correlation of weight and loss (Eq. 6 wants 0 or less): {title}"))
-    what = f"points of mean accuracy [{TEST}; {TIE} not distinguishable], conditions won:lost"
+    what = f"points of mean accuracy [interval], {TIE} not distinguishable, conditions won:lost"
     shown.print(pairs_table(pairs, f"{RECOMMENDED} against each other rule, {what}: {title}"))
     for pair in best_rivals(pairs, methods):
         shown.print(best_rival_sentence(pair), soft_wrap=True)
