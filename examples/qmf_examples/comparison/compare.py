@@ -86,7 +86,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
         if number == 0:
             hits = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
             best = hits.index(max(hits))
-        given = Frozen(learner, answer, test.corrupted, best)
+        given = Frozen(answer, test.corrupted, best)
         for method in methods:
             fused = method.answer(given)
             right = fused.scores.argmax(-1) == labels

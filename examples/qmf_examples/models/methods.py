@@ -90,7 +90,6 @@ class Training(NamedTuple):
 class Frozen(NamedTuple):
     """Trained networks before a test set of B samples: what a method may look at."""
 
-    learner: Learner
     answer: Answer
     corrupted: Tensor
     """bool ``[V, B]``: which views are corrupted. Only an oracle may look."""

@@ -31,7 +31,7 @@ def test_every_method_trains_and_answers_from_its_heads(table, views):
         learner = learners[table.training(method)]
         with torch.no_grad():
             answer = learner(views)
-            fused = method.answer(Frozen(learner, answer, corrupted, best=0))
+            fused = method.answer(Frozen(answer, corrupted, best=0))
         assert isinstance(fused, Fused)
         assert fused.scores.shape == (6, 3)
         assert fused.scores.isfinite().all()
