@@ -2,7 +2,8 @@
 
 A training step is what a loop pays for: ``QMFLoss`` with its checks, the statistics that ``robust`` gathers, and the
 backward to the logits. Inference is the layer alone, with those statistics. The rules take turns in one process; the
-table shows medians and how many times as long as the default rule's ``robust``'s is.
+table shows medians, in the processor's time, which other work on the machine does not lengthen, and how many times as
+long as the default rule's ``robust``'s is.
 """
 
 import argparse
@@ -20,7 +21,7 @@ _WARM_UP = 5
 
 
 def time_shape(batch: int, classes: int, repeats: int, modalities: int = 2) -> dict[str, tuple[float, float]]:
-    """Median seconds of a training step and of inference, by rule."""
+    """Median processor seconds of a training step and of inference, by rule."""
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(batch, classes, generator=generator).requires_grad_() for _ in range(modalities)]
     target = torch.randint(classes, (batch,), generator=generator)
@@ -46,10 +47,10 @@ def _medians(call: Callable[[str], None], names: Sequence[str], repeats: int) ->
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(_WARM_UP + repeats):
         for name in names:
-            start = time.perf_counter()
+            start = time.process_time()
             call(name)
             if repeat >= _WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.process_time() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
