@@ -246,7 +246,8 @@ def _log(values: Tensor) -> Tensor:
 
 
 def _mean(number: Tensor, total: Tensor) -> Tensor:
-    return total / number.clamp_min(torch.finfo(number.dtype).tiny)
+    # Without a row, what roundings leave of a difference of sums is not to be divided by next to nothing.
+    return total / number.masked_fill(number == 0, torch.inf)
 
 
 def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -444,3 +444,16 @@ def test_sizes_that_do_not_vary_make_no_row_untypical(dtype):
         assert fusion.uncertainties(x).max() < 1
         fusion(given).logits.sum().backward()
         assert torch.isfinite(given.grad).all()
+
+
+def test_batches_of_one_class_leave_finite_statistics():
+    """The sum over the samples of other classes, of which there are none, is a difference of sums, and not always 0."""
+    g = torch.Generator().manual_seed(0)
+    fusion = QualityAwareFusion.robust(2, 2)
+    criterion = QMFLoss(fusion, 11)
+    for label in (0, 0, 1):
+        x = torch.randn(2, 11, 2, generator=g, dtype=torch.float64)
+        criterion(x, torch.full((11,), label), torch.arange(11))
+        assert all(torch.isfinite(v).all() for v in fusion.rule.running.buffers())
+        assert torch.isfinite(fusion.eval()(x).logits).all()
+        assert fusion.train().uncertainties(x).max() < 100
