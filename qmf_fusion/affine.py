@@ -201,16 +201,19 @@ class AffineRule(Rule):
         u = torch.where(data.counted, self.uncertainties(data.rows), 0)
         alpha, beta, _ = (per_modality(x, u) for x in self.constants())
         slope = alpha * u
+        level = float(data.mean(slope + beta).sum())
         if "alpha" in fit:
-            scale = scale * fit_scale(
-                slope, data, static, clamp, lambda weights: self._add_up(data.rows, weights, data.counted)
-            )
+
+            def fuse(weights: Tensor) -> Tensor:
+                return self._add_up(data.rows, weights, data.counted)
+
+            scale = scale * fit_scale(slope, data, static, clamp, level, fuse)
             slope = slope * per_modality(scale, slope)
         cut = None
         if not clamp.nonnegative and not clamp.normalize:
             cut = keep_nonnegative(slope, data, static)
             scale, slope = scale * cut, slope * per_modality(cut, slope)
-        shift = find_shift(slope + beta, data, static, clamp)
+        shift = find_shift(slope + beta, data, static, clamp, level)
         self.coefficients.correct(scale=scale, shift=shift, temper=temper)
         hold_until_eq_6(self.calibration, weigh, data, confidence, static, together=clamp.normalize)
         return cut

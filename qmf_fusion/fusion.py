@@ -289,7 +289,8 @@ class QualityAwareFusion(nn.Module):
         starts from the uncalibrated layer, and ``reset_calibration`` restores that exactly.
 
         Weights that only act by their shares (``normalize``, fused probabilities) are compared as shares: with those
-        that the static weights have among the modalities that are there. If one of them is held, all are.
+        that the static weights have among the modalities that are there; the mean of their sum stays. If one of them is
+        held, all are.
 
         Args:
             logits: as ``forward`` takes them.

@@ -30,13 +30,14 @@ class Clamp(NamedTuple):
         return clamp_weights(there * per_modality(static, there), counted, True, self.normalize)
 
 
-def find_shift(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Tensor:
-    """What to add to beta, ``[M]``, so that the mean weight is that of the static rule with weights ``static`` ``[M]``.
+def find_shift(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp, level: float) -> Tensor:
+    """What to add to beta, ``[M]``, for the mean weights of the static rule with weights ``static`` ``[M]``.
 
-    The weights are ``raw`` ``[M, *]`` without.
+    The weights are ``raw`` ``[M, *]`` without. Shares leave the sum of weights open: it is ``level`` on average, where
+    such shares can be met.
     """
     if clamp.normalize:
-        return _shift_shares(raw, data, static, clamp)
+        return _shift_shares(raw, data, static, clamp, level)
     high = static - data.mean(raw)
     if not clamp.nonnegative:
         return high
@@ -50,22 +51,24 @@ def find_shift(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Te
     return (low + high) / 2
 
 
-def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp) -> Tensor:
+def _shift_shares(raw: Tensor, data: CleanData, static: Tensor, clamp: Clamp, level: float) -> Tensor:
     """Of normalised weights, whose means depend on every modality's shift: by damped iteration.
 
-    From shifts as large as the weights, and where shares jump too much there, from larger ones, which even them out.
+    From shifts at the level asked for, and where shares jump too much there, from larger ones, which even them out.
     """
-    size = torch.where(data.counted, raw, 0).flatten(1).abs().amax()
-    size = torch.where(size > 0, size, 1)
-    wanted = data.mean(clamp.static(static, data.counted))
-    for level in (size, 4 * size, 16 * size):
-        shift, step, error = static * level - data.mean(raw), level, torch.inf
+    size = float(torch.where(data.counted, raw, 0).abs().amax()) or 1.0
+    level = level if level > 0 else size
+    wanted, error = data.mean(clamp.static(static, data.counted)), math.inf
+    for start in (level, 4 * level, 16 * level, size, 4 * size, 16 * size):
+        shift, step, error = static * start - data.mean(raw), start, math.inf
         for _ in range(2000):
             gap = wanted - data.mean(clamp.weights(raw, shift, data.counted))
             new = float(gap.abs().max())
             if new < 1e-9:
                 return shift
             step = step / 2 if new > error else step
+            if step < 1e-6 * start:
+                break
             shift, error = shift + step * gap, new
     raise ValueError(f"static_weights must be reachable with normalize=True: {static.tolist()} is off by {error:.1e}")
 
@@ -81,7 +84,9 @@ def keep_nonnegative(slope: Tensor, data: CleanData, static: Tensor) -> Tensor:
     return torch.where(deepest > 0, 0.999 * static / deepest, 1).clamp_max(1)
 
 
-def fit_scale(slope: Tensor, data: CleanData, static: Tensor, clamp: Clamp, fuse: Callable[[Tensor], Tensor]) -> float:
+def fit_scale(
+    slope: Tensor, data: CleanData, static: Tensor, clamp: Clamp, level: float, fuse: Callable[[Tensor], Tensor]
+) -> float:
     """The factor of every alpha that makes the fused logits likeliest under Eq. 5.
 
     ``slope`` is ``alpha * u`` ``[M, *]``; ``fuse`` makes fused logits ``[*, K]`` of weights ``[M, *]``.
@@ -92,7 +97,7 @@ def fit_scale(slope: Tensor, data: CleanData, static: Tensor, clamp: Clamp, fuse
         raw = slope * math.exp(log_scale)
         if not clamp.nonnegative and not clamp.normalize:
             raw = raw * per_modality(keep_nonnegative(raw, data, static), raw)
-        weights = clamp.weights(raw, find_shift(raw, data, static, clamp), data.counted)
+        weights = clamp.weights(raw, find_shift(raw, data, static, clamp, level), data.counted)
         return float(F.cross_entropy(fuse(weights)[some], data.target[some]))
 
     return math.exp(_golden(loss, math.log(1e-3), math.log(1e2)))

@@ -78,10 +78,11 @@ def measure(
     fused: Tensor, static: Tensor, target: Tensor, some: Tensor, confidence: float, resamples: int, seed: int
 ) -> Measured:
     """Of fused logits ``[N, *, K]`` of both rules and targets ``[N, *]`` where ``some`` modality counts, ``[N, *]``."""
-    values = []
+    values, some = [], some.cpu()
     for logits in (fused, static):
-        loss = F.cross_entropy(logits[some].double(), target[some], reduction="none")
-        right = (logits[some].argmax(-1) == target[some]).double()
+        f, y = logits.cpu()[some].double(), target.cpu()[some]
+        loss = F.cross_entropy(f, y, reduction="none")
+        right = (f.argmax(-1) == y).double()
         values += [torch.zeros_like(some, dtype=torch.float64).masked_scatter(some, v) for v in (loss, right)]
     sums, counts = per_sample(torch.stack(values), some.expand(4, *some.shape))
     means = (sums.sum(0) / counts.sum(0)).tolist()

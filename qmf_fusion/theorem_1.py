@@ -77,7 +77,9 @@ def split_into_terms(weights: Tensor, data: CleanData, scale: float) -> Terms:
 
 def bound_both(weights: Tensor, static: Tensor, data: CleanData, fused: Tensor, fused_static: Tensor) -> Bounds:
     """The bounds for weights ``[M, N, *]`` and fused logits ``[N, *, K]`` of the dynamic and the static rule."""
-    some = data.counted.any(0)
+    # On the CPU, as not every device has float64.
+    weights, static, fused, fused_static = (x.cpu().double() for x in (weights, static, fused, fused_static))
+    some, target = data.counted.any(0).cpu(), data.target.cpu()
     negative = float((weights < 0).any(0)[some].double().mean())
     scale = max(float(weights.sum(0).amax()), float(static.sum(0).amax()))
     scale = scale if scale > 1 + 1e-6 else 1.0
@@ -86,9 +88,9 @@ def bound_both(weights: Tensor, static: Tensor, data: CleanData, fused: Tensor, 
 
     def bound(weights: Tensor, logits: Tensor) -> Bound:
         term_l, term_cov = (float(x.nansum()) for x in split_into_terms(weights, data, scale))
-        lacking = max(0.0, 1 - float(weights.sum(0)[some].double().mean()) / scale)
+        lacking = max(0.0, 1 - float(weights.sum(0)[some].mean()) / scale)
         missing = lacking * math.log(logits.shape[-1])
-        loss = F.cross_entropy(logits[some].double() / scale, data.target[some])
+        loss = F.cross_entropy(logits[some] / scale, target[some])
         return Bound(term_l, term_cov, missing, term_l + term_cov + missing, float(loss))
 
     return Bounds(scale, negative, bound(weights, fused), bound(static, fused_static))
