@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"qmf-fusion: error: {message}", file=sys.stderr)
+    if message:  # else another process has said it
+        print(f"qmf-fusion: error: {message}", file=sys.stderr)
     return code
 
 

@@ -17,7 +17,7 @@ from .settings import brief
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 _ALWAYS = {"state_dict": Mapping, "epoch": int, "sizes": dict}
-_RESUMED = {**_ALWAYS, "accuracy": float, "fingerprint": str, "words": str}
+_RESUMED = {**_ALWAYS, "accuracy": float, "fingerprint": str, "names": str}
 """What there must be in a checkpoint of a run to test it, and to go on from it, of what is read here."""
 MOST = 2**53
 """A whole number above that counts nothing here."""

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
+from ..errors import CommandError
 from ..models.divergence import DivergenceWatch, diverged
 from ..models.learners import Learner, keep_trajectories, trajectories
 from .checkpoints import unlike
@@ -103,6 +104,8 @@ class TrainingModule(L.LightningModule):
 
     def _stop_if_diverged(self) -> None:
         problem = self.watch.problem(self.learner, partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        if problem and not self.trainer.is_global_zero:
+            raise CommandError  # the first process has come to the same, and says so
         if problem:
             s = self.settings
             raise diverged(f"{s.method}, seed {s.seed}", self.current_epoch + 1, problem, s.learning_rate)

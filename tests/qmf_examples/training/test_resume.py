@@ -213,8 +213,28 @@ def test_words_that_have_other_numbers_now_are_not_tested(sample, tmp_path):
     for row in rows:  # as many words as before, and in another order
         row["text"] = row["text"].replace(word, "zzz")
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(CommandError, match="was trained on other words than"):
+    with pytest.raises(CommandError, match="was trained on other classes, or other words, than"):
         load_learner(tmp_path / "run")
+
+
+def test_classes_that_have_other_numbers_now_are_not_tested(layers, tmp_path, capsys):
+    data = shutil.copytree(layers[1]["data_root"], tmp_path / "data")
+    train_run(resolve("nyud2", *layers, {"data_root": str(data), "epochs": 1}), tmp_path / "run")
+    for split in ("train", "test"):
+        (data / split / "bathroom").rename(data / split / "washroom")
+    assert main(["evaluate", str(tmp_path / "run"), "--levels", "0"]) == 1
+    assert "was trained on other classes, or other words, than" in capsys.readouterr().err
+    # Elsewhere they lie as they did, and the run is told where.
+    assert load_learner(tmp_path / "run", layers[1]["data_root"])
+
+
+def test_texts_that_have_moved_are_found_where_evaluation_is_told(sample, tmp_path):
+    data = shutil.copytree(sample("mvsa"), tmp_path / "data")
+    layers = [QUICK, {"limit_batches": 1, "data_root": str(data), "method": "bow", "epochs": 1}]
+    train_run(resolve("mvsa", *layers), tmp_path / "run")
+    moved = move(data, tmp_path / "moved")
+    arguments = ["evaluate", str(tmp_path / "run"), "--levels", "0", "--noise", "gaussian"]
+    assert main([*arguments, "--data-root", str(moved)]) == 0
 
 
 def test_one_process_trains_a_run_and_the_second_says_who(layers, tmp_path, capsys, monkeypatch):

@@ -53,7 +53,7 @@ WRONG = [
     (("sizes", "num_samples"), 10**12),
     (("accuracy",), "0.5"),
     (("fingerprint",), 3),
-    (("words",), GONE),
+    (("names",), GONE),
     (("state_dict",), GONE),
     (("state_dict",), 5),
     (("state_dict", "*"), GONE),
