@@ -28,7 +28,15 @@ from ..models.learners import Learner
 from ..models.text_encoders import WordNumbers
 from ..processes import launched, most_devices, together
 from . import paired_batches, text_batches
-from .checkpoints import BEST, LAST, AtomicCheckpoints, KeptCheckpoint, callback_state, read_checkpoint
+from .checkpoints import (
+    BEST,
+    LAST,
+    AtomicCheckpoints,
+    KeptCheckpoint,
+    callback_state,
+    check_checkpoint,
+    read_checkpoint,
+)
 from .lightning_module import ACCURACY, Batches, TrainingModule
 from .networks import build_learner
 from .settings import FILE, Settings, differences, load_run, write_settings
@@ -78,7 +86,7 @@ def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[
         different = differences(settings, load_run(folder)) if resume else []
         if different:
             raise CommandError(f"--resume: {folder} was made with {'; '.join(different)}")
-    state = read_checkpoint(last, resume) if resume and last.exists() else None
+    state = read_checkpoint(last) if resume and last.exists() else None
     over = _why_over(state, settings) if state is not None else None
     if resume and (folder / FINISHED).exists():
         finished = read_finished(folder)
@@ -87,6 +95,8 @@ def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[
         if over is not None:
             say(f"{folder}: nothing to train: {over}")
             return finished
+    if state is not None:
+        check_checkpoint(state, last, resume=True)
     quieten()
     L.seed_everything(settings.seed, verbose=False)
     loader = loader_of(settings.data_set)

@@ -52,7 +52,9 @@ def stay(folder, to):
     return folder
 
 
-@pytest.mark.parametrize("carry", [stay, move, copy, lift])
+@pytest.mark.parametrize(
+    "carry", [pytest.param(stay, marks=pytest.mark.slow), move, pytest.param(copy, marks=pytest.mark.slow), lift]
+)
 def test_the_best_stays_the_best_wherever_the_folder_lies(carry, layers, accuracies, tmp_path):
     accuracies += [0.5, 0.75, 0.25, 0.625]
     first = tmp_path / "runs" / "first"
@@ -175,7 +177,15 @@ def drop(lines):
     return lines[1:]
 
 
-@pytest.mark.parametrize(("file", "change"), [("train", swap), ("train", retext), ("train", drop), ("dev", swap)])
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("train", swap),
+        pytest.param("train", retext, marks=pytest.mark.slow),
+        pytest.param("train", drop, marks=pytest.mark.slow),
+        ("dev", swap),
+    ],
+)
 def test_other_rows_are_refused(file, change, sample, tmp_path):
     data = shutil.copytree(sample("mvsa"), tmp_path / "data")
     layers = [QUICK, {"batch_size": 8, "limit_batches": 1, "data_root": str(data), "method": "image"}]
