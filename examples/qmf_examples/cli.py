@@ -50,7 +50,8 @@ def _print_anything() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"qmf-fusion: error: {message}", file=sys.stderr)
+    if message:  # else another process has said it
+        print(f"qmf-fusion: error: {message}", file=sys.stderr)
     return code
 
 

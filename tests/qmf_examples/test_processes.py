@@ -190,6 +190,15 @@ def train_pair(arguments, die_in_step=0):
 
 
 @pytest.mark.slow
+def test_two_processes_that_diverge_say_so_once(sample, tmp_path):
+    arguments = ["-m", "qmf_examples.cli", "train", "nyud2", "--quick", "--data-root", sample("nyud2")]
+    code, said = train_pair([*arguments, "--learning-rate", "1e20", "--output", tmp_path])
+    assert code == 1
+    assert said.count("the training has diverged in epoch 1") == said.count("qmf-fusion: error") == 1
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.slow
 def test_a_killed_process_costs_no_more_than_its_epoch(sample, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)

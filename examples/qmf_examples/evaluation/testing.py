@@ -106,9 +106,7 @@ def evaluate_runs(
     quieten()
     tested: list[Tested] = []
     for folder in folders:
-        settings, learner, numbering = load_learner(folder)
-        if data_root is not None:
-            settings = Settings(**{**settings.__dict__, "data_root": str(data_root)})
+        settings, learner, numbering = load_learner(folder, data_root)
         learner.to(device)
         module = loader_of(settings.data_set)
         samples = module.load_test(settings, numbering)

@@ -46,18 +46,19 @@ class DivergenceWatch:
         """
         if self._counts is None:
             return None
-        counts, self._counts = total(self._counts).tolist(), None
-        (scored, scores), *modalities, (steady, steps) = counts
+        broken = weights_not_finite(learner)
+        own = torch.tensor([[int(bool(broken)), 0]], device=self._counts.device)
+        counts, self._counts = total(torch.cat([self._counts, own])).tolist(), None
+        (scored, scores), *modalities, (steady, steps), (anywhere, _) = counts
         names = list(learner.encoders) if len(learner.encoders) == len(modalities) else list(range(len(modalities)))
         dead = [f"{name} (0 of {n})" for name, (finite, n) in zip(names, modalities, strict=True) if n and not finite]
-        broken = weights_not_finite(learner)
         if dead:
             return f"logits are finite for no sample of {', '.join(dead)}"
         if scores and not scored:
             return f"the fused scores are finite for none of {scores} samples"
         if steps and not steady:
             return f"the loss is finite in none of {steps} steps"
-        return f"weights are not finite: {broken}" if broken else None
+        return f"weights are not finite: {broken or 'in another process'}" if anywhere else None
 
 
 def diverged(run: str, epoch: int, problem: str, learning_rate: float) -> CommandError:

@@ -17,7 +17,7 @@ from .settings import brief
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 _ALWAYS = {"state_dict": Mapping, "epoch": int, "sizes": dict}
-_RESUMED = {**_ALWAYS, "accuracy": float, "fingerprint": str, "words": str}
+_RESUMED = {**_ALWAYS, "accuracy": float, "fingerprint": str, "names": str}
 """What there must be in a checkpoint of a run to test it, and to go on from it, of what is read here."""
 MOST = 2**53
 """A whole number above that counts nothing here."""
@@ -57,7 +57,7 @@ def read_checkpoint(path: Path, resume: bool = False) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        resume: whether to go on from it, for which there must be more in it than for testing.
+        resume: see ``check_checkpoint``.
 
     Raises:
         CommandError: none is there, it cannot be read so, or it is none of a run's.
@@ -69,6 +69,20 @@ def read_checkpoint(path: Path, resume: bool = False) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged zip or pickle makes torch.load raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    return check_checkpoint(content, path, resume)
+
+
+def check_checkpoint(content: Any, path: Path, resume: bool = False) -> dict[str, Any]:
+    """What was read from ``path``, if it is a run's.
+
+    Args:
+        content: of the file.
+        path: of the file.
+        resume: whether to go on from it, for which there must be more in it than for testing.
+
+    Raises:
+        CommandError: it is none.
+    """
     content = content if isinstance(content, dict) else {}
     wrong = [n for n, kind in (_RESUMED if resume else _ALWAYS).items() if not isinstance(content.get(n), kind)]
     if wrong:

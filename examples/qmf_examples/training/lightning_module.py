@@ -113,6 +113,8 @@ class TrainingModule(L.LightningModule):
 
     def _stop_if_diverged(self) -> None:
         problem = self.watch.problem(self.learner, partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        if problem and not self.trainer.is_global_zero:
+            raise CommandError  # the first process has come to the same, and says so
         if problem:
             s = self.settings
             raise diverged(f"{s.method}, seed {s.seed}", self.current_epoch + 1, problem, s.learning_rate)

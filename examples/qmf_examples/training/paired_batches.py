@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from ..data.catalogue import DATA_SETS
 from ..data.class_checks import check_every_class
-from ..data.paired_images import PairedImages
+from ..data.paired_images import PairedImages, class_folders
 from ..data.stratified_split import stratified_split
 from ..errors import CommandError
 from .settings import Settings
@@ -54,6 +54,11 @@ def load_training(settings: Settings) -> TrainingData:
 
 def _rows(images: PairedImages) -> list[tuple[str, int]]:
     return list(zip(images.names, images.labels, strict=True))
+
+
+def load_classes(settings: Settings) -> list[str]:
+    """The names of the classes, in the order of their numbers."""
+    return class_folders(DATA_SETS[settings.data_set], Path(settings.data_root))
 
 
 def load_images(settings: Settings) -> PairedImages:

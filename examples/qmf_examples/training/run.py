@@ -7,7 +7,8 @@ import os
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,15 @@ from ..models.learners import Learner
 from ..models.text_encoders import WordNumbers
 from ..processes import launched, most_devices, together
 from . import paired_batches, text_batches
-from .checkpoints import BEST, LAST, AtomicCheckpoints, KeptCheckpoint, callback_state, read_checkpoint
+from .checkpoints import (
+    BEST,
+    LAST,
+    AtomicCheckpoints,
+    KeptCheckpoint,
+    callback_state,
+    check_checkpoint,
+    read_checkpoint,
+)
 from .lightning_module import ACCURACY, Batches, TrainingModule
 from .networks import build_learner
 from .settings import FILE, Settings, differences, load_run, write_settings
@@ -77,7 +86,7 @@ def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[
         different = differences(settings, load_run(folder)) if resume else []
         if different:
             raise CommandError(f"--resume: {folder} was made with {'; '.join(different)}")
-    state = read_checkpoint(last, resume) if resume and last.exists() else None
+    state = read_checkpoint(last) if resume and last.exists() else None
     over = _why_over(state, settings) if state is not None else None
     if resume and (folder / FINISHED).exists():
         finished = read_finished(folder)
@@ -86,6 +95,8 @@ def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[
         if over is not None:
             say(f"{folder}: nothing to train: {over}")
             return finished
+    if state is not None:
+        check_checkpoint(state, last, resume=True)
     quieten()
     L.seed_everything(settings.seed, verbose=False)
     loader = loader_of(settings.data_set)
@@ -118,7 +129,7 @@ def _fit(settings: Settings, folder: Path, data: TrainingData, state: dict[str, 
     learner = build_learner(settings, num_classes, data.num_samples, data.numbering)
     stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
     trainer = make_trainer(settings, folder, stopping)
-    digests = {"fingerprint": data.fingerprint, "words": _words(data.numbering)}
+    digests = {"fingerprint": data.fingerprint, "names": _names(data.classes, data.numbering)}
     module = TrainingModule(learner, settings, num_classes, data.num_samples, digests)
     batches = Batches(data.train, data.select, loader_of(settings.data_set).collate, settings)
     try:
@@ -140,9 +151,9 @@ def _fit(settings: Settings, folder: Path, data: TrainingData, state: dict[str, 
     return read_checkpoint(last, resume=True)
 
 
-def _words(numbering: Any) -> str:
-    """A digest of which number stands for which of the training texts' words; empty where a tokenizer says."""
-    return fingerprint(numbering.vocabulary.words) if isinstance(numbering, WordNumbers) else ""
+def _names(classes: Sequence[str], numbering: Any) -> str:
+    """A digest of what each class' number stands for, and each word's, where no tokenizer of its own has them."""
+    return fingerprint(classes, numbering.vocabulary.words if isinstance(numbering, WordNumbers) else ())
 
 
 def is_first_process() -> bool:
@@ -241,20 +252,29 @@ def read_finished(folder: Path) -> Finished:
     return finished
 
 
-def load_learner(folder: Path) -> tuple[Settings, Learner, Any]:
+def load_learner(folder: Path, data_root: Path | None = None) -> tuple[Settings, Learner, Any]:
     """A trained run: its settings, the method with its best weights, and for texts how they become numbers.
 
+    Args:
+        folder: of the run.
+        data_root: where the data lie now, where not where they lay; the settings then say so too.
+
     Raises:
-        CommandError: no such run, or weights that do not fit, are not finite, or are of other words than the data's.
+        CommandError: no such run, or weights that do not fit, are not finite, or are of other classes or words than the
+            data's.
+        DataError: data that cannot be used.
     """
     settings = load_run(folder)
+    if data_root is not None:
+        settings = replace(settings, data_root=str(data_root))
     state = read_checkpoint(folder / BEST)
     weights = {key.removeprefix("learner."): x for key, x in state["state_dict"].items() if key.startswith("learner.")}
     numbering = None if DATA_SETS[settings.data_set].paired else text_batches.load_texts_numbering(settings)
-    if state.get("words", "") not in ("", _words(numbering)):
+    names = _names(loader_of(settings.data_set).load_classes(settings), numbering)
+    if state.get("names", names) != names:
         raise CommandError(
-            f"{folder} was trained on other words than {settings.data_root}/train.jsonl has: its weights would be "
-            "taken for those of other words"
+            f"{folder} was trained on other classes, or other words, than {settings.data_root} has: numbers would be "
+            "taken for those of others"
         )
     sizes = state["sizes"]["num_classes"], state["sizes"]["num_samples"]
     try:

@@ -34,6 +34,12 @@ def load_test(settings: Settings, numbering: Numbering) -> TextImages:
     return load_texts(settings, "test", numbering)
 
 
+def load_classes(settings: Settings) -> list[str]:
+    """The names of the classes, in the order of their numbers."""
+    rows, _ = read_rows(DATA_SETS[settings.data_set], Path(settings.data_root) / "train.jsonl")
+    return sorted({row.label for row in rows})
+
+
 def load_texts_numbering(settings: Settings) -> Numbering:
     """How the run's texts become numbers; a vocabulary is that of the training split's words."""
     known = DATA_SETS[settings.data_set]

@@ -22,7 +22,12 @@ NAN, INF = math.nan, math.inf
 
 
 @pytest.mark.parametrize(
-    ("data_set", "method"), [("mvsa", "qmf"), ("mvsa", "bow"), ("nyud2", "late"), ("nyud2", "robust"), ("nyud2", "tmc")]
+    ("data_set", "method"),
+    [
+        ("mvsa", "qmf"),
+        ("nyud2", "late"),
+        *(pytest.param(*at, marks=pytest.mark.slow) for at in (("mvsa", "bow"), ("nyud2", "robust"), ("nyud2", "tmc"))),
+    ],
 )
 def test_a_training_that_diverges_is_one_line_and_leaves_no_figures(data_set, method, sample, tmp_path, capsys):
     arguments = ["train", data_set, "--quick", "--method", method, "--data-root", str(sample(data_set))]
@@ -76,7 +81,7 @@ def test_evaluation_refuses_scores_that_are_not_finite(sample, tmp_path, capsys)
     assert "late, seed 1, gaussian: logits are finite for no sample of depth (0 of 20)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_training_of_the_digits_stops(epochs, tmp_path):
     data = prepare(load_digits(), DIGITS, 0)
     config = Config(seeds=(0,), epochs=epochs, learning_rate=1e20, checkpoint_every=1)

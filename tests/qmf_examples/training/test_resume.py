@@ -52,7 +52,9 @@ def stay(folder, to):
     return folder
 
 
-@pytest.mark.parametrize("carry", [stay, move, copy, lift])
+@pytest.mark.parametrize(
+    "carry", [pytest.param(stay, marks=pytest.mark.slow), move, pytest.param(copy, marks=pytest.mark.slow), lift]
+)
 def test_the_best_stays_the_best_wherever_the_folder_lies(carry, layers, accuracies, tmp_path):
     accuracies += [0.5, 0.75, 0.25, 0.625]
     first = tmp_path / "runs" / "first"
@@ -175,7 +177,15 @@ def drop(lines):
     return lines[1:]
 
 
-@pytest.mark.parametrize(("file", "change"), [("train", swap), ("train", retext), ("train", drop), ("dev", swap)])
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("train", swap),
+        pytest.param("train", retext, marks=pytest.mark.slow),
+        pytest.param("train", drop, marks=pytest.mark.slow),
+        ("dev", swap),
+    ],
+)
 def test_other_rows_are_refused(file, change, sample, tmp_path):
     data = shutil.copytree(sample("mvsa"), tmp_path / "data")
     layers = [QUICK, {"batch_size": 8, "limit_batches": 1, "data_root": str(data), "method": "image"}]
@@ -213,8 +223,28 @@ def test_words_that_have_other_numbers_now_are_not_tested(sample, tmp_path):
     for row in rows:  # as many words as before, and in another order
         row["text"] = row["text"].replace(word, "zzz")
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(CommandError, match="was trained on other words than"):
+    with pytest.raises(CommandError, match="was trained on other classes, or other words, than"):
         load_learner(tmp_path / "run")
+
+
+def test_classes_that_have_other_numbers_now_are_not_tested(layers, tmp_path, capsys):
+    data = shutil.copytree(layers[1]["data_root"], tmp_path / "data")
+    train_run(resolve("nyud2", *layers, {"data_root": str(data), "epochs": 1}), tmp_path / "run")
+    for split in ("train", "test"):
+        (data / split / "bathroom").rename(data / split / "washroom")
+    assert main(["evaluate", str(tmp_path / "run"), "--levels", "0"]) == 1
+    assert "was trained on other classes, or other words, than" in capsys.readouterr().err
+    # Elsewhere they lie as they did, and the run is told where.
+    assert load_learner(tmp_path / "run", layers[1]["data_root"])
+
+
+def test_texts_that_have_moved_are_found_where_evaluation_is_told(sample, tmp_path):
+    data = shutil.copytree(sample("mvsa"), tmp_path / "data")
+    layers = [QUICK, {"limit_batches": 1, "data_root": str(data), "method": "bow", "epochs": 1}]
+    train_run(resolve("mvsa", *layers), tmp_path / "run")
+    moved = move(data, tmp_path / "moved")
+    arguments = ["evaluate", str(tmp_path / "run"), "--levels", "0", "--noise", "gaussian"]
+    assert main([*arguments, "--data-root", str(moved)]) == 0
 
 
 def test_one_process_trains_a_run_and_the_second_says_who(layers, tmp_path, capsys, monkeypatch):
