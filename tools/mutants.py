@@ -53,6 +53,8 @@ def changes(tree: ast.AST) -> Iterator[Change]:
         for node in child if isinstance(child, list) else [child]:
             if not isinstance(node, ast.AST) or isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.Assert):
                 continue
+            if isinstance(node, ast.keyword) and node.arg == "strict":  # zip's, an assertion too
+                continue
             if isinstance(node, ast.expr | ast.stmt):
                 yield from ((node, text) for text in replacements(node) if text != ast.unparse(node))
             yield from changes(node)
@@ -84,7 +86,7 @@ def replacements(node: ast.expr | ast.stmt) -> Iterator[str]:
                 yield show(ast.Call(function, arguments[::-1], keywords))
             if isinstance(function, ast.Attribute) and show(function.value) not in ("torch", "math", "F", "self"):
                 yield f"({show(function.value)})"
-            for left_out in keywords:
+            for left_out in (keyword for keyword in keywords if keyword.arg != "strict"):
                 yield show(ast.Call(function, arguments, [k for k in keywords if k is not left_out]))
         case ast.If(test) | ast.While(test):
             lines = show(node).splitlines()

@@ -83,3 +83,22 @@ def test_dense_logits_and_compile():
 def test_bad_rate(p):
     with pytest.raises(ValueError, match="modality_dropout"):
         FusionModel({"a": nn.Linear(1, 2)}, modality_dropout=p)
+
+
+def lowbias32(x):
+    """Chris Wellons' hash, in Python's whole numbers."""
+    x &= 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7, -1, 2**40 + 5])
+def test_draws_are_the_documented_hash(seed):
+    dropout = ModalityDropout(0.4, seed)
+    for call in range(3):
+        stay = dropout(torch.ones(3, 17, dtype=torch.bool))
+        draws = [[lowbias32((m * 17 + i) ^ lowbias32(call ^ lowbias32(seed))) for i in range(17)] for m in range(3)]
+        luckiest = [max(column) for column in zip(*draws, strict=True)]
+        expected = [[x >= 0.4 * 2**32 or x == most for x, most in zip(row, luckiest, strict=True)] for row in draws]
+        assert stay.tolist() == expected
