@@ -155,8 +155,8 @@ def train_heads(
             loss = learner.loss(given, labels[index], index, annealing=min(1.0, step / (ANNEALED_BY * last)))
             loss.backward()
             optimizer.step()
-            watch.add(given, loss)
             step += 1
+        watch.add(given, loss)  # the epoch's last batch: these inputs are whole, so that one tells
         problem = watch.problem(learner, sum_of_all)
         if problem:
             raise diverged(f"{training.name}, seed {seed}", epoch, problem, config.learning_rate)

@@ -17,25 +17,25 @@ class DivergenceWatch:
     """
 
     def __init__(self) -> None:
-        self._counts: Tensor | None = None
+        self._counts: Tensor | int = 0
+        self._modalities = 0
 
     @torch.no_grad()
     def add(self, answer: Answer, loss: Tensor | None = None) -> None:
-        """Count a batch: of each modality's logits, and of the scores, the rows there are and the finite ones."""
-        num = torch.tensor(len(answer.scores), device=answer.scores.device)
+        """Count a batch: of each modality's logits, and of the scores, the finite rows and those there are."""
+        scores, num = answer.scores, len(answer.scores)
+        self._modalities = len(answer.unimodal_logits)
         # Scores may be logarithms of probabilities that are 0, so -inf is none of a broken row; NaN and +inf are.
-        rows = [(answer.scores.float().logsumexp(-1).isfinite().sum(), num)]
-        for m, logits in enumerate(answer.unimodal_logits):
-            finite, expected = logits.isfinite().all(-1), num
-            if answer.present is not None:
-                finite, expected = finite & answer.present[m], answer.present[m].sum()
-            rows.append((finite.sum(), expected))
-        if loss is None:
-            rows.append((torch.zeros_like(num), torch.zeros_like(num)))
-        else:
-            rows.append((loss.isfinite().long(), torch.ones_like(num)))
-        counts = torch.stack([torch.stack(row) for row in rows])
-        self._counts = counts if self._counts is None else self._counts + counts
+        finite, expected = [scores.logsumexp(-1).isfinite().sum()[None]], [scores.new_tensor([num], dtype=torch.int64)]
+        if answer.unimodal_logits:
+            rows = torch.stack(answer.unimodal_logits).isfinite().all(-1)
+            there = torch.ones_like(rows) if answer.present is None else answer.present
+            finite.append((rows & there).sum(1))
+            expected.append(there.sum(1))
+        if loss is not None:
+            finite.append(loss.isfinite().long()[None])
+            expected.append(torch.ones_like(finite[-1]))
+        self._counts = self._counts + torch.stack([torch.cat(finite), torch.cat(expected)])
 
     def problem(self, learner: Learner, total: Callable[[Tensor], Tensor] = lambda x: x) -> str | None:
         """What is broken for good, in words, or None; and begin to count anew.
@@ -44,12 +44,14 @@ class DivergenceWatch:
             learner: whose answers were counted.
             total: the sum of a tensor over all processes that work together.
         """
-        if self._counts is None:
+        if isinstance(self._counts, int):
             return None
         broken = weights_not_finite(learner)
-        own = torch.tensor([[int(bool(broken)), 0]], device=self._counts.device)
-        counts, self._counts = total(torch.cat([self._counts, own])).tolist(), None
-        (scored, scores), *modalities, (steady, steps), (anywhere, _) = counts
+        own = self._counts.new_tensor([[int(bool(broken))], [0]])
+        (anywhere, _), (scored, scores), *counts = total(torch.cat([own, self._counts], 1)).T.tolist()
+        self._counts = 0
+        modalities = counts[: self._modalities]
+        steady, steps = counts[self._modalities] if counts[self._modalities :] else (0, 0)
         names = list(learner.encoders) if len(learner.encoders) == len(modalities) else list(range(len(modalities)))
         dead = [f"{name} (0 of {n})" for name, (finite, n) in zip(names, modalities, strict=True) if n and not finite]
         if dead:
