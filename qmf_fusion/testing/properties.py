@@ -147,6 +147,9 @@ def check_absent(
 
     def body(given: list[Tensor], garbage: float, data: st.DataObject) -> None:
         mask = data.draw(present_masks(len(given), tuple(given[0].shape[:-1])))
+        if isinstance(fusion, FusionModel) and mask.dim() > 2:
+            # A head makes one thing of all positions of a sample, and so a sample is absent as a whole.
+            mask = mask.flatten(2)[..., :1].unflatten(-1, (1,) * (mask.dim() - 2)).expand(mask.shape)
         out = subject(given, mask)
         shown = f"present={mask.tolist()}, logits={show(given)}"
         assert not out.weights[~mask].any(), (  # NaN is not 0 either
