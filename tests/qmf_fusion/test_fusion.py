@@ -398,3 +398,12 @@ def test_building_under_another_default_device():
     heads = [torch.zeros(3, 4, requires_grad=True) for _ in range(2)]
     with torch.device("meta"):
         functional.qmf_objective(heads, torch.zeros(3, dtype=torch.long, device="cpu"), None, alpha=-0.123)
+
+
+def test_one_sample_without_a_batch_may_come_stacked():
+    rows = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    stacked, apart = QualityAwareFusion(2)(rows), QualityAwareFusion(2)(list(rows))
+    assert stacked.logits.shape == (4,)
+    torch.testing.assert_close(stacked.logits, apart.logits)
+    with pytest.raises(ValueError, match="logits"):
+        QualityAwareFusion(2)(rows[0])
