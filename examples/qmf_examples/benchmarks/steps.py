@@ -121,7 +121,7 @@ def _step(
 ) -> tuple[float, ...]:
     """One step's seconds, as ``PHASES`` names them."""
     marks = [_now(device)]
-    logits = [give(head, inputs[name]) for name, head in learner.model.heads.items()]
+    logits = [give(head, inputs[name]).logits for name, head in learner.model.heads.items()]
     marks.append(_now(device))
     leaves = [x.detach().requires_grad_() for x in logits]
     learner.model.fusion(leaves)  # what forward does with them, besides the objective

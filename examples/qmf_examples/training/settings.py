@@ -172,7 +172,8 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
         raise CommandError(f"no such setting: {', '.join(unknown):.200}; there are {', '.join(sorted(known))}")
     if given.get("data_set", data_set) != data_set:
         raise CommandError(f"data_set: the settings are for {brief(given['data_set'])}, the command for {data_set}")
-    own = OF_METHOD.get(str(given.get("method")), {}) if METHODS[data_set] is RGBD_METHODS else {}
+    method = given.get("method")
+    own = OF_METHOD.get(method, {}) if isinstance(method, str) and METHODS[data_set] is RGBD_METHODS else {}
     settings = replace(DEFAULTS[data_set], **_typed({**own, **given}))
     _check(settings)
     return settings

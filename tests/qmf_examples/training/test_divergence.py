@@ -81,6 +81,7 @@ def test_evaluation_refuses_scores_that_are_not_finite(sample, tmp_path, capsys)
     assert "late, seed 1, gaussian: logits are finite for no sample of depth (0 of 20)" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.* rows of modality .* count in training step")
 @pytest.mark.parametrize("epochs", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_training_of_the_digits_stops(epochs, tmp_path):
     data = prepare(load_digits(), DIGITS, 0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from qmf_examples.models.learners import Answer
 from qmf_examples.training.lightning_module import Batches, TrainingModule
 from qmf_examples.training.settings import QUICK, resolve
 
@@ -16,11 +17,11 @@ class Learner(nn.Module):
         self.encoders, self.annealing = nn.ModuleDict(), []
 
     def forward(self, inputs):
-        return inputs
+        return Answer(inputs)
 
     def loss(self, answer, target, index, annealing):
         self.annealing.append(annealing)
-        return answer.sum()
+        return answer.scores.sum()
 
 
 def settings(seed):
