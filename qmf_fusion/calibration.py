@@ -85,7 +85,8 @@ class CleanData(NamedTuple):
         y = self.target.expand(self.counted.shape).unsqueeze(-1)
         probs = torch.softmax(x, -1)
         own = probs.gather(-1, y).squeeze(-1)
-        wrong, unsure = own < probs.amax(-1), own < SURE
+        # A head without an opinion, whose logits are all the same, is not right.
+        wrong, unsure = own <= probs.scatter(-1, y, -1).amax(-1), own < SURE
         enough = [int(c.sum()) >= FEW for c in self.counted]
         if all(enough) and not bool((unsure & self.counted).any()):
             raise ValueError(

@@ -13,6 +13,7 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -330,7 +331,17 @@ class ContaminatedProduct(Rule):
         if fit:
             raise ValueError(f"fit must be empty for this rule, which has no such constants, got {list(fit)}")
         batch = self.stack(data.rows, data.counted, data.features)
-        self.fitted.fit(*_flat(batch, data.target, data.counted if batch.counted is None else batch.counted))
+        counted = data.counted if batch.counted is None else batch.counted
+        self.fitted.fit(*_flat(batch, data.target, counted), former=self.running)
+        unknown = (self.fitted.classes[:, 0, 0] == 0).any(0).nonzero().flatten().tolist()
+        if unknown:
+            shown = f"{unknown[:10]}".replace("]", ", ...]" if len(unknown) > 10 else "]")
+            warnings.warn(
+                f"target has no row of the classes {shown} for some modality, nor had training: each vote for them "
+                "will be taken for untypical",
+                UserWarning,
+                stacklevel=4,  # calibrate and no_grad's wrapper lie between this and the caller
+            )
         self.fitted.keep_features(self.running, [f is None for f in batch.features])
         # To hold one modality moves the posteriors of the others, their means and their correlations.
         hold_until_eq_6(

@@ -1,6 +1,7 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
 import math
+import warnings
 from typing import Self
 
 import torch
@@ -93,6 +94,7 @@ class QMFLoss(KeepsPrecision):
         self.ranking_weight, self.label_smoothing, self.ignore_index = ranking_weight, label_smoothing, ignore_index
         self.return_logits, self.backend = return_logits, backend
         self.watch = RowWatch(fusion.names)
+        self._told_of_features = False
         check_class_weight(weight, once=True)
         self.register_buffer("weight", None if weight is None else widened(weight))
         check_loss_rule(self._options())
@@ -146,6 +148,15 @@ class QMFLoss(KeepsPrecision):
             raise ValueError("index must be given in training: the dataset index of each sample, [B]")
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.
         learns = training and torch.is_grad_enabled()
+        if learns and features is None and fusion.rule.feature_widths and not self._told_of_features:
+            self._told_of_features = True
+            if not torch.compiler.is_compiling():
+                warnings.warn(
+                    "features are not given, though the rule has widths for some: it learns what is typical of the "
+                    "logits alone. Pass features=out.features",
+                    UserWarning,
+                    stacklevel=4,  # PyTorch's own calls lie between this and the caller
+                )
         rows = fusion.prepare(rows)
         weighed = fusion.rule.weigh(rows, mask, seen, plain=training)
         given = weighed.rows, target, None, weighed.present, weighed.weights, options

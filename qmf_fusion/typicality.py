@@ -125,13 +125,17 @@ class CleanStatistics(KeepsPrecision):
                 self.measured[m, :, FEATURE] = other.measured[m, :, FEATURE]
 
     @torch.no_grad()
-    def fit(self, x: Tensor, target: Tensor, counted: Tensor, features: Features) -> None:
-        """From clean samples at once; arguments as those of ``update``.
+    def fit(
+        self, x: Tensor, target: Tensor, counted: Tensor, features: Features, former: "CleanStatistics | None" = None
+    ) -> None:
+        """From clean samples at once; arguments as those of ``update``. Of a class without any it takes ``former``'s.
 
         A sample's distance to its own class is to the mean of the class's *other* samples, if there are any.
         """
         x, sizes, counts = _learned(x, counted, features, self.classes.dtype)
         classes = _sum_classes(x, target, counts)
+        if former is not None:
+            classes[:, 0] = torch.where(classes[:, 0, :1] > 0, classes[:, 0], former.classes[:, 0])
         of_features = None if self.features is None else _sum_features(self.features, features, counts)
         centers = Sums(classes, self.measured, of_features).centers(self.widths, x.dtype)
         number = classes[:, 0, 0].gather(1, target.expand(len(x), -1))

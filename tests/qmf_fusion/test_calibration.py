@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qmf_fusion import QualityAwareFusion
+from qmf_fusion import QMFLoss, QualityAwareFusion
 from qmf_fusion.calibration import positive_correlation
 
 RULES = {
@@ -384,3 +384,31 @@ def test_robust_warns_of_data_that_the_heads_have_fitted():
         warnings.simplefilter("error")
         QualityAwareFusion.robust(2, 5).calibrate(logits, target)
         QualityAwareFusion.robust(2, 5).calibrate(*fitted_logits(sure=True, n=20))  # too few to tell
+
+
+def test_a_head_without_an_opinion_is_not_right():
+    logits, target = fitted_logits(sure=False)
+    logits[0] = torch.randn(logits[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[1] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        QualityAwareFusion.robust(2, 5).calibrate(logits, target)
+
+
+def test_robust_keeps_what_training_knew_of_a_class_that_calibration_data_lack():
+    g = torch.Generator().manual_seed(0)
+    target = torch.arange(600) % 5
+    logits = 3 * nn.functional.one_hot(target, 5) + torch.randn(2, 600, 5, generator=g, dtype=torch.float64)
+    fusion = QualityAwareFusion.robust(2, 5)
+    criterion = QMFLoss(fusion, 600)
+    for _ in range(5):
+        criterion(logits, target, torch.arange(600))
+    before = fusion.uncertainties(logits)
+    some = target != 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fusion.calibrate(logits[:, some], target[some])
+    torch.testing.assert_close(fusion.uncertainties(logits)[:, ~some], before[:, ~some], rtol=0.2, atol=0.3)
+    with pytest.warns(UserWarning, match=r"target has no row of the classes \[4\]") as told:
+        QualityAwareFusion.robust(2, 5).calibrate(logits[:, some], target[some])
+    assert told[0].filename == __file__

@@ -1,5 +1,6 @@
 """Features: what shows in them only is found, in every way of giving them; errors; and what is learned of them."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -253,3 +254,16 @@ def test_energies_are_of_the_logits_as_given():
     torch.testing.assert_close(fusion(logits, features=clean_features()).energy, expected)
     out = QMFLoss(fusion, 240, 0)(logits, clean_data()[1], features=clean_features())
     torch.testing.assert_close(out.energy, expected)
+
+
+def test_training_without_the_features_that_the_rule_has_widths_for_is_told_once():
+    logits, target = clean_data()
+    criterion = QMFLoss(QualityAwareFusion.robust(3, 5, features=WIDTHS), 240)
+    with pytest.warns(UserWarning, match="features are not given, though the rule has widths") as told:
+        criterion(logits, target, torch.arange(240))
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(logits, target, torch.arange(240))
+        QMFLoss(QualityAwareFusion.robust(3, 5), 240)(logits, target, torch.arange(240))
+        QMFLoss(QualityAwareFusion.robust(3, 5, features=WIDTHS), 240).eval()(logits, target)

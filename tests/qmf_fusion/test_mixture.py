@@ -368,6 +368,7 @@ def test_bad_switches_are_named(switches, match):
         QualityAwareFusion.robust(2, 5, nonsense=1)
 
 
+@pytest.mark.filterwarnings("ignore:target has no row of the classes")
 @pytest.mark.parametrize(("classes", "samples"), [(1, 5), (3, 2), (5, 5)])
 def test_data_with_hardly_any_statistics_stays_finite(classes, samples):
     g = torch.Generator().manual_seed(0)
@@ -381,6 +382,7 @@ def test_data_with_hardly_any_statistics_stays_finite(classes, samples):
         assert torch.isfinite(out.weights).all()
 
 
+@pytest.mark.filterwarnings("ignore:target has no row of the classes")
 @pytest.mark.filterwarnings("ignore:the weights of")  # labels that have nothing to do with the logits may violate Eq. 6
 def test_constant_logits_and_classes_without_samples_stay_finite():
     g = torch.Generator().manual_seed(0)

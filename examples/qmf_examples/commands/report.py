@@ -30,6 +30,8 @@ def report(
     folder = output or (Path("runs/report") if is_file else run)
     if is_file and not run.is_file():
         raise typer.BadParameter(f"{str(run)!r} is no file", param_hint="'RUN'")
+    if not is_file and run.is_file():
+        raise typer.BadParameter(f"must be a run's folder or an .npz file of features, got {run}", param_hint="'RUN'")
     if output or is_file or run.exists():  # else there is nothing to report on, which is told below, nor to create
         prepare_output(folder, "RUN" if folder == run else "--output")
     from ..comparison.theory import report_file, report_run, table, write

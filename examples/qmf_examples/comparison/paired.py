@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..corruption.conditions import Condition
-from ..evaluation.paired_difference import TIE, Array, Difference, difference, right_less_right
+from ..evaluation.paired_difference import TIE, Array, Difference, by_seed, difference, right_less_right
 from ..models.methods import Method
 from .figures import Scores
 from .results import Score
@@ -60,11 +60,11 @@ def compare_pairs(results: Scores, rule: str, methods: Sequence[Method]) -> list
 
 def _pair(rule: str, other: str, on: str, sets: Sequence[dict[Condition, Array]]) -> Paired:
     means = [np.mean(list(of_set.values()), axis=0) for of_set in sets]
-    by_seed = np.mean([mean.mean(1) for mean in means], axis=0)
+    of_seeds = np.mean([by_seed(mean) for mean in means], axis=0)
     verdicts = [difference([of_set[condition] for of_set in sets]).verdict for condition in sets[0]]
-    won = int((by_seed > 0).sum())
+    won = int((of_seeds > 0).sum())
     return Paired(
-        rule, other, on, difference(means), won, len(by_seed), verdicts.count("better"), verdicts.count("worse")
+        rule, other, on, difference(means), won, len(of_seeds), verdicts.count("better"), verdicts.count("worse")
     )
 
 

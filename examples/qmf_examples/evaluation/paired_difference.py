@@ -41,7 +41,8 @@ def difference(sets: Sequence[Array]) -> Difference:
     the samples alone speak.
 
     Args:
-        sets: for each set of data ``[seeds, samples]``, what one method gets right (1 or 0) less what the other does.
+        sets: for each set of data ``[seeds, samples]``, what one method gets right (1 or 0) less what the other does;
+            NaN at the end of a seed that has fewer samples.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -50,10 +51,15 @@ def difference(sets: Sequence[Array]) -> Difference:
         >>> difference([rng.choice([0.0, 0.0, 1.0], (5, 400))]).verdict
         'better'
     """
-    means = [float(values.mean()) for values in sets]
+    means = [float(by_seed(values).mean()) for values in sets]
     drawn = np.mean([_draw(number, values) for number, values in enumerate(sets)], axis=0)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Difference(100 * float(np.mean(means)), 100 * float(low), 100 * float(high))
+
+
+def by_seed(values: Array) -> Array:
+    """Each seed's mean, of ``[seeds, samples]``."""
+    return np.asarray(np.nanmean(values, axis=1))
 
 
 def _draw(number: int, values: Array) -> Array:
@@ -61,13 +67,14 @@ def _draw(number: int, values: Array) -> Array:
     from scipy.stats import norm, t
 
     seeds, samples = values.shape
-    mean = values.mean()
-    of_samples = _counts(2 * number, samples) @ values.mean(0) / samples - mean
+    mean = by_seed(values).mean()
+    of_each = np.nanmean(values, axis=0)
+    of_samples = _counts(2 * number, samples) @ of_each / samples - of_each.mean()
     if seeds == 1:
         return np.asarray(mean + of_samples)
     tail = (1 + LEVEL) / 2
     widened = (seeds / (seeds - 1)) ** 0.5 * t.ppf(tail, seeds - 1) / norm.ppf(tail)
-    of_seeds = _counts(2 * number + 1, seeds) @ values.mean(1) / seeds - mean
+    of_seeds = _counts(2 * number + 1, seeds) @ by_seed(values) / seeds - mean
     return np.asarray(mean + of_samples + widened * of_seeds)
 
 
@@ -79,6 +86,11 @@ def _counts(stream: int, size: int) -> Array:
 
 
 def right_less_right(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Array:
-    """``[seeds, samples]`` from what two methods got right, a byte of 0 or 1 per sample, by seed."""
-    one, other = (np.stack([np.frombuffer(x, np.uint8) for x in each]).astype(np.float64) for each in (ours, theirs))
-    return np.asarray(one - other)
+    """``[seeds, samples]`` from what two methods got right, a byte of 0 or 1 per sample, by seed.
+
+    Seeds that split the data may have different numbers of test samples: the shorter end in NaN.
+    """
+    found = np.full((len(ours), max(map(len, ours))), np.nan)
+    for row, one, other in zip(found, ours, theirs, strict=True):
+        row[: len(one)] = np.frombuffer(one, np.uint8).astype(np.float64) - np.frombuffer(other, np.uint8)
+    return found

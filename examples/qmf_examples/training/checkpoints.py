@@ -1,6 +1,7 @@
 """A run's checkpoints: written whole or not at all, read without running what they hold, and wherever they lie."""
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,11 @@ def read_checkpoint(path: Path, resume: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CommandError(f"no checkpoint {path}") from error
-    except Exception as error:  # whatever a damaged zip or pickle makes torch.load raise
+    except pickle.UnpicklingError as error:  # which PyTorch advises to load with all that it may execute
+        raise CommandError(
+            f"{path}: cannot be read as a checkpoint (it holds more than tensors, or is damaged)"
+        ) from error
+    except Exception as error:  # whatever a damaged zip makes torch.load raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     return check_checkpoint(content, path, resume)

@@ -1,12 +1,14 @@
 """Pairs of rules: differences by seed and sample, their intervals, and what they call a win."""
 
+import math
+
 import numpy as np
 import pytest
 
 from qmf_examples.comparison.paired import best_rivals, compare_pairs
 from qmf_examples.comparison.results import Score
 from qmf_examples.comparison.robustness_tables import best_rival_sentence
-from qmf_examples.evaluation.paired_difference import difference
+from qmf_examples.evaluation.paired_difference import difference, right_less_right
 from qmf_examples.models.methods import Method
 
 METHODS = (
@@ -104,3 +106,11 @@ def test_what_is_luck_is_seldom_called_a_win(seeds, deviation):
         luck = rng.normal(0, deviation, (seeds, 1)) + rng.normal(0, 0.3, (1, 200)) + rng.normal(0, 0.3, (seeds, 200))
         wrong += difference([luck]).verdict != "tie"
     assert wrong <= 18
+
+
+def test_seeds_with_different_numbers_of_test_samples():
+    ours, theirs = [bytes([1] * 40), bytes([1] * 37)], [bytes([1, 0] * 20), bytes([1] * 37)]
+    found = difference([right_less_right(ours, theirs)])
+    assert found.points == pytest.approx(25)  # the mean of 50 and 0
+    assert found.low < 25 < found.high
+    assert all(map(math.isfinite, found))

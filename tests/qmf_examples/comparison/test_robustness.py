@@ -228,13 +228,15 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_any_work(command, tmp
     monkeypatch.setattr("qmf_examples.comparison.robustness.run_and_report", work)
     monkeypatch.setattr("qmf_examples.comparison.theory.report_run", work)
     (tmp_path / "file").write_text("kept")
+    refused = "must be a run's folder or an .npz file of features, got {}"
     folders = [tmp_path / "file", *(path for path in [Path("/proc")] if path.is_dir())]
     for folder in folders:
         given = [str(folder)] if command == "report" else ["--output", str(folder)]
         assert main([command, *given]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert f"'{folder}' cannot be written to" in error
+        wanted = refused if command == "report" and folder.is_file() else "'{}' cannot be written to"
+        assert wanted.format(folder) in error
         assert ("RUN" if command == "report" else "--output") in error
     assert (tmp_path / "file").read_text() == "kept"
 

@@ -147,7 +147,7 @@ def fuse(num: int, rows: tuple[int, ...], classes: int, dtype: str = "float32") 
     triton_kernels.fuse_backward(out, out[2], heads, rule, True)
 
 
-# DESIGN.md's data sets (nyud2, sunrgbd, food101, mvsa) and the multi-view ones, one launch each; then large ones.
+# The trainers' data sets (nyud2, sunrgbd, food101, mvsa) and the multi-view ones, one launch each; then large ones.
 SMALL = {
     "nyud2": lambda: step(2, (256,), 10, 795, single=True),
     "sunrgbd": lambda: step(2, (128,), 19, 4845, "float16", single=True),
