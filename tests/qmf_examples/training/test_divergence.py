@@ -21,6 +21,7 @@ from qmf_fusion import QualityAwareFusion
 NAN, INF = math.nan, math.inf
 
 
+@pytest.mark.filterwarnings("ignore:.* rows of modality .* count in training step")
 @pytest.mark.parametrize(
     ("data_set", "method"),
     [
