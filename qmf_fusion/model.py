@@ -153,7 +153,8 @@ class FusionModel(nn.Module):
         if not isinstance(out, Tensor):
             both = type(out) is tuple and len(out) == 2
             logits, features = out if both else (getattr(out, "logits", None), getattr(out, "features", None))
-        if not isinstance(logits, Tensor) or not isinstance(features, Tensor | None):
+        # Not by isinstance of "Tensor | None", which torch.compile of PyTorch 2.6 does not take.
+        if not isinstance(logits, Tensor) or not (features is None or isinstance(features, Tensor)):
             raise TypeError(f"heads[{name!r}] must return logits or an object with .logits, got {type(out).__name__}")
         return logits if whole is None else break_rows(logits, whole), features
 

@@ -177,13 +177,13 @@ class QMFLoss(KeepsPrecision):
         if learns:
             fusion.rule.observe(rows, target, mask, self.ignore_index, seen)
             self._watch_rows(out.sample_losses, target, mask, recorded=past is not None)
+        # Spelled out: torch.compile takes no _replace in PyTorch 2.11, and no slices of a NamedTuple in 2.6.
+        loss, fused_loss, unimodal_losses, ranking_loss, fused, weights, energy, sample_losses = out
         if weighed.energy is not None:
-            out = ObjectiveOutput(*out[:6], weighed.energy, *out[7:])
+            energy = weighed.energy
         if fusion.class_dim != -1 and self.return_logits:
-            # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
-            fused = out.logits.movedim(-1, fusion.class_dim)
-            return ObjectiveOutput(*out[:4], fused, *out[5:])
-        return out
+            fused = fused.movedim(-1, fusion.class_dim)
+        return ObjectiveOutput(loss, fused_loss, unimodal_losses, ranking_loss, fused, weights, energy, sample_losses)
 
     def _watch_rows(self, losses: Tensor, target: Tensor, mask: Tensor | None, *, recorded: bool) -> None:
         """Warn where none of a modality's losses ``[M, B]`` is one though some should be."""

@@ -64,8 +64,9 @@ class Sums(NamedTuple):
         own, others = _mean(*self.classes.unbind(2)).unbind(1)
         rise = torch.where(self.classes[:, 0, 0] > 0, own - others, UNSEEN)
         features = []
-        for width, sums in zip(widths, [] if self.features is None else self.features, strict=False):
-            first, second = _moments(sums[None, :, : width or 0])
+        for m, width in enumerate(() if self.features is None else widths):
+            sums = self.features[m, :, : width or 0]  # type: ignore[index]
+            first, second = _moments(sums[None])
             # As of one more row, of the average variance: what did not vary in n rows may in the next.
             n = sums[0, :1]
             second = ((n * second + second.mean()) / (n + 1)).clamp_min(1e-30)
