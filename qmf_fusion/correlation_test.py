@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .correlation import Correlation, co_moments
+from .correlation import Correlation, co_moments, constant
 
 FEWEST = 4  # samples: fewer have no standard error
 
@@ -65,7 +65,7 @@ def _fishers_z(x: Tensor, y: Tensor, counted: Tensor) -> tuple[float, float, flo
     r = float(Correlation.of(moments).pearson) if n else 0.0
     if num < FEWEST:
         return r, 0.0, math.inf
-    if r == 0:
+    if bool(constant(moments)):
         return 0.0, 0.0, 0.0
     _, mean_x, mean_y, xx, yy, _ = moments.tolist()
     a, b = (x - mean_x) / math.sqrt(xx / n), (y - mean_y) / math.sqrt(yy / n)
@@ -74,6 +74,8 @@ def _fishers_z(x: Tensor, y: Tensor, counted: Tensor) -> tuple[float, float, flo
     own = float(influence.square().sum().sqrt()) / n / max(1 - r * r, 1e-15) * math.sqrt(num / (num - 3))
     # Of a few samples the error is uncertain itself, so that ``z / own`` has Student's t distribution: Wallace's
     # approximation (1959) of the normal score as probable.
-    score, free = abs(z) / max(own, 1e-15), num - 2
+    # An r of 0 takes the limit.
+    own, free = max(own, 1e-15), num - 2
+    score = max(abs(z) / own, 1e-6)
     normal = math.sqrt(free * math.log1p(score * score / free)) * (8 * free + 1) / (8 * free + 3)
-    return r, z, max(abs(z) / normal, 1 / math.sqrt(n - 3))
+    return r, z, max(own * score / normal, 1 / math.sqrt(n - 3))
