@@ -55,6 +55,19 @@ def judge_correlations(x: Tensor, y: Tensor, counted: Tensor, confidence: float)
     return CorrelationTest(r, low, high, torch.tensor(sign))
 
 
+def student_quantile(probability: float, free: int) -> float:
+    """Student's t of ``free`` degrees of freedom at a probability from 0.5 on, by Wallace's approximation (1959).
+
+    In the tails it is above the exact one, by about 1 % at 4 degrees of freedom and more at fewer.
+
+    Example:
+        >>> round(student_quantile(0.975, 10), 2), round(student_quantile(0.975, 10000), 2)
+        (2.23, 1.96)
+    """
+    normal = NormalDist().inv_cdf(probability) * (8 * free + 3) / (8 * free + 1)
+    return math.sqrt(free * math.expm1(normal * normal / free))
+
+
 def _fishers_z(x: Tensor, y: Tensor, counted: Tensor) -> tuple[float, float, float]:
     """r, ``atanh(r)`` and its standard error of ``[N, *]`` each: infinity for too few, 0 where either is constant."""
     sample = counted.nonzero()[:, 0].cpu()
