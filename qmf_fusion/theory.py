@@ -84,8 +84,7 @@ def fusion_report(
             ``robust``, its own mean weights; else the mean of all weights, the same for all modalities.
         present: as ``fusion`` takes it.
         features: as ``fusion`` takes them.
-        confidence: of the intervals, of the two that are measured both together; ``1 - confidence`` is the family-wise
-            level of the tests.
+        confidence: of the intervals (loss and accuracy together); ``1 - confidence`` is the tests' family-wise level.
         resamples: of the bootstrap; intervals are percentiles, widened for few samples as Student's t is.
         seed: of the bootstrap.
         ignore_index: a target that does not count.
