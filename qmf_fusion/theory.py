@@ -68,8 +68,7 @@ def fusion_report(
     the paired difference leaves out 0. As either may decide, each of these two has half the level (Bonferroni): of
     rules that are as good as each other, one is recommended with a probability of ``1 - confidence``. The theorem
     explains it. It is about weights as they are, and of rules with ``normalize`` or fused probabilities about the
-    weights' shares among the modalities that are there; ``judged_by`` says so for each rule, ``robust`` among them,
-    which it does not cover.
+    weights' shares among the modalities that are there; it does not cover ``robust``, as ``judged_by`` says.
 
     Eq. 5 holds where the interval of the mean weight less the static weight lies within 5 % of the latter (or they are
     equal to 1e-6), and fails where it leaves out 0 otherwise. Eq. 6 and Assumption 1 are decided by the test that
@@ -93,7 +92,8 @@ def fusion_report(
         FusionReport. A modality that never counts has NaN numbers and undecided verdicts.
 
     Raises:
-        TypeError, ValueError, IndexError: arguments of the wrong kind, shape or range, or data in which nothing counts.
+        TypeError, ValueError, IndexError: arguments of the wrong kind, shape or range, no row that counts, or a target
+            that a logit of -inf rules out.
 
     Example:
         >>> logits = 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
