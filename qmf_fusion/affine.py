@@ -13,7 +13,7 @@ from .calibration import CleanData, excess, hold_until_eq_6
 from .checks import check_choice
 from .coefficients import Coefficient, Coefficients, Constants, unless_one
 from .lemma_1 import Clamp, find_shift, fit_scale, fit_temperatures, keep_nonnegative
-from .rows import Features, stack_rows
+from .rows import Features, stack_rows, stack_weighable
 from .rule import Rule, Weighed, ready_rule
 from .uncertainty import UNCERTAINTIES, Uncertainty
 
@@ -161,6 +161,9 @@ class AffineRule(Rule):
         alpha, beta, temperature = self.constants()
         return weigh_rows(rows, present, self.options, alpha, beta, unless_one(temperature))
 
+    def read(self, rows: list[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (stack_weighable if self.options.combine == "logits" else stack_rows)(rows, present)
+
     def uncertainties(self, rows: list[Tensor], features: Features | None = None) -> Tensor:
         return measure(self.options.uncertainty, rows, unless_one(self.constants().temperature))
 
@@ -175,7 +178,10 @@ class AffineRule(Rule):
         x = torch.stack(rows)
         if self.options.combine == "probabilities":
             return pool_probabilities(x, weights, counted)
-        return (weights.unsqueeze(-1) * x).sum(0)
+        # As the operators do: -inf rules its class out, whatever the weight.
+        ruled_out = x == -torch.inf
+        total = (weights.unsqueeze(-1) * x.masked_fill(ruled_out, 0)).sum(0)
+        return total.masked_fill(ruled_out.any(0), -torch.inf)
 
     def convex_weights(self, weights: Tensor, counted: Tensor) -> Tensor:
         acting = self.options.acting

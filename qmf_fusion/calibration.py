@@ -58,7 +58,7 @@ class Calibration(KeepsPrecision):
 class CleanData(NamedTuple):
     """Checked held-out data; float64, or float32 where a device has no float64."""
 
-    rows: list[Tensor]  # M of ``[*, K]``, as the rule sees them; zeros where they do not count
+    rows: list[Tensor]  # M of ``[*, K]``, as the rule sees them, with -inf if it takes that; 0 where they do not count
     target: Tensor  # ``[*]``: classes; 0 where none counts
     counted: Tensor  # ``[M, *]`` bool
     losses: Tensor  # ``[M, *]``: each row's unimodal cross-entropy
@@ -73,6 +73,17 @@ class CleanData(NamedTuple):
         missing = [name for name, counted in zip(names, self.counted, strict=True) if not bool(counted.any())]
         if missing:
             raise ValueError(f"logits must hold every modality at least once, got none that counts of {missing}")
+
+    def check_targets(self, names: Sequence[str]) -> None:
+        """A ValueError says where -inf rules the target's class out, which no mean and no correlation survives."""
+        own = torch.stack(self.rows).gather(-1, self.target.expand(self.counted.shape).unsqueeze(-1)).squeeze(-1)
+        lost = ((own == -torch.inf) & self.counted).flatten(1).sum(1).tolist()
+        if any(lost):
+            rows = {name: n for name, n in zip(names, lost, strict=True) if n}
+            raise ValueError(
+                f"logits must not be -inf at the target's class, whose loss is infinite, got such rows of {rows}: "
+                "leave them out by ignore_index or present, or give finite logits"
+            )
 
     def fitted(self, names: Sequence[str]) -> list[str]:
         """The modalities whose heads are right on all of their rows, at least ``FEW``, as on rows of the training set.
@@ -105,16 +116,17 @@ def clean_data(
     logit_norm: float | None,
     likelihood: Callable[[Tensor], Tensor] = lambda x: x,
     features: Features | None = None,
+    read: Callable[[list[Tensor], Tensor | None], tuple[Tensor, Tensor]] = stack_rows,
 ) -> CleanData:
     """Held-out data from what ``check_batch`` returns; losses are of what ``likelihood`` makes of the rows.
 
-    An IndexError says which target is no class.
+    Rows count where the rule's ``read`` counts them. An IndexError says which target is no class.
     """
     if target.is_meta:
         raise ValueError("logits must hold values, got tensors on the meta device")
     wide = torch.float32 if target.device.type == "mps" else torch.float64
     rows = normalize_rows([row.detach().to(wide) for row in rows], logit_norm)
-    x, counted = stack_rows(rows, present)
+    x, counted = read(rows, present)
     # On the CPU, where a target that is no class raises rather than stops the device.
     valid = valid_targets(target.cpu(), x.shape[-1], ignore_index)
     valid = torch.ones_like(target, dtype=torch.bool) if valid is None else valid.to(target.device)

@@ -37,6 +37,13 @@ def merge_co_moments(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([torch.stack([n, a[..., 1] + dx * share, a[..., 2] + dy * share], -1), sums], -1)
 
 
+def constant(moments: Tensor) -> Tensor:
+    """Whether x or y of ``co_moments`` ``[*, 6]`` is constant, to rounding: bool ``[*]``."""
+    n, mean_x, mean_y, xx, yy, _ = moments.unbind(-1)
+    either = (xx <= n * (1e-12 * mean_x).square()) | (yy <= n * (1e-12 * mean_y).square())
+    return either | ((xx * yy).sqrt() == 0)
+
+
 class Correlation(NamedTuple):
     """Of M modalities' weights and losses, ``[M]`` each, float64."""
 
@@ -51,8 +58,8 @@ class Correlation(NamedTuple):
         """From the ``co_moments`` of weights and losses."""
         n, mean_x, mean_y, xx, yy, xy = moments.unbind(-1)
         size = (xx * yy).sqrt()
-        constant = (xx <= n * (1e-12 * mean_x).square()) | (yy <= n * (1e-12 * mean_y).square()) | (size == 0)
-        r = torch.where(constant, 0, xy / torch.where(constant, 1, size)).clamp(-1, 1)
+        still = constant(moments)
+        r = torch.where(still, 0, xy / torch.where(still, 1, size)).clamp(-1, 1)
         return cls(n, mean_x, mean_y, xy / n.clamp_min(1), r)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .correlation import Correlation, co_moments
+from .correlation import Correlation, co_moments, constant
 
 FEWEST = 4  # samples: fewer have no standard error
 
@@ -55,6 +55,19 @@ def judge_correlations(x: Tensor, y: Tensor, counted: Tensor, confidence: float)
     return CorrelationTest(r, low, high, torch.tensor(sign))
 
 
+def student_quantile(probability: float, free: int) -> float:
+    """Student's t of ``free`` degrees of freedom at a probability from 0.5 on, by Wallace's approximation (1959).
+
+    In the tails it is above the exact one, by about 1 % at 4 degrees of freedom and more at fewer.
+
+    Example:
+        >>> round(student_quantile(0.975, 10), 2), round(student_quantile(0.975, 10000), 2)
+        (2.23, 1.96)
+    """
+    normal = NormalDist().inv_cdf(probability) * (8 * free + 3) / (8 * free + 1)
+    return math.sqrt(free * math.expm1(normal * normal / free))
+
+
 def _fishers_z(x: Tensor, y: Tensor, counted: Tensor) -> tuple[float, float, float]:
     """r, ``atanh(r)`` and its standard error of ``[N, *]`` each: infinity for too few, 0 where either is constant."""
     sample = counted.nonzero()[:, 0].cpu()
@@ -65,7 +78,7 @@ def _fishers_z(x: Tensor, y: Tensor, counted: Tensor) -> tuple[float, float, flo
     r = float(Correlation.of(moments).pearson) if n else 0.0
     if num < FEWEST:
         return r, 0.0, math.inf
-    if r == 0:
+    if bool(constant(moments)):
         return 0.0, 0.0, 0.0
     _, mean_x, mean_y, xx, yy, _ = moments.tolist()
     a, b = (x - mean_x) / math.sqrt(xx / n), (y - mean_y) / math.sqrt(yy / n)
@@ -74,6 +87,8 @@ def _fishers_z(x: Tensor, y: Tensor, counted: Tensor) -> tuple[float, float, flo
     own = float(influence.square().sum().sqrt()) / n / max(1 - r * r, 1e-15) * math.sqrt(num / (num - 3))
     # Of a few samples the error is uncertain itself, so that ``z / own`` has Student's t distribution: Wallace's
     # approximation (1959) of the normal score as probable.
-    score, free = abs(z) / max(own, 1e-15), num - 2
+    # An r of 0 takes the limit.
+    own, free = max(own, 1e-15), num - 2
+    score = max(abs(z) / own, 1e-6)
     normal = math.sqrt(free * math.log1p(score * score / free)) * (8 * free + 1) / (8 * free + 3)
-    return r, z, max(abs(z) / normal, 1 / math.sqrt(n - 3))
+    return r, z, max(own * score / normal, 1 / math.sqrt(n - 3))

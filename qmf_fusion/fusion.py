@@ -264,7 +264,10 @@ class QualityAwareFusion(nn.Module):
         """Check held-out data, as ``calibrate`` takes it, and see it as the rule does."""
         rows, target, mask = check_batch(logits, target, present, self.names, self.class_dim, "[N, *, K]")
         seen = self.check_features(features, rows)
-        return clean_data(rows, target, mask, ignore_index, self.normalize_logits, self.rule.likelihood, seen)
+        ways = (self.normalize_logits, self.rule.likelihood, seen, self.rule.read)
+        data = clean_data(rows, target, mask, ignore_index, *ways)
+        data.check_targets(self.names)
+        return data
 
     @torch.no_grad()
     def calibrate(
@@ -307,10 +310,10 @@ class QualityAwareFusion(nn.Module):
             ignore_index: a target that does not count.
 
         Raises:
-            TypeError, ValueError: arguments of the wrong kind, shape or range, or static weights that cannot be met.
-                For ``robust`` also data on which the heads are perfect: every one is right on every row, with a
-                softmax of 0.99 and more. Held-out data has harder rows. Where any head is right on every row, for which
-                held-out data may be easy enough, it warns. Fewer than 30 rows tell neither.
+            TypeError, ValueError: arguments of the wrong kind, shape or range, static weights that cannot be met, a
+                target that -inf rules out. For ``robust`` also data on which the heads are perfect: every one is right
+                on every row, with a softmax of 0.99 and more. Held-out data has harder rows. Where any head is right on
+                every row, for which held-out data may be easy enough, it warns. Fewer than 30 rows tell neither.
 
         Example:
             >>> logits = 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))

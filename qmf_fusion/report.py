@@ -96,9 +96,9 @@ class FusionReport:
         return plain
 
     def __str__(self) -> str:
-        shown = self.measured
+        shown, sure = self.measured, f"intervals at {100 * self.confidence:g} % for both"
         lines = [
-            f"Measured on the {shown.samples} samples given{_rows(shown)}, intervals at {100 * self.confidence:g} %",
+            f"Measured on the {shown.samples} samples given{_rows(shown)}, {sure}",
             *_table([["", "dynamic", "static", "difference"], *(_difference(*each) for each in _measures(shown))]),
             self.sentence,
             "",

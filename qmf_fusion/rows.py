@@ -17,3 +17,12 @@ def stack_rows(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, 
     counted = x.detach().abs().amax(-1) < torch.inf  # NaN is not; several times as fast as isfinite
     counted = counted if present is None else counted & present
     return torch.where(counted.unsqueeze(-1), x, 0), counted
+
+
+def stack_weighable(rows: Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same, but a row with -inf counts if its log-sum-exp is finite, and keeps it: Eq. 11 rules that class out."""
+    dtype = accumulate_dtype(rows)
+    x = torch.stack([x.to(dtype) for x in rows])
+    counted = torch.isfinite(torch.logsumexp(x.detach(), -1))
+    counted = counted if present is None else counted & present
+    return torch.where(counted.unsqueeze(-1), x, 0), counted

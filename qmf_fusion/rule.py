@@ -12,7 +12,7 @@ from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import Calibration, CleanData
 from .coefficients import Constants
-from .rows import Features
+from .rows import Features, stack_rows
 
 
 class Weighed(NamedTuple):
@@ -79,6 +79,10 @@ class Rule(nn.Module):
     def likelihood(self, rows: Tensor) -> Tensor:
         """What the unimodal losses take rows ``[*, K]`` for, the logits of a softmax: themselves, for most rules."""
         return rows
+
+    def read(self, rows: list[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows in one ``[M, *, K]``, 0 where they do not count, and where the rule counts them, bool ``[M, *]``."""
+        return stack_rows(rows, present)
 
     def uncertainties(self, rows: list[Tensor], features: Features | None = None) -> Tensor:
         """What the weights never rise with, ``[M, *]``; NaN or infinite where a row does not count."""

@@ -65,9 +65,10 @@ def fusion_report(
 
     The static rule adds up the same logits (for fused probabilities: the same probabilities) with constant weights.
     What is recommended is measured: the rule with the lower fused loss or the higher accuracy, where the interval of
-    the paired difference leaves out 0. The theorem explains it. It is about weights as they are, and of rules with
-    ``normalize`` or fused probabilities about the weights' shares among the modalities that are there; ``judged_by``
-    says so for each rule, ``robust`` among them, which it does not cover.
+    the paired difference leaves out 0. As either may decide, each of these two has half the level (Bonferroni): of
+    rules that are as good as each other, one is recommended with a probability of ``1 - confidence``. The theorem
+    explains it. It is about weights as they are, and of rules with ``normalize`` or fused probabilities about the
+    weights' shares among the modalities that are there; it does not cover ``robust``, as ``judged_by`` says.
 
     Eq. 5 holds where the interval of the mean weight less the static weight lies within 5 % of the latter (or they are
     equal to 1e-6), and fails where it leaves out 0 otherwise. Eq. 6 and Assumption 1 are decided by the test that
@@ -82,8 +83,8 @@ def fusion_report(
             ``robust``, its own mean weights; else the mean of all weights, the same for all modalities.
         present: as ``fusion`` takes it.
         features: as ``fusion`` takes them.
-        confidence: of the intervals; ``1 - confidence`` is the family-wise level of the tests.
-        resamples: of the bootstrap; intervals are percentiles.
+        confidence: of the intervals (loss and accuracy together); ``1 - confidence`` is the tests' family-wise level.
+        resamples: of the bootstrap; intervals are percentiles, widened for few samples as Student's t is.
         seed: of the bootstrap.
         ignore_index: a target that does not count.
 
@@ -91,7 +92,8 @@ def fusion_report(
         FusionReport. A modality that never counts has NaN numbers and undecided verdicts.
 
     Raises:
-        TypeError, ValueError, IndexError: arguments of the wrong kind, shape or range, or data in which nothing counts.
+        TypeError, ValueError, IndexError: arguments of the wrong kind, shape or range, no row that counts, or a target
+            that a logit of -inf rules out.
 
     Example:
         >>> logits = 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
@@ -180,7 +182,7 @@ def _modalities(
         samples = int((counts[:, m] > 0).sum())
         w, s, loss = (x[m][counted[m]].cpu().double() for x in (weights, static, data.losses))
         mean, static_mean = float(w.mean()), float(s.mean())
-        ends = interval(drawn[:, m], confidence)
+        ends = interval(drawn[:, m], mean - static_mean, samples, confidence)
         promises = clean is not None and samples and not held[m]
         found = ModalityReport(
             name=name,

@@ -22,7 +22,8 @@ def recommend(measured: Measured, confidence: float) -> str:
         return f"Either rule will do: {measured.samples} of the {FEWEST} samples that a recommendation takes."
     recommended = measured.recommended
     if recommended == "either":
-        return f"Either rule will do: {figures}, and neither difference is beyond chance at {100 * confidence:g} %."
+        sure = f"{100 * confidence:g} % for both"
+        return f"Either rule will do: {figures}, and neither difference is beyond chance at {sure}."
     if recommended == "depends":
         lower, other = ("dynamic", "static") if loss.sign < 0 else ("static", "dynamic")
         return f"It depends: the {lower} rule has the lower loss, the {other} rule the higher accuracy ({figures})."

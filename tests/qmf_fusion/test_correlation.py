@@ -7,6 +7,7 @@ import torch
 
 from qmf_fusion import QualityAwareFusion, fusion_report
 from qmf_fusion.calibration import CleanData, positive_correlation
+from qmf_fusion.correlation_test import judge_correlations
 
 QUANTILES = {0.95: 1.6448536269514722, 0.99: 2.3263478740408408}  # of the normal distribution, from a table
 
@@ -39,6 +40,18 @@ def test_r_is_above_0_where_fishers_z_says_so(n, confidence):
 def test_too_few_samples_say_nothing_and_a_perfect_correlation_is_no_error():
     assert rejects(8, 1.0, 0.95)
     assert not rejects(8, 0.0, 0.95)
+
+
+def test_an_r_of_0_is_no_constant():
+    x = torch.tensor([[1.0, 1.0, -1.0, -1.0] * 3], dtype=torch.float64)
+    y = torch.tensor([[1.0, -1.0, 1.0, -1.0] * 3], dtype=torch.float64)
+    everywhere = torch.ones(1, 12, dtype=torch.bool)
+    found, near = judge_correlations(x, y, everywhere, 0.95), judge_correlations(x, y + 1e-9 * x, everywhere, 0.95)
+    assert (float(found.r), int(found.sign)) == (0, 0)
+    assert float(found.low) == pytest.approx(float(near.low)) == pytest.approx(-float(found.high))
+    assert float(found.high) > 0.5
+    still = judge_correlations(x, torch.full_like(y, 0.1), everywhere, 0.95)
+    assert (float(still.low), float(still.high)) == (0, 0)
 
 
 def test_rows_that_do_not_count_have_no_say():
