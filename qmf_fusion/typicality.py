@@ -180,7 +180,8 @@ class CleanStatistics(KeepsPrecision):
         in_place = (
             not torch.compiler.is_compiling() and self.classes.is_cuda and torch.cuda.is_current_stream_capturing()
         )
-        for name, value in zip(Sums._fields, sums, strict=False):
+        for number, value in enumerate(sums):
+            name = Sums._fields[number]
             if in_place and value is not None:
                 getattr(self, name).copy_(value)
             else:
