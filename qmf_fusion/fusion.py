@@ -328,15 +328,14 @@ class QualityAwareFusion(nn.Module):
             static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
         data = self.clean_data(logits, target, present, ignore_index, features)
         data.check_every_modality(self.names)
-        if self.rule.takes_clean_statistics:
-            fitted = data.fitted(self.names)
-            if fitted:
-                warnings.warn(
-                    f"the heads of {fitted} are right on every row, as on data that they were trained on: statistics "
-                    "of such data describe no other; calibrate on held-out data",
-                    UserWarning,
-                    stacklevel=3,  # no_grad's wrapper lies between this and the caller
-                )
+        fitted = data.fitted(self.names) if self.rule.takes_clean_statistics else []
+        if fitted:
+            warnings.warn(
+                f"the heads of {fitted} are right on every row, as on data that they were trained on: statistics of "
+                "such data describe no other; calibrate on held-out data",
+                UserWarning,
+                stacklevel=3,  # no_grad's wrapper lies between this and the caller
+            )
         before = copy.deepcopy(self.rule.state_dict())
         try:
             self.rule.reset_calibration()

@@ -58,9 +58,11 @@ def _all_finite(x: Tensor) -> bool:
 def _stand_ins(whole: Tensor) -> Tensor:
     """For each row, itself where it is ``whole`` ``[B]``, else one that is, in turn: int64 ``[B]``."""
     place = torch.arange(whole.shape[0], device=whole.device)
-    first_whole = whole.int().argsort(descending=True, stable=True)
+    # The whole rows' places, in order, and the others' behind them; not by sorting, which ONNX cannot keep stable.
+    rank = torch.where(whole, whole.cumsum(0), whole.sum() + (~whole).cumsum(0)) - 1
+    in_order = torch.zeros_like(place).scatter(0, rank, place)
     turn = ((~whole).cumsum(0) - 1) % whole.sum().clamp_min(1)
-    return torch.where(whole, place, first_whole[turn])
+    return torch.where(whole, place, in_order[turn])
 
 
 def rows_present(present: Any, modality: int, num: int) -> Tensor | None:
