@@ -15,18 +15,18 @@ from qmf_examples.training.run import load_learner, read_checkpoint
 
 resource = pytest.importorskip("resource", reason="limits of POSIX")
 STATE = {"weights": torch.zeros(50_000), "more": torch.ones(1_000), "epoch": 3}
-# It holds the folder, and so does the child that it forks unless that lets go; the child outlives it.
+# It holds the folder, and so does the child that it forks unless that lets go; the child outlives it. The child itself
+# says that it runs: its parent may be killed before the system has given a new process its first moment.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
 from qmf_examples.files import alone_in
 
 with alone_in(Path(sys.argv[1])):
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """
 
