@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from .catalogue import DataSet, how_to_obtain
 from .class_checks import check_class_count
-from .faults import DataError, Fault, file_inside, open_image, too_large_resized
+from .decoding import read_image, too_large_resized
+from .faults import DataError, Fault, file_inside
 from .image_checks import check_images
 
 Pair = tuple[Any, Any]
@@ -124,7 +125,7 @@ class PairedImages(Dataset[PairedSample]):
         index = range(len(self.names))[index]
         name = self.names[index]
         try:
-            image = open_image(file_inside(self.root, name))
+            image = read_image(file_inside(self.root, name))
             reason = self._refuse(image.size)
             if reason:
                 raise DataError(reason)
@@ -156,7 +157,7 @@ def class_folders(known: DataSet, root: Path, num_classes: int | None = None) ->
 
 
 def split_pair(image: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """The left half and the right half, each RGB, shrunk as the released code does.
+    """The left half and the right half, shrunk as the released code does.
 
     Raises:
         DataError: an odd width.
@@ -169,8 +170,7 @@ def split_pair(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     if reason:
         raise DataError(reason)
     half = image.size[0] // 2
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    halves = [rgb.crop((left, 0, left + half, image.size[1])) for left in (0, half)]
+    halves = [image.crop((left, 0, left + half, image.size[1])) for left in (0, half)]
     if half > SHRINK_ABOVE and halves[0].size != (LOAD_SIZE, LOAD_SIZE):
         halves = [side.resize((LOAD_SIZE, LOAD_SIZE), Image.Resampling.BICUBIC) for side in halves]
     return halves[0], halves[1]

@@ -15,7 +15,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.faults import DataError, Fault, too_large_resized
+from ..data.decoding import too_large_resized
+from ..data.faults import DataError, Fault
 from ..files import held, write_atomically
 
 if TYPE_CHECKING:
