@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .catalogue import DataSet, how_to_obtain
+from .catalogue import UNFINISHED_FILE, DataSet, how_to_obtain
 from .class_checks import check_class_count
 from .decoding import read_image, too_large_resized
 from .faults import DataError, Fault, file_inside
@@ -146,11 +146,13 @@ def class_folders(known: DataSet, root: Path, num_classes: int | None = None) ->
     """The training split's class folders, in alphabetical order.
 
     Raises:
-        DataError: there is no training split, or not the data set's number of classes.
+        DataError: there is no training split, not the data set's number of classes, or a part of what is prepared.
     """
     train = root / "train"
     if not train.is_dir():
         raise DataError(f"no folder {train}. {how_to_obtain(known)}")
+    if (root / UNFINISHED_FILE).exists():
+        raise DataError(f"{root}: prepare has not finished there; run the same command again to go on")
     classes = sorted(path.name for path in train.iterdir() if path.is_dir())
     check_class_count(known, classes, num_classes, train)
     return classes
