@@ -1,15 +1,19 @@
 """``prepare nyud2`` on numbered images, and on the same frames in the release's HDF5 layout."""
 
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from qmf_examples.cli import main
+from qmf_examples.data.catalogue import DATA_SETS
 from qmf_examples.prepare.coarse_depth import smooth_steps
-from qmf_examples.prepare.nyud2 import encode
+from qmf_examples.prepare.nyud2 import encode, plan, scene_class
 from qmf_examples.prepare.nyud2_images import images_converter, plan_images
+from qmf_examples.prepare.nyud2_mat import read_splits
 
 from .nyud2_releases import STEP, from_images, room_depth, write_images, write_mat, write_splits
 
@@ -216,3 +220,37 @@ def test_the_sources_exclude_each_other(run, tmp_path, given, got):
     said = run(*options, "--out", tmp_path / "o", code=1)
     assert said.endswith(f"give either --mat and --splits, or --images, --depths and --meta; got {got}\n")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.skipif("QMF_DATA_ROOT" not in os.environ, reason="QMF_DATA_ROOT is not set: no real frames")
+def test_real_frames_give_the_same_pairs_from_both_sources(run, tmp_path):
+    """Two real frames in the layout of the release's file, with the depth of their images, and as those images."""
+    raw = Path(os.environ["QMF_DATA_ROOT"]) / "nyud2_raw"
+    numbers = [5, 700]  # of the images; the lists count from 1
+    scenes = (raw / "meta" / "sceneTypes.csv").read_text().splitlines()
+    images = [np.asarray(Image.open(raw / "nyu_images" / f"{i}.jpg")) for i in numbers]
+    depths = [np.asarray(Image.open(raw / "nyu_depths" / f"{i}.png")) * STEP for i in numbers]
+    names = [scenes[i + 1] for i in numbers]
+    write_images(tmp_path / "numbered", images, depths, names, [1], [2])
+    write_mat(tmp_path / "nyu.mat", images, np.stack([smooth_steps(depth, STEP) for depth in depths]), names)
+    write_splits(tmp_path / "splits.mat", [1], [2])
+    run("--mat", tmp_path / "nyu.mat", "--splits", tmp_path / "splits.mat", "--out", tmp_path / "a")
+    run(*from_images(tmp_path / "numbered"), "--out", tmp_path / "b")
+    a, b = pairs(tmp_path / "a"), pairs(tmp_path / "b")
+    assert list(a) == list(b) == [f"test/{scene_class(names[1])}/0002.png", f"train/{scene_class(names[0])}/0001.png"]
+    for name, pair in a.items():
+        off = np.abs(pair.astype(int) - b[name])
+        assert off[:, :256].max() == 0
+        assert (off > 1).mean() < 0.001  # rounding to single precision turns a normal where there is hardly a plane
+
+
+@pytest.mark.skipif("QMF_DATA_ROOT" not in os.environ, reason="QMF_DATA_ROOT is not set: no real lists")
+def test_the_real_lists_are_the_release_s_split():
+    raw = Path(os.environ["QMF_DATA_ROOT"]) / "nyud2_raw"
+    frames = plan_images(raw / "nyu_images", raw / "nyu_depths", raw / "meta")
+    splits = read_splits(raw / "meta" / "splits.mat")
+    scenes = (raw / "meta" / "sceneTypes.csv").read_text().splitlines()[1:]
+    assert {frame.target for frame in frames} == {frame.target for frame in plan(scenes, splits, "splits.mat")}
+    assert [sum(frame.target.startswith(split) for frame in frames) for split in ("train", "test")] == [795, 654]
+    assert {frame.target.split("/")[1] for frame in frames} == set(DATA_SETS["nyud2"].classes)
+    assert all(frame.source == f"{(i := int(frame.target[-8:-4]) - 1)}.jpg, {i}.png" for frame in frames)
