@@ -114,7 +114,7 @@ def _print_report(title: str, report: Any, skip_bad: bool) -> None:
             ("characters", split.characters),
         ):
             if values:
-                typer.echo(f"{split.split}: {what} from {values[0]:,} to {values[2]:,}, median {values[1]:,}")
+                typer.echo(f"{split.split}: {what} from {values[0]:,} to {values[2]:,}, median {values[1]:,.9g}")
     for split in report.splits:
         if split.repeated_ids:
             count = len(split.repeated_ids)
