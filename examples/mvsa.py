@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="pixels that are cut out of each image")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--text-encoder", help="a pretrained text model's name or folder; a tiny random one without")
