@@ -13,6 +13,7 @@ from ..data.class_checks import check_every_class
 from ..data.paired_images import PairedImages, class_folders
 from ..data.stratified_split import stratified_split
 from ..errors import CommandError
+from .image_preparation import as_tested, resize, to_tensors, transform_of
 from .settings import Settings
 from .training_data import TrainingData, fingerprint
 
@@ -32,15 +33,14 @@ def load_training(settings: Settings) -> TrainingData:
     known, root = DATA_SETS[settings.data_set], Path(settings.data_root)
     images = load_images(settings)
     check_every_class(images.classes, images.labels, root / "train")
-    as_tested = v2.Resize((settings.image_size, settings.image_size))
     if settings.selection == "test":
-        test = PairedImages(known, root, "test", transform=as_tested, **_common(settings))
+        test = PairedImages(known, root, "test", transform=as_tested(settings), **_common(settings))
         train: Dataset[Any] = images
         select: Dataset[Any] = test
         rows = fingerprint(images.classes, _rows(images), _rows(test))
     else:
         same = copy.copy(images)
-        same.transform = as_tested
+        same.transform = as_tested(settings)
         rest, held = stratified_split(images.labels, (1 - settings.validation, settings.validation), seed=0)
         if not held or not rest:
             raise CommandError(
@@ -61,7 +61,7 @@ def load_classes(settings: Settings) -> list[str]:
     return class_folders(DATA_SETS[settings.data_set], Path(settings.data_root))
 
 
-def load_images(settings: Settings) -> PairedImages:
+def load_images(settings: Settings, check: bool = True) -> PairedImages:
     """The whole training split, with random crops and flips, the same for both images of a pair."""
     return PairedImages(
         DATA_SETS[settings.data_set],
@@ -69,30 +69,35 @@ def load_images(settings: Settings) -> PairedImages:
         "train",
         transform=v2.Compose(
             [
-                v2.Resize((settings.load_size, settings.load_size)),
+                resize(transform_of(settings)),
                 v2.RandomCrop(settings.image_size),
                 v2.RandomHorizontalFlip(),
             ]
         ),
+        check=check,
         **_common(settings),
     )
 
 
-def load_test(settings: Settings, numbering: None = None) -> PairedImages:
+def load_test(settings: Settings, numbering: None = None, check: bool = True) -> PairedImages:
     """The test split; its ``corrupt`` would act after resizing and before normalising, as in the released code."""
     return PairedImages(
         DATA_SETS[settings.data_set],
         Path(settings.data_root),
         "test",
-        transform=v2.Resize((settings.image_size, settings.image_size)),
+        transform=as_tested(settings),
+        check=check,
         **_common(settings),
     )
 
 
 def _common(settings: Settings) -> dict[str, Any]:
-    known = DATA_SETS[settings.data_set]
-    to_tensors = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(known.mean, known.std)]
-    return {"finish": v2.Compose(to_tensors), "resized": settings.load_size, "skip_bad": settings.skip_bad}
+    return {
+        "finish": v2.Compose(to_tensors(transform_of(settings))),
+        "shrink": settings.transform == "released",
+        "resized": settings.load_size,
+        "skip_bad": settings.skip_bad,
+    }
 
 
 def collate(samples: list[Any]) -> dict[str, Any]:

@@ -11,8 +11,11 @@ from typing import Any
 
 from ..errors import CommandError
 from ..files import write_atomically
+from ..models.image_transforms import RELEASED, encoder_transform
 
 FILE = "settings.yaml"
+POOLINGS = ("mean", "first", "pooler")
+"""Of a text's tokens, see ``TextEncoder``."""
 MOST_SEEDS = 2**31
 MANY = 10**9
 """More epochs, batches or samples than there will be."""
@@ -44,14 +47,21 @@ class Settings:
     validation: float = 0.1
     """The share of the training set that is held out, class by class (RGB-D)."""
     skip_bad: bool = False
+    transform: str = "released"
+    """``"released"``, or ``"encoder"`` for the image encoder's own; the default of all but the paper's ResNets."""
     load_size: int = 256
     image_size: int = 224
+    """With ``transform="encoder"``, the encoder's own where not given."""
     max_tokens: int = 512
     # Networks
-    backbone: str = "resnet18"
+    image_encoder: str = "resnet18"
+    """A model of timm, or ``tiny``."""
     weights: str = "imagenet"
-    """``imagenet``, ``none``, or a file."""
-    text_model: str = "bert-base-uncased"
+    """The image encoder's: ``imagenet``, ``none``, or a file."""
+    text_encoder: str = "bert-base-uncased"
+    """A model of Transformers, by its name or folder, or ``tiny``."""
+    text_pooling: str = "pooler"
+    """``mean`` or ``first`` of a text's tokens, or BERT's ``pooler``, as released."""
     word_vectors: str | None = None
     """A file in GloVe's text format for the bag of words; None learns the vectors."""
     regions: int = 1
@@ -109,7 +119,7 @@ RGBD = Settings("nyud2", "")
 TEXT = replace(
     RGBD,
     data_set="mvsa",
-    backbone="resnet152",
+    image_encoder="resnet152",
     regions=3,
     batch_size=16,
     accumulate=40,
@@ -139,9 +149,9 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 """The released RGB-D scripts' own settings for these methods, in place of the data set's."""
 
 QUICK: dict[str, Any] = {
-    "backbone": "tiny",
+    "image_encoder": "tiny",
     "weights": "none",
-    "text_model": "tiny",
+    "text_encoder": "tiny",
     "load_size": 36,
     "image_size": 32,
     "max_tokens": 24,
@@ -155,6 +165,10 @@ QUICK: dict[str, Any] = {
     "limit_batches": 6,
 }
 """A run of seconds on a CPU, to see that everything works; its figures mean nothing."""
+
+FROZEN: dict[str, Any] = {"regions": 1, "text_pooling": "mean"}
+"""Of encoders that are not trained: what the image encoder itself hands to its classifier, and the mean of the tokens,
+since a pooler that is not trained along was made for another task."""
 
 
 def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
@@ -174,9 +188,21 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
         raise CommandError(f"data_set: the settings are for {brief(given['data_set'])}, the command for {data_set}")
     method = given.get("method")
     own = OF_METHOD.get(method, {}) if isinstance(method, str) and METHODS[data_set] is RGBD_METHODS else {}
-    settings = replace(DEFAULTS[data_set], **_typed({**own, **given}))
+    settings = replace(DEFAULTS[data_set], **_typed({**own, **_own_transform(data_set, given), **given}))
     _check(settings)
     return settings
+
+
+def _own_transform(data_set: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Which transform an image encoder has unless told otherwise, and its sizes where it is its own."""
+    encoder = given.get("image_encoder", DEFAULTS[data_set].image_encoder)
+    if not isinstance(encoder, str):
+        return {}  # which the check of types says better
+    chosen = given.get("transform", "released" if encoder in RELEASED else "encoder")
+    if chosen != "encoder":
+        return {"transform": chosen}
+    made = encoder_transform(encoder)
+    return {"transform": chosen, "load_size": made.load_size, "image_size": made.image_size}
 
 
 def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,6 +273,8 @@ def _check(settings: Settings) -> None:
     for name, allowed in (
         ("method", METHODS[settings.data_set]),
         ("selection", ("held-out", "test")),
+        ("transform", ("released", "encoder")),
+        ("text_pooling", POOLINGS),
         ("optimizer", ("adam", "adamw")),
         ("form", ("paper", "margin", "released")),
         ("pairs", ("adjacent", "all")),
