@@ -44,6 +44,8 @@ def test_a_sample_is_deterministic_and_passes_inspection(run, name, tmp_path):
     assert tree(tmp_path / "a") != tree(tmp_path / "c")
     output = run("inspect", name, "--data-root", tmp_path / "a")
     assert output.endswith("training can run\n")
+    assert f"test: image width from {16 * (1 + DATA_SETS[name].paired)} to" in output
+    assert ".0" not in output  # the median of an even number of widths
     assert all(label in output for label in DATA_SETS[name].classes)
 
 
