@@ -66,7 +66,7 @@ def measure(bench: Bench, say: Callable[[str], object] = print) -> tuple[list[Lo
             say(f"{name}: loading")
             with _data(bench, name) as root:
                 # Words are numbered, not cut by BERT's tokenizer, which would have to be downloaded.
-                settings = dataclasses.replace(settings_of(bench, name, root), text_model="tiny", method="qmf")
+                settings = dataclasses.replace(settings_of(bench, name, root), text_encoder="tiny", method="qmf")
                 loading.append(measure_loading(settings, bench.repeats))
         if "step" in bench.parts:
             say(f"{name}: training steps")
@@ -91,10 +91,11 @@ def _data(bench: Bench, name: str) -> Iterator[Path]:
 def loading_table(rows: Sequence[Loading], bench: Bench) -> Table:
     what = "the data set's files" if bench.data_root else f"a sample of {bench.sample_size} pixels to each side"
     table = bare_table(f"Loading: image files per second on one core, {what}")
-    for name in ("set", "files", "ours", "plain torchvision", "ours / plain"):
+    for name in ("set", "files", "from the cache", "decoded anew", "plain torchvision", "cache / plain"):
         table.add_column(name, justify="left" if name == "set" else "right")
     for row in rows:
-        table.add_row(row.data_set, f"{row.samples:,}", f"{row.ours:.1f}", f"{row.plain:.1f}", f"x{row.ratio:.2f}")
+        speeds = (f"{speed:,.0f}" for speed in (row.kept, row.anew, row.plain))
+        table.add_row(row.data_set, f"{row.samples:,}", *speeds, f"x{row.ratio:.1f}")
     return table
 
 

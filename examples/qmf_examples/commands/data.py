@@ -1,9 +1,7 @@
 """The commands `inspect`, `sample` and `prepare`; ``attach(app)`` adds them to a typer app."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +10,7 @@ import typer
 
 from ..data.catalogue import DATA_SETS
 from ..data.faults import DataError, Fault, summary
+from ..data.progress import progress_bar
 from ..errors import require_extras, resumable
 
 
@@ -60,19 +59,6 @@ def attach(app: typer.Typer) -> None:
     app.add_typer(prepare, name="prepare")
 
 
-@contextlib.contextmanager
-def _progress(title: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Show a bar on standard error, where that is a terminal; calling what is given moves it on by one."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
-
-
 def inspect(
     data_set: Annotated[Name, typer.Argument(metavar="SET", help="nyud2, sunrgbd, food101 or mvsa.")],
     data_root: Annotated[Path, typer.Option(help="The data set's folder.")],
@@ -87,7 +73,7 @@ def inspect(
     known = DATA_SETS[data_set]
     if known.paired and text_only:
         raise DataError(f"--text-only: {known.title} has no texts")
-    with _progress(f"reading {data_root}", None) as done:
+    with progress_bar(f"reading {data_root}", None) as done:
         report = inspect_data(known, data_root, images=not text_only, done=done)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(report), "can_train": report.can_train(skip_bad)}, indent=1))
@@ -151,7 +137,7 @@ def sample(
 
     known = DATA_SETS[data_set]
     counts = {split: {"train": train, "dev": dev, "test": test}[split] for split in known.splits}
-    with _progress(f"writing {folder}", sum(counts.values()) * len(known.classes)) as done:
+    with progress_bar(f"writing {folder}", sum(counts.values()) * len(known.classes)) as done:
         count = write_sample(known, folder, per_class=counts, image_size=image_size, seed=seed, done=done)
     typer.echo(f"{folder}: {count:,} samples of {len(known.classes)} classes, laid out as {known.title}")
 
@@ -226,7 +212,7 @@ def _convert(
 ) -> None:
     from ..prepare.frames import prepare_frames
 
-    with resumable("run it again to go on"), _progress(f"writing {out}", len(frames)) as done:
+    with resumable("run it again to go on"), progress_bar(f"writing {out}", len(frames)) as done:
         outcome = prepare_frames(frames, convert, out, settings, size=size, workers=workers, done=done)
     bad = sorted(faults + outcome.faults, key=lambda fault: fault.file)
     if bad:

@@ -113,7 +113,7 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
             "Epochs were chosen on the test set (--selection test, the released RGB-D scripts' procedure), which "
             f"flatters: {', '.join(flattered)}."
         )
-    if settings.backbone == "tiny" or settings.text_model == "tiny":
+    if settings.image_encoder == "tiny" or settings.text_encoder == "tiny":
         said.append("Tiny networks: these figures only show that everything runs.")
     if settings.skip_bad:
         said.append("Test samples that cannot be used were skipped.")

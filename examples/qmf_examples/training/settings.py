@@ -11,8 +11,11 @@ from typing import Any
 
 from ..errors import CommandError
 from ..files import write_atomically
+from ..models.image_transforms import RELEASED, encoder_transform
 
 FILE = "settings.yaml"
+POOLINGS = ("mean", "first", "pooler")
+"""Of a text's tokens, see ``TextEncoder``."""
 MOST_SEEDS = 2**31
 MANY = 10**9
 """More epochs, batches or samples than there will be."""
@@ -44,14 +47,21 @@ class Settings:
     validation: float = 0.1
     """The share of the training set that is held out, class by class (RGB-D)."""
     skip_bad: bool = False
+    transform: str = "released"
+    """``"released"``, or ``"encoder"`` for the image encoder's own; the default of all but the paper's ResNets."""
     load_size: int = 256
     image_size: int = 224
+    """With ``transform="encoder"``, the encoder's own where not given."""
     max_tokens: int = 512
     # Networks
-    backbone: str = "resnet18"
+    image_encoder: str = "resnet18"
+    """A model of timm, or ``tiny``."""
     weights: str = "imagenet"
-    """``imagenet``, ``none``, or a file."""
-    text_model: str = "bert-base-uncased"
+    """The image encoder's: ``imagenet``, ``none``, or a file."""
+    text_encoder: str = "bert-base-uncased"
+    """A model of Transformers, by its name or folder, or ``tiny``."""
+    text_pooling: str = "pooler"
+    """``mean`` or ``first`` of a text's tokens, or BERT's ``pooler``, as released."""
     word_vectors: str | None = None
     """A file in GloVe's text format for the bag of words; None learns the vectors."""
     regions: int = 1
@@ -91,7 +101,10 @@ class Settings:
     update: str = "before"
     """When a batch's losses enter kappa: before they are ranked (Algorithm 1), or after."""
     # The machine
-    workers: int = 4
+    workers: int | None = None
+    """Processes that load; None for as many as cores, and at most 4."""
+    cache: str = "on"
+    """Where decoded and resized images are kept: ``"on"`` for the user's folder for caches, ``"off"``, or a folder."""
     precision: str = "32-true"
     accelerator: str = "auto"
     devices: str = "1"
@@ -102,14 +115,14 @@ class Settings:
     @property
     def machine(self) -> frozenset[str]:
         """Settings that may change when a run is resumed."""
-        return frozenset({"data_root", "workers", "accelerator", "devices", "strategy", "epochs"})
+        return frozenset({"data_root", "workers", "cache", "accelerator", "devices", "strategy", "epochs"})
 
 
 RGBD = Settings("nyud2", "")
 TEXT = replace(
     RGBD,
     data_set="mvsa",
-    backbone="resnet152",
+    image_encoder="resnet152",
     regions=3,
     batch_size=16,
     accumulate=40,
@@ -139,9 +152,9 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 """The released RGB-D scripts' own settings for these methods, in place of the data set's."""
 
 QUICK: dict[str, Any] = {
-    "backbone": "tiny",
+    "image_encoder": "tiny",
     "weights": "none",
-    "text_model": "tiny",
+    "text_encoder": "tiny",
     "load_size": 36,
     "image_size": 32,
     "max_tokens": 24,
@@ -174,9 +187,21 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
         raise CommandError(f"data_set: the settings are for {brief(given['data_set'])}, the command for {data_set}")
     method = given.get("method")
     own = OF_METHOD.get(method, {}) if isinstance(method, str) and METHODS[data_set] is RGBD_METHODS else {}
-    settings = replace(DEFAULTS[data_set], **_typed({**own, **given}))
+    settings = replace(DEFAULTS[data_set], **_typed({**own, **_own_transform(data_set, given), **given}))
     _check(settings)
     return settings
+
+
+def _own_transform(data_set: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Which transform an image encoder has unless told otherwise, and its sizes where it is its own."""
+    encoder = given.get("image_encoder", DEFAULTS[data_set].image_encoder)
+    if not isinstance(encoder, str):
+        return {}  # which the check of types says better
+    chosen = given.get("transform", "released" if encoder in RELEASED else "encoder")
+    if chosen != "encoder":
+        return {"transform": chosen}
+    made = encoder_transform(encoder)
+    return {"transform": chosen, "load_size": made.load_size, "image_size": made.image_size}
 
 
 def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +216,8 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
         "str | None": str,
     }
     made = dict(given)
+    if isinstance(made.get("cache"), bool):  # as which YAML reads on and off
+        made["cache"] = "on" if made["cache"] else "off"
     for known in fields(Settings):
         kind = kinds.get(str(getattr(known.type, "__name__", known.type)))
         value = made.get(known.name)
@@ -247,6 +274,8 @@ def _check(settings: Settings) -> None:
     for name, allowed in (
         ("method", METHODS[settings.data_set]),
         ("selection", ("held-out", "test")),
+        ("transform", ("released", "encoder")),
+        ("text_pooling", POOLINGS),
         ("optimizer", ("adam", "adamw")),
         ("form", ("paper", "margin", "released")),
         ("pairs", ("adjacent", "all")),
@@ -284,6 +313,8 @@ def _check(settings: Settings) -> None:
     ):
         if not low < getattr(settings, name) + (name == "dropout") * 1e-12 < high:
             raise CommandError(f"{name} must lie between 0 and 1, got {getattr(settings, name)}")
+    if not settings.cache or "\0" in settings.cache:
+        raise CommandError(f"cache must be on, off or a folder, got {brief(settings.cache)}")
     if settings.image_size > settings.load_size:
         raise CommandError(f"image_size must be at most load_size, got {settings.image_size} > {settings.load_size}")
     strangers = sorted(set(settings.freeze) - set(modalities))
