@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,9 +126,16 @@ def _indented(faults: list[Fault]) -> str:
 def sample(
     data_set: Annotated[Name, typer.Argument(metavar="SET", help="nyud2, sunrgbd, food101 or mvsa.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
-    train: Annotated[int, typer.Option(min=1, help="Training samples of each class.")] = 8,
-    dev: Annotated[int, typer.Option(min=1, help="Validation samples of each class (food101, mvsa).")] = 2,
-    test: Annotated[int, typer.Option(min=1, help="Test samples of each class.")] = 4,
+    train: Annotated[
+        int | None, typer.Option(min=1, help="Training samples of each class. (default: 8; 27 of mvsa)")
+    ] = None,
+    dev: Annotated[
+        int | None,
+        typer.Option(min=1, help="Validation samples of each class, food101 and mvsa. (default: 2; 7 of mvsa)"),
+    ] = None,
+    test: Annotated[
+        int | None, typer.Option(min=1, help="Test samples of each class. (default: 4; 14 of mvsa)")
+    ] = None,
     image_size: Annotated[int, typer.Option(min=16, max=4096, help="Pixels to each side.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same files.")] = 0,
 ) -> None:
@@ -136,7 +144,13 @@ def sample(
     from ..prepare.sample import write_sample
 
     known = DATA_SETS[data_set]
-    counts = {split: {"train": train, "dev": dev, "test": test}[split] for split in known.splits}
+    given = {"train": train, "dev": dev, "test": test}
+    # Of few classes more of each, or else there would be too little to learn from, and to tell methods apart by.
+    least = {"train": (8, 80), "dev": (2, 20), "test": (4, 40)}
+    counts = {
+        split: given[split] or max(least[split][0], math.ceil(least[split][1] / len(known.classes)))
+        for split in known.splits
+    }
     with progress_bar(f"writing {folder}", sum(counts.values()) * len(known.classes)) as done:
         count = write_sample(known, folder, per_class=counts, image_size=image_size, seed=seed, done=done)
     typer.echo(f"{folder}: {count:,} samples of {len(known.classes)} classes, laid out as {known.title}")

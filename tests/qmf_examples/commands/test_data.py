@@ -75,7 +75,7 @@ def test_each_modality_of_a_sample_tells_the_class(run, tmp_path):
 
 def test_inspect_counts_all_names_a_few_and_exits_with_1(run, tmp_path):
     root = tmp_path / "m"
-    run("sample", "mvsa", root, "--image-size", 16)
+    run("sample", "mvsa", root, "--train", 8, "--dev", 2, "--test", 4, "--image-size", 16)
     rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
     for row in rows[:7]:
         (root / row["img"]).unlink()
