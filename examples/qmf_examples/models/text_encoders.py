@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..errors import CommandError
+from .hub import quieten_hub
 from .vocabulary import Vocabulary
 
 TINY: dict[str, Any] = {
@@ -222,7 +223,7 @@ class _hub_errors:  # noqa: N801 - reads as a function
         self.text_encoder = text_encoder
 
     def __enter__(self) -> None:
-        pass
+        quieten_hub()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError | ValueError):

@@ -75,7 +75,14 @@ def load_test(
     settings: Settings, numbering: None = None, check: bool = True, say: Callable[[str], object] = lambda _: None
 ) -> PairedImages:
     """The test split; its ``corrupt`` would act after resizing and before normalising, as in the released code."""
-    return _load(settings, "test", as_tested(settings), _finish(settings), check, say)
+    return load_as_tested(settings, "test", check, say)
+
+
+def load_as_tested(
+    settings: Settings, split: str, check: bool = True, say: Callable[[str], object] = lambda _: None
+) -> PairedImages:
+    """A split without crops and flips."""
+    return _load(settings, split, as_tested(settings), _finish(settings), check, say)
 
 
 def _load(
