@@ -72,14 +72,19 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def held(path: Path, busy: str) -> Iterator[None]:
+def held(path: Path, busy: str, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Hold the file ``path``, which is created and stays, against every other process that wants to hold it.
 
     The system lets go of it when the process ends, however it ends: a killed one leaves nothing that blocks the next.
     Where the system or the file system knows no such locks, nothing is held.
 
+    Args:
+        path: of the file.
+        busy: what is said, with which process that is, where another one holds it.
+        wait: told so, before that process is waited for; None raises instead.
+
     Raises:
-        CommandError: another process holds it; the message is ``busy`` and which process that is.
+        CommandError: another process holds it.
     """
     try:
         import fcntl
@@ -92,7 +97,11 @@ def held(path: Path, busy: str) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read(200).decode(errors="replace").strip()
-            raise CommandError(f"{busy} ({holder or 'by a process that has just begun'})") from error
+            said = f"{busy} ({holder or 'by a process that has just begun'})"
+            if wait is None:
+                raise CommandError(said) from error
+            wait(f"{said}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
                 raise

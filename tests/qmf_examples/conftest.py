@@ -16,6 +16,14 @@ class QuickRun(NamedTuple):
     stdout: str
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Nothing is kept among the user's own caches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
     output = tmp_path_factory.mktemp("quick")

@@ -1,9 +1,8 @@
 """The commands `inspect`, `sample` and `prepare`; ``attach(app)`` adds them to a typer app."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from ..data.catalogue import DATA_SETS
 from ..data.faults import DataError, Fault, summary
+from ..data.progress import progress_bar
 from ..errors import require_extras, resumable
 
 
@@ -60,19 +60,6 @@ def attach(app: typer.Typer) -> None:
     app.add_typer(prepare, name="prepare")
 
 
-@contextlib.contextmanager
-def _progress(title: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Show a bar on standard error, where that is a terminal; calling what is given moves it on by one."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
-
-
 def inspect(
     data_set: Annotated[Name, typer.Argument(metavar="SET", help="nyud2, sunrgbd, food101 or mvsa.")],
     data_root: Annotated[Path, typer.Option(help="The data set's folder.")],
@@ -87,7 +74,7 @@ def inspect(
     known = DATA_SETS[data_set]
     if known.paired and text_only:
         raise DataError(f"--text-only: {known.title} has no texts")
-    with _progress(f"reading {data_root}", None) as done:
+    with progress_bar(f"reading {data_root}", None) as done:
         report = inspect_data(known, data_root, images=not text_only, done=done)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(report), "can_train": report.can_train(skip_bad)}, indent=1))
@@ -139,9 +126,16 @@ def _indented(faults: list[Fault]) -> str:
 def sample(
     data_set: Annotated[Name, typer.Argument(metavar="SET", help="nyud2, sunrgbd, food101 or mvsa.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
-    train: Annotated[int, typer.Option(min=1, help="Training samples of each class.")] = 8,
-    dev: Annotated[int, typer.Option(min=1, help="Validation samples of each class (food101, mvsa).")] = 2,
-    test: Annotated[int, typer.Option(min=1, help="Test samples of each class.")] = 4,
+    train: Annotated[
+        int | None, typer.Option(min=1, help="Training samples of each class. (default: 8; 27 of mvsa)")
+    ] = None,
+    dev: Annotated[
+        int | None,
+        typer.Option(min=1, help="Validation samples of each class, food101 and mvsa. (default: 2; 7 of mvsa)"),
+    ] = None,
+    test: Annotated[
+        int | None, typer.Option(min=1, help="Test samples of each class. (default: 4; 14 of mvsa)")
+    ] = None,
     image_size: Annotated[int, typer.Option(min=16, max=4096, help="Pixels to each side.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same files.")] = 0,
 ) -> None:
@@ -150,8 +144,14 @@ def sample(
     from ..prepare.sample import write_sample
 
     known = DATA_SETS[data_set]
-    counts = {split: {"train": train, "dev": dev, "test": test}[split] for split in known.splits}
-    with _progress(f"writing {folder}", sum(counts.values()) * len(known.classes)) as done:
+    given = {"train": train, "dev": dev, "test": test}
+    # Of few classes more of each, or else there would be too little to learn from, and to tell methods apart by.
+    least = {"train": (8, 80), "dev": (2, 20), "test": (4, 40)}
+    counts = {
+        split: given[split] or max(least[split][0], math.ceil(least[split][1] / len(known.classes)))
+        for split in known.splits
+    }
+    with progress_bar(f"writing {folder}", sum(counts.values()) * len(known.classes)) as done:
         count = write_sample(known, folder, per_class=counts, image_size=image_size, seed=seed, done=done)
     typer.echo(f"{folder}: {count:,} samples of {len(known.classes)} classes, laid out as {known.title}")
 
@@ -245,7 +245,7 @@ def _convert(
 ) -> None:
     from ..prepare.frames import prepare_frames
 
-    with resumable("run it again to go on"), _progress(f"writing {out}", len(frames)) as done:
+    with resumable("run it again to go on"), progress_bar(f"writing {out}", len(frames)) as done:
         outcome = prepare_frames(frames, convert, out, settings, size=size, workers=workers, done=done)
     bad = sorted(faults + outcome.faults, key=lambda fault: fault.file)
     if bad:

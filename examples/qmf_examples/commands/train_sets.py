@@ -112,7 +112,12 @@ def train_set(
     detach_weights: Annotated[
         bool | None, typer.Option("--detach-weights/--no-detach-weights", help="Stop gradients at the weights.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Loader processes. [default: one a core, at most 4]")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Where decoded images are kept: on (the user's cache folder), off, or a folder.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="Lightning's: 32-true, 16-mixed, bf16-mixed, ...")] = None,
     accelerator: Annotated[str | None, typer.Option(help="Lightning's: auto, cpu, gpu, ...")] = None,
     devices: Annotated[str | None, typer.Option(help="Lightning's: how many, or which.")] = None,
@@ -161,7 +166,9 @@ def _absolute(settings: Settings) -> dict[str, Any]:
     names = ("data_root", "weights", "text_encoder", "word_vectors")
     given = {name: getattr(settings, name) for name in names}
     paths = {name: Path(value) for name, value in given.items() if value not in (None, "imagenet", "none", "tiny")}
-    return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+    absolute = {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+    # A folder that may yet have to be made.
+    return absolute | ({} if settings.cache in ("on", "off") else {"cache": str(Path(settings.cache).absolute())})
 
 
 def _seeds(first: Any, count: Any) -> range:

@@ -1,6 +1,6 @@
 """NYUD2 and SUN RGB-D: PNGs of an RGB and a depth half, in ``{train,test}/<class>/``, as a torch data set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -11,7 +11,9 @@ from .catalogue import UNFINISHED_FILE, DataSet, how_to_obtain
 from .class_checks import check_class_count
 from .decoding import read_image, shorter_side_to, too_large_resized
 from .faults import DataError, Fault, file_inside
+from .image_cache import ImageCache, KeptImages
 from .image_checks import check_images
+from .pixels import to_image
 
 Pair = tuple[Any, Any]
 
@@ -39,15 +41,17 @@ class PairedImages(Dataset[PairedSample]):
         known: ``DATA_SETS["nyud2"]`` or ``["sunrgbd"]``.
         root: the folder that holds ``train`` and ``test``.
         split: which of them.
-        transform: called with both images at once, as torchvision's v2 transforms are, so that crops and flips agree.
+        transform: called with both images at once, as torchvision's v2 transforms are.
         corrupt: called after it with ``(image, index, modality)`` on each image of the pair.
         finish: called last, with both images.
+        cache: keeps what ``transform`` gives, which then must be RGB images, nothing random, and told by its ``repr``;
+            ``finish`` is given uint8 tensors ``[3, H, W]`` of what is kept.
         shrink: whether halves wider than 224 pixels become 256 x 256, as in the released code.
         resized: pixels to each side that ``transform`` makes of an image (its shorter side's, where nothing is
             shrunk); what this takes too many pixels for is bad.
         skip_bad: leave out what cannot be used, and keep it in ``faults``, rather than raise.
         num_classes: how many there must be; the data set's own number where None, any where 0.
-        check: read every image now; without it a bad one raises when its turn comes.
+        check: read every image now; without it nothing is kept, and a bad one raises when its turn comes.
         done: called after each image read, to show progress.
 
     Attributes:
@@ -70,6 +74,7 @@ class PairedImages(Dataset[PairedSample]):
         transform: Callable[[Any, Any], Pair] | None = None,
         corrupt: Callable[[Image.Image, int, str], Image.Image] | None = None,
         finish: Callable[[Any, Any], Pair] | None = None,
+        cache: ImageCache | None = None,
         shrink: bool = True,
         resized: int = LOAD_SIZE,
         skip_bad: bool = False,
@@ -78,14 +83,17 @@ class PairedImages(Dataset[PairedSample]):
         done: Callable[[], object] = lambda: None,
     ) -> None:
         self.root, self.split = Path(root), split
+        self.kept: KeptImages | None = None
         self.transform, self.corrupt, self.finish = transform, corrupt, finish
         self.shrink, self.resized = shrink, max(resized, LOAD_SIZE)
         self.classes = class_folders(known, self.root, num_classes)
         self.faults: list[Fault] = []
         self.sizes: list[tuple[int, int]] = []
         rows = self._find(known)
+        names = [name for name, _ in rows]
+        self.kept = self.keep(cache, names) if check else None
         if check:
-            results = check_images(self.root, [name for name, _ in rows], self._refuse, done)
+            results = check_images(self.root, names, self._refuse, done) if self.kept is None else self.kept.of(names)
             self.faults += [Fault(name, r) for (name, _), r in zip(rows, results, strict=True) if isinstance(r, str)]
             self.sizes = [result for result in results if not isinstance(result, str)]
             rows = [row for row, result in zip(rows, results, strict=True) if not isinstance(result, str)]
@@ -116,6 +124,28 @@ class PairedImages(Dataset[PairedSample]):
         made = (self.resized, self.resized) if self.shrink else shorter_side_to(self.resized, half)
         return _cuts_in_two(size) or too_large_resized(half, made)
 
+    @property
+    def transform(self) -> Callable[[Any, Any], Pair] | None:
+        """Of another one, nothing is kept."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, made: Callable[[Any, Any], Pair] | None) -> None:
+        self._transform, self.kept = made, None
+
+    def keep(self, cache: ImageCache | None, names: Sequence[str]) -> KeptImages | None:
+        """What ``transform`` makes of those files, from the cache; None without one."""
+        how = f"halves, shrunk {self.shrink}, {self.transform}, at most {self.resized}"
+        return None if cache is None else cache.keep(self.root, names, how, self._decode)
+
+    def _decode(self, name: str) -> tuple[tuple[int, int], Pair]:
+        image = read_image(file_inside(self.root, name))
+        reason = self._refuse(image.size)
+        if reason:
+            raise DataError(reason)
+        images = split_pair(image, self.shrink)
+        return image.size, images if self.transform is None else self.transform(*images)
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -128,19 +158,15 @@ class PairedImages(Dataset[PairedSample]):
         """
         index = range(len(self.names))[index]
         name = self.names[index]
-        try:
-            image = read_image(file_inside(self.root, name))
-            reason = self._refuse(image.size)
-            if reason:
-                raise DataError(reason)
-            rgb, depth = split_pair(image, self.shrink)
-        except DataError as error:
-            raise DataError(f"{self.root / name}: {error}") from error
-        images: Pair = (rgb, depth)
-        if self.transform is not None:
-            images = self.transform(*images)
+        images: Any = None if self.kept is None else self.kept.get(name)
+        if images is None:
+            try:
+                _, images = self._decode(name)
+            except DataError as error:
+                raise DataError(f"{self.root / name}: {error}") from error
         if self.corrupt is not None:
-            images = (self.corrupt(images[0], index, "rgb"), self.corrupt(images[1], index, "depth"))
+            rgb, depth = map(to_image, images)
+            images = (self.corrupt(rgb, index, "rgb"), self.corrupt(depth, index, "depth"))
         if self.finish is not None:
             images = self.finish(*images)
         return PairedSample(rgb=images[0], depth=images[1], label=self.labels[index], index=index)

@@ -15,7 +15,9 @@ from .catalogue import DataSet, how_to_obtain
 from .class_checks import check_class_count
 from .decoding import read_image, shorter_side_to, too_large_resized
 from .faults import DataError, Fault, file_inside
+from .image_cache import ImageCache, KeptImages
 from .image_checks import check_images
+from .pixels import to_image
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -56,10 +58,12 @@ class TextImages(Dataset[TextImageSample]):
         corrupt: called with ``(image, index, "image")`` after ``transform``.
         corrupt_text: called with ``(text, index)`` before ``text_transform``, and before the image is read.
         finish: of the image, after ``corrupt``.
+        cache: keeps what ``transform`` gives, which then must be an RGB image, nothing random, and told by its
+            ``repr``; ``finish`` is given a uint8 tensor ``[3, H, W]`` of what is kept.
         resized: pixels that ``transform`` makes of an image's shorter side; what this takes too many pixels for is bad.
         skip_bad: leave out what cannot be used, and keep it in ``faults``, rather than raise.
         num_classes: how many there must be; the data set's own number where None, any where 0.
-        check: read every image now; without it a bad one raises when its turn comes.
+        check: read every image now; without it nothing is kept, and a bad one raises when its turn comes.
         done: called after each image read, to show progress.
 
     Attributes:
@@ -87,6 +91,7 @@ class TextImages(Dataset[TextImageSample]):
         corrupt: Callable[[Image.Image, int, str], Image.Image] | None = None,
         corrupt_text: Callable[[str, int], str] | None = None,
         finish: Callable[[Any], Any] | None = None,
+        cache: ImageCache | None = None,
         resized: int = 256,
         skip_bad: bool = False,
         num_classes: int | None = None,
@@ -94,6 +99,7 @@ class TextImages(Dataset[TextImageSample]):
         done: Callable[[], object] = lambda: None,
     ) -> None:
         self.root, self.split, self.images = Path(root), split, images
+        self.kept: KeptImages | None = None
         self.transform, self.text_transform, self.finish = transform, text_transform, finish
         self.corrupt, self.corrupt_text, self.resized = corrupt, corrupt_text, resized
         file = self.root / f"{split}.jsonl"
@@ -102,7 +108,7 @@ class TextImages(Dataset[TextImageSample]):
         self.classes = sorted({row.label for row in train})
         check_class_count(known, self.classes, num_classes, self.root / "train.jsonl")
         self.sizes: list[tuple[int, int]] = []
-        rows = self._usable(rows, file.name, images and check, done)
+        rows = self._usable(rows, file.name, images and check, cache if images else None, done)
         if self.faults and not (skip_bad and rows):
             raise DataError.of_faults(file, len(rows) + len(self.faults), self.faults)
         if not rows:
@@ -111,16 +117,30 @@ class TextImages(Dataset[TextImageSample]):
         number = {label: i for i, label in enumerate(self.classes)}
         self.labels = [number[row.label] for row in rows]
 
-    def _usable(self, rows: Sequence[Row], file: str, check: bool, done: Callable[[], object]) -> list[Row]:
+    @property
+    def transform(self) -> Callable[[Image.Image], Any] | None:
+        """Of another one, nothing is kept."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, made: Callable[[Image.Image], Any] | None) -> None:
+        self._transform, self.kept = made, None
+
+    def _usable(
+        self, rows: Sequence[Row], file: str, check: bool, cache: ImageCache | None, done: Callable[[], object]
+    ) -> list[Row]:
         named = [row for row in rows if row.label in self.classes]
         for row in rows:
             if row.label not in self.classes:
                 reason = f"unknown label {row.label!r}, which the training split does not have"
                 self.faults.append(Fault(file, reason, row.line))
         with_image = [row for row in named if row.img is not None]
+        names = [row.img or "" for row in with_image]
+        how = f"{self.transform}, at most {self.resized}"
+        self.kept = None if cache is None or not check else cache.keep(self.root, names, how, self._decode)
         bad: set[int] = set()
         if check:
-            results = check_images(self.root, [row.img or "" for row in with_image], self._refuse, done)
+            results = check_images(self.root, names, self._refuse, done) if self.kept is None else self.kept.of(names)
             for row, result in zip(with_image, results, strict=True):
                 if isinstance(result, str):
                     self.faults.append(Fault(file, result, row.line))
@@ -154,20 +174,26 @@ class TextImages(Dataset[TextImageSample]):
         return sample
 
     def _image(self, row: Row, index: int) -> Any:
-        if row.img is None:
-            image = Image.new("RGB", (256, 256), (128, 128, 128))
-        else:
+        made: Any = None if row.img is None or self.kept is None else self.kept.get(row.img)
+        if made is None:
             try:
-                image = read_image(file_inside(self.root, row.img))
-                reason = self._refuse(image.size)
-                if reason:
-                    raise DataError(reason)
+                _, made = self._decode(row.img)
             except DataError as error:
                 raise DataError(f"{self.root / self.split}.jsonl, line {row.line}: {error}") from error
-        made: Any = image if self.transform is None else self.transform(image)
+        [image] = made
         if self.corrupt is not None:
-            made = self.corrupt(made, index, "image")
-        return made if self.finish is None else self.finish(made)
+            image = self.corrupt(to_image(image), index, "image")
+        return image if self.finish is None else self.finish(image)
+
+    def _decode(self, name: str | None) -> tuple[tuple[int, int], list[Any]]:
+        if name is None:
+            image = Image.new("RGB", (256, 256), (128, 128, 128))
+        else:
+            image = read_image(file_inside(self.root, name))
+            reason = self._refuse(image.size)
+            if reason:
+                raise DataError(reason)
+        return image.size, [image if self.transform is None else self.transform(image)]
 
 
 def read_rows(known: DataSet, file: Path) -> tuple[list[Row], list[Fault]]:

@@ -114,7 +114,7 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
             f"flatters: {', '.join(flattered)}."
         )
     if settings.image_encoder == "tiny" or settings.text_encoder == "tiny":
-        said.append("Tiny networks: these figures only show that everything runs.")
+        said.append("Tiny networks: what they learn of a sample is shown, and nothing of real data.")
     if settings.skip_bad:
         said.append("Test samples that cannot be used were skipped.")
     return said

@@ -109,7 +109,7 @@ def evaluate_runs(
         settings, learner, numbering = load_learner(folder, data_root)
         learner.to(device)
         module = loader_of(settings.data_set)
-        samples = module.load_test(settings, numbering)
+        samples = module.load_test(settings, numbering, say=say)
         clean: Tested | None = None
         conditions = paper_conditions(plan.kinds, plan.levels)
         for condition in conditions:

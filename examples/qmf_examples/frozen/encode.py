@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..corruption.every_row import EVERY, TEXT_KINDS, Damage
 from ..data.faults import DataError
+from ..data.pixels import stack
 from ..models.text_encoders import WordNumbers, pad
 from ..training.image_preparation import transform_of
 from ..training.settings import Settings
@@ -206,7 +207,7 @@ class _Work:
         if encoder.numbering is not None:
             inputs = pad([encoder.numbering(sample[name]) for sample in samples])
             return encoder.network(**{key: x.to(self.device) for key, x in inputs.items()}).float().cpu()
-        images = torch.stack([sample[name] for sample in samples])
+        images = stack([sample[name] for sample in samples])
         return encoder.network(images.to(self.device, memory_format=torch.channels_last)).float().cpu()
 
 

@@ -17,7 +17,7 @@ from ..data.faults import file_inside
 from ..errors import CommandError
 from ..models.text_encoders import Numbering
 from ..training import paired_batches, text_batches
-from ..training.image_preparation import as_tested, resize, transform_of
+from ..training.image_preparation import resize, transform_of
 from ..training.settings import Settings
 
 GREY = "a grey image"
@@ -40,14 +40,11 @@ def open_split(settings: Settings, split: str, numbering: Numbering | None, chec
         CommandError: a split that the data set does not have.
     """
     known = DATA_SETS[settings.data_set]
+    settings = replace(settings, cache="off")  # each image is looked at once, and then its features are kept
     if split not in known.splits:
         raise CommandError(f"split must be one of {', '.join(known.splits)}, got {split!r}")
     if known.paired:
-        if split == "test":
-            return paired_batches.load_test(settings, check=check)
-        pairs = paired_batches.load_images(settings, check)
-        pairs.transform = as_tested(settings)
-        return pairs
+        return paired_batches.load_as_tested(settings, split, check)
     assert numbering is not None
     texts = text_batches.load_texts(replace(settings, method="late"), split, numbering, check)
     # Tokenizers are not for several threads at once, which the images are read by.

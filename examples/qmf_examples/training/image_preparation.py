@@ -1,6 +1,5 @@
 """The transform of a run's images, from its settings, in torchvision's steps."""
 
-import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from ..data.catalogue import DATA_SETS
@@ -31,8 +30,3 @@ def as_tested(settings: Settings) -> v2.Transform:
     if settings.transform == "released":
         return v2.Resize((made.image_size, made.image_size))
     return v2.Compose([resize(made), v2.CenterCrop(made.image_size)])
-
-
-def to_tensors(made: ImageTransform) -> list[v2.Transform]:
-    """From PIL images to normalised tensors."""
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(made.mean), list(made.std))]

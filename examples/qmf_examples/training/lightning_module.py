@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
@@ -228,13 +229,18 @@ class Batches(L.LightningDataModule):
         return DataLoader(
             samples,
             s.batch_size,
-            num_workers=s.workers,
+            num_workers=_workers(s),
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
             # Or else every iterator that is started would draw from the generator that crops and dropout draw from.
             generator=torch.Generator().manual_seed(s.seed),
             **options,
         )
+
+
+def _workers(settings: Settings) -> int:
+    """More processes than cores would take turns, with the training too."""
+    return min(4, os.cpu_count() or 1) if settings.workers is None else settings.workers
 
 
 def _seed_worker(seed: int, worker: int) -> None:

@@ -64,7 +64,7 @@ def train_run(
         settings: of the run, saved with it.
         folder: for settings.yaml, best.ckpt, last.ckpt, finished.json and TensorBoard's files.
         resume: go on from what is there, to the same numbers as without a stop (on CPUs, with as many processes).
-        say: told why nothing is trained, where nothing is.
+        say: told where images are kept, and why nothing is trained, where nothing is.
 
     Raises:
         CommandError: a run is there already and ``resume`` is False, or was made with other settings or data; another
@@ -100,7 +100,7 @@ def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[
     quieten()
     L.seed_everything(settings.seed, verbose=False)
     loader = loader_of(settings.data_set)
-    data: TrainingData = loader.load_training(settings)
+    data: TrainingData = loader.load_training(settings, say)
     if state is not None and state["fingerprint"] != data.fingerprint:
         raise CommandError(
             f"--resume: {settings.data_root} does not hold the samples that {folder} was trained on, or not in their "

@@ -101,7 +101,10 @@ class Settings:
     update: str = "before"
     """When a batch's losses enter kappa: before they are ranked (Algorithm 1), or after."""
     # The machine
-    workers: int = 4
+    workers: int | None = None
+    """Processes that load; None for as many as cores, and at most 4."""
+    cache: str = "on"
+    """Where decoded and resized images are kept: ``"on"`` for the user's folder for caches, ``"off"``, or a folder."""
     precision: str = "32-true"
     accelerator: str = "auto"
     devices: str = "1"
@@ -112,7 +115,7 @@ class Settings:
     @property
     def machine(self) -> frozenset[str]:
         """Settings that may change when a run is resumed."""
-        return frozenset({"data_root", "workers", "accelerator", "devices", "strategy", "epochs"})
+        return frozenset({"data_root", "workers", "cache", "accelerator", "devices", "strategy", "epochs"})
 
 
 RGBD = Settings("nyud2", "")
@@ -156,15 +159,16 @@ QUICK: dict[str, Any] = {
     "image_size": 32,
     "max_tokens": 24,
     "batch_size": 16,
-    "accumulate": 2,
-    "epochs": 2,
+    "accumulate": 1,
+    "epochs": 12,
     "learning_rate": 3e-3,
     "freeze": {},
     "workers": 0,
     "accelerator": "cpu",
-    "limit_batches": 6,
+    "limit_batches": 12,
 }
-"""A run of seconds on a CPU, to see that everything works; its figures mean nothing."""
+"""A run of seconds on a CPU, in which tiny networks learn what `qmf-fusion sample` writes. Its figures of real data
+mean nothing."""
 
 FROZEN: dict[str, Any] = {"regions": 1, "text_pooling": "mean"}
 """Of encoders that are not trained: what the image encoder itself hands to its classifier, and the mean of the tokens,
@@ -217,6 +221,8 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
         "str | None": str,
     }
     made = dict(given)
+    if isinstance(made.get("cache"), bool):  # as which YAML reads on and off
+        made["cache"] = "on" if made["cache"] else "off"
     for known in fields(Settings):
         kind = kinds.get(str(getattr(known.type, "__name__", known.type)))
         value = made.get(known.name)
@@ -312,6 +318,8 @@ def _check(settings: Settings) -> None:
     ):
         if not low < getattr(settings, name) + (name == "dropout") * 1e-12 < high:
             raise CommandError(f"{name} must lie between 0 and 1, got {getattr(settings, name)}")
+    if not settings.cache or "\0" in settings.cache:
+        raise CommandError(f"cache must be on, off or a folder, got {brief(settings.cache)}")
     if settings.image_size > settings.load_size:
         raise CommandError(f"image_size must be at most load_size, got {settings.image_size} > {settings.load_size}")
     strangers = sorted(set(settings.freeze) - set(modalities))

@@ -1,5 +1,7 @@
 """FOOD101 and MVSA: how texts and images become tensors and batches."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,31 +10,34 @@ from torchvision.transforms import v2
 
 from ..data.catalogue import DATA_SETS
 from ..data.class_checks import check_every_class
+from ..data.pixels import Normal, stack, to_pixels
 from ..data.text_images import TextImages, read_rows
 from ..models.text_encoders import Numbering, WordNumbers, load_numbering, pad
 from ..models.vocabulary import Vocabulary
-from .image_preparation import resize, to_tensors, transform_of
+from .image_preparation import resize, transform_of
 from .settings import Settings
-from .training_data import TrainingData, fingerprint
+from .training_data import TrainingData, fingerprint, image_cache
 
 BAGS = ("bow", "concatbow")
 TEXT_ALONE = ("bow", "bert")
 
 
-def load_training(settings: Settings) -> TrainingData:
+def load_training(settings: Settings, say: Callable[[str], object] = lambda _: None) -> TrainingData:
     """Read and check the data; the epoch is chosen on dev, as in the released code, or with ``"test"`` on test."""
     numbering = load_texts_numbering(settings)
-    train = load_texts(settings, "train", numbering)
+    train = load_texts(settings, "train", numbering, say=say)
     check_every_class(train.classes, train.labels, Path(settings.data_root) / "train.jsonl")
-    select = load_texts(settings, "test" if settings.selection == "test" else "dev", numbering)
+    select = load_texts(settings, "test" if settings.selection == "test" else "dev", numbering, say=say)
     faults = len(train.faults) + len(select.faults)
     rows = fingerprint(*([(row.id, row.label, row.text, row.img) for row in split.rows] for split in (train, select)))
     return TrainingData(train, select, tuple(train.classes), len(train), faults, rows, numbering)
 
 
-def load_test(settings: Settings, numbering: Numbering) -> TextImages:
+def load_test(
+    settings: Settings, numbering: Numbering, check: bool = True, say: Callable[[str], object] = lambda _: None
+) -> TextImages:
     """The test split; its ``corrupt`` would act on the resized image before the crop, as in the released code."""
-    return load_texts(settings, "test", numbering)
+    return load_texts(settings, "test", numbering, check, say)
 
 
 def load_classes(settings: Settings) -> list[str]:
@@ -51,8 +56,14 @@ def load_texts_numbering(settings: Settings) -> Numbering:
     return load_numbering(settings.text_encoder, texts, settings.max_tokens)
 
 
-def load_texts(settings: Settings, split: str, numbering: Numbering, check: bool = True) -> TextImages:
-    """One split, as tensors and numbers."""
+def load_texts(
+    settings: Settings,
+    split: str,
+    numbering: Numbering,
+    check: bool = True,
+    say: Callable[[str], object] = lambda _: None,
+) -> TextImages:
+    """One split, as pixels and numbers."""
     made = transform_of(settings)
     return TextImages(
         DATA_SETS[settings.data_set],
@@ -61,7 +72,8 @@ def load_texts(settings: Settings, split: str, numbering: Numbering, check: bool
         images=settings.method not in TEXT_ALONE,
         transform=resize(made),
         text_transform=numbering,
-        finish=v2.Compose([v2.CenterCrop(settings.image_size), *to_tensors(made)]),
+        finish=v2.Compose([to_pixels, v2.CenterCrop(made.image_size), partial(Normal, mean=made.mean, std=made.std)]),
+        cache=image_cache(settings, say),
         resized=settings.load_size,
         skip_bad=settings.skip_bad,
         check=check,
@@ -72,7 +84,7 @@ def collate(samples: list[Any]) -> dict[str, Any]:
     """A batch: ``inputs`` by modality, texts padded to the longest; ``label`` and ``index`` ``[B]``."""
     inputs: dict[str, Any] = {"text": pad([sample["text"] for sample in samples])}
     if "image" in samples[0]:
-        inputs["image"] = torch.stack([sample["image"] for sample in samples])
+        inputs["image"] = stack([sample["image"] for sample in samples])
     return {
         "inputs": inputs,
         "label": torch.tensor([sample["label"] for sample in samples]),

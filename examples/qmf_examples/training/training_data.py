@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from ..data.image_cache import ImageCache, default_folder
 from ..models.text_encoders import Numbering
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,10 @@ def fingerprint(*parts: Iterable[Any]) -> str:
             digest.update(json.dumps(row).encode() + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def image_cache(settings: Settings, say: Callable[[str], object]) -> ImageCache | None:
+    """Where decoded images are kept, as ``--cache`` says; None for nowhere."""
+    if settings.cache == "off":
+        return None
+    return ImageCache(default_folder() if settings.cache == "on" else Path(settings.cache), say)

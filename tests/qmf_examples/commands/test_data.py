@@ -77,7 +77,7 @@ def test_each_modality_of_a_sample_tells_the_class(run, tmp_path):
 
 def test_inspect_counts_all_names_a_few_and_exits_with_1(run, tmp_path):
     root = tmp_path / "m"
-    run("sample", "mvsa", root, "--image-size", 16)
+    run("sample", "mvsa", root, "--train", 8, "--dev", 2, "--test", 4, "--image-size", 16)
     rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
     for row in rows[:7]:
         (root / row["img"]).unlink()
@@ -159,7 +159,7 @@ def test_prepare_commands_report_and_go_on(run, tmp_path):
     assert "--mat: no file" in run(
         "prepare", "nyud2", "--mat", tmp_path / "x", "--splits", tmp_path / "y", "--out", tmp_path / "z", code=1
     )
-    run("sample", "mvsa", tmp_path / "m", "--image-size", 16)
+    run("sample", "mvsa", tmp_path / "m", "--train", 8, "--dev", 2, "--test", 4, "--image-size", 16)
     output = run("prepare", "mvsa", "--raw", tmp_path / "m", "--out", tmp_path / "o", "--splits", tmp_path / "m")
     assert "42 of 42 labels are those of the label file" in output
     assert "dropped by the rule agree: 2 pairs" in output

@@ -383,13 +383,14 @@ def test_an_image_that_vanishes_while_a_process_loads_it_is_one_line(sample, tmp
     gone = tmp_path / "data" / "train" / "office"
     load = paired_batches.load_training
 
-    def load_and_lose(settings):
-        data = load(settings)
+    def load_and_lose(settings, say):
+        data = load(settings, say)
         shutil.rmtree(gone)
         return data
 
     monkeypatch.setattr(paired_batches, "load_training", load_and_lose)
-    arguments = ["train", "nyud2", "--quick", "--method", "rgb", "--workers", "1", "--output", str(tmp_path / "runs")]
+    machine = ["--workers", "1", "--cache", "off"]
+    arguments = ["train", "nyud2", "--quick", "--method", "rgb", *machine, "--output", str(tmp_path / "runs")]
     assert main([*arguments, "--data-root", str(tmp_path / "data")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"qmf-fusion: error: {gone}")

@@ -113,6 +113,7 @@ def test_a_run_reads_back_as_written(tmp_path):
         ({"update": "later"}, "update must be one of after, before, got 'later'"),
         ({"joint_width": -1}, "joint_width must be at least 0, got -1"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"cache": ""}, "cache must be on, off or a folder, got ''"),
         ({"limit_batches": 0}, "limit_batches must be at least 1, got 0"),
         ({"seed": -4}, "seed must be at least 0, got -4"),
         ({"seed": 2**32}, "seed must be at most"),
