@@ -87,12 +87,8 @@ class ImageCorruption:
             return None
         rng = np.random.default_rng([self.seed, index, *modality.encode(), 0, *self.kind.encode()])
         if self.kind == "gaussian":
-            noise = self.sigma * rng.standard_normal((*pixels.shape[:2], 1))
-            noisy: Pixels = np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
-            return noisy
-        hit = rng.random((*pixels.shape[:2], 1)) < self.level / 100
-        colour = np.where(rng.random((*pixels.shape[:2], 1)) < 0.5, 0, 255)
-        return np.where(hit, colour, pixels).astype(np.uint8)
+            return gaussian_noise(pixels, self.sigma, rng)
+        return salt_and_pepper(pixels, self.level / 100, rng)
 
     def _released(self, pixels: Pixels) -> Pixels | None:
         if not self.streams.coin(HALF):
@@ -106,6 +102,20 @@ class ImageCorruption:
         half = RELEASED_DENSITY / 2
         mask = self.streams.numpy.choice((0, 1, 2), size=shape, p=[half, half, 1 - RELEASED_DENSITY])
         return np.where(mask == 0, 0, np.where(mask == 1, 255, pixels)).astype(np.uint8)
+
+
+def gaussian_noise(pixels: Pixels, sigma: float, rng: np.random.Generator) -> Pixels:
+    """Noise of deviation ``sigma``, in pixel values, the same on the three colours; clipped."""
+    noise = sigma * rng.standard_normal((*pixels.shape[:2], 1))
+    noisy: Pixels = np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
+    return noisy
+
+
+def salt_and_pepper(pixels: Pixels, share: float, rng: np.random.Generator) -> Pixels:
+    """This share of the pixels black or white."""
+    hit = rng.random((*pixels.shape[:2], 1)) < share
+    colour = np.where(rng.random((*pixels.shape[:2], 1)) < 0.5, 0, 255)
+    return np.where(hit, colour, pixels).astype(np.uint8)
 
 
 def wrapped(values: NDArray[np.float64]) -> Pixels:

@@ -1,6 +1,7 @@
 """NYUD2 and SUN RGB-D: how pairs of images become tensors and batches."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,25 @@ def load_training(settings: Settings) -> TrainingData:
     else:
         same = copy.copy(images)
         same.transform = as_tested
-        rest, held = stratified_split(images.labels, (1 - settings.validation, settings.validation), seed=0)
-        if not held or not rest:
-            raise CommandError(
-                f"--validation {settings.validation}: must hold out at least one sample of a class and leave one, got "
-                f"{len(held)} of {len(images)}"
-            )
+        rest, held = hold_out(settings, images.labels)
         train, select = torch.utils.data.Subset(images, rest), torch.utils.data.Subset(same, held)
         rows = fingerprint(images.classes, _rows(images), rest, held)
     return TrainingData(train, select, tuple(images.classes), len(images), len(images.faults), rows)
+
+
+def hold_out(settings: Settings, labels: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Which samples are trained on, and which are kept from it to choose the epoch by.
+
+    Raises:
+        CommandError: so few of every class that none is kept, or none left.
+    """
+    rest, held = stratified_split(labels, (1 - settings.validation, settings.validation), seed=0)
+    if not held or not rest:
+        raise CommandError(
+            f"--validation {settings.validation}: must hold out at least one sample of a class and leave one, got "
+            f"{len(held)} of {len(labels)}"
+        )
+    return rest, held
 
 
 def _rows(images: PairedImages) -> list[tuple[str, int]]:
