@@ -15,6 +15,7 @@ EXTRAS = {
     "scipy": "scipy",
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
+    "timm": "timm",
     "torchmetrics": "torchmetrics",
     "torchvision": "torchvision",
     "transformers": "transformers",

@@ -59,11 +59,13 @@ def measure_step(settings: Settings, device: str, repeats: int, tokens: int) -> 
     make = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     optimizer = make(learner.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     runs = [_step(learner, inputs, target, index, optimizer, device) for _ in range(WARM_UP + repeats)][WARM_UP:]
-    paired, tiny = DATA_SETS[settings.data_set].paired, settings.text_model == "tiny"
+    paired, tiny = DATA_SETS[settings.data_set].paired, settings.text_encoder == "tiny"
     medians = [statistics.median(phases) for phases in zip(*runs, strict=True)]
     return Step(
         settings.data_set,
-        f"2 x {settings.backbone}" if paired else f"{'tiny BERT' if tiny else 'BERT-base'} + {settings.backbone}",
+        f"2 x {settings.image_encoder}"
+        if paired
+        else f"{'tiny BERT' if tiny else 'BERT-base'} + {settings.image_encoder}",
         device,
         settings.batch_size,
         settings.image_size,
@@ -79,7 +81,7 @@ def _learner(settings: Settings) -> QualityAware:
     sizes = (len(known.classes), TRAINING_SAMPLES[settings.data_set])
     if known.paired:
         learner = build_learner(settings, *sizes, pretrained=False)
-    elif settings.text_model == "tiny":
+    elif settings.text_encoder == "tiny":
         numbering: Numbering = WordNumbers(Vocabulary([" ".join(map(str, range(500)))]), settings.max_tokens, True)
         learner = build_learner(settings, *sizes, numbering, pretrained=False)
     else:
@@ -87,7 +89,7 @@ def _learner(settings: Settings) -> QualityAware:
         with tempfile.TemporaryDirectory() as folder:
             transformers.BertConfig().save_pretrained(folder)
             marks = SimpleNamespace(cls_token_id=101, sep_token_id=102)
-            base = dataclasses.replace(settings, text_model=folder)
+            base = dataclasses.replace(settings, text_encoder=folder)
             learner = build_learner(base, *sizes, WordPieces(marks, settings.max_tokens), pretrained=False)
     assert isinstance(learner, QualityAware)
     return learner

@@ -66,7 +66,7 @@ def measure(bench: Bench, say: Callable[[str], object] = print) -> tuple[list[Lo
             say(f"{name}: loading")
             with _data(bench, name) as root:
                 # Words are numbered, not cut by BERT's tokenizer, which would have to be downloaded.
-                settings = dataclasses.replace(settings_of(bench, name, root), text_model="tiny", method="qmf")
+                settings = dataclasses.replace(settings_of(bench, name, root), text_encoder="tiny", method="qmf")
                 loading.append(measure_loading(settings, bench.repeats))
         if "step" in bench.parts:
             say(f"{name}: training steps")

@@ -24,7 +24,18 @@ from .output_folder import disk_errors, prepare_output
 PAPER_SEEDS = {"nyud2": 10, "sunrgbd": 10, "food101": 3, "mvsa": 5}
 MOST_RUNS = 1000
 """Of a method; more are a slip."""
-PACKAGES = ("numpy", "PIL", "lightning", "torchmetrics", "torchvision", "transformers", "tensorboard", "yaml", "rich")
+PACKAGES = (
+    "numpy",
+    "PIL",
+    "lightning",
+    "torchmetrics",
+    "timm",
+    "torchvision",
+    "transformers",
+    "tensorboard",
+    "yaml",
+    "rich",
+)
 
 HELP = {
     "nyud2": "NYU Depth V2: RGB and depth, 10 scenes.",
@@ -66,9 +77,18 @@ def train_set(
     ] = None,
     validation: Annotated[float | None, typer.Option(help="Share of training that is held out (RGB-D).")] = None,
     skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Skip and count what cannot be used.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="resnet18, 34, 50, 101, 152, or tiny.")] = None,
-    weights: Annotated[str | None, typer.Option(help="The backbone's: imagenet, a file, or none.")] = None,
-    text_model: Annotated[str | None, typer.Option(help="A BERT's name or folder, or tiny.")] = None,
+    image_encoder: Annotated[str | None, typer.Option(help="Any image model of timm, or tiny.")] = None,
+    weights: Annotated[str | None, typer.Option(help="The image encoder's: imagenet, a file, or none.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Any encoder of Transformers, by name or folder, or tiny.")
+    ] = None,
+    text_pooling: Annotated[
+        str | None, typer.Option(help="Of a text's tokens: mean, first, or BERT's pooler. [default: pooler]")
+    ] = None,
+    transform: Annotated[
+        str | None,
+        typer.Option(help="Of images: released, or the encoder's own, the default of all but the paper's ResNets."),
+    ] = None,
     word_vectors: Annotated[str | None, typer.Option(help="GloVe's text file for the bag of words.")] = None,
     regions: Annotated[int | None, typer.Option(help="Regions that the image is pooled to.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the classifiers' hidden layer; 0 for none.")] = None,
@@ -158,7 +178,7 @@ def _first(*values: Any) -> Any:
 
 def _absolute(settings: Settings) -> dict[str, Any]:
     """The settings that are paths, from the root on, so that a run can be tested from any folder."""
-    names = ("data_root", "weights", "text_model", "word_vectors")
+    names = ("data_root", "weights", "text_encoder", "word_vectors")
     given = {name: getattr(settings, name) for name in names}
     paths = {name: Path(value) for name, value in given.items() if value not in (None, "imagenet", "none", "tiny")}
     return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}

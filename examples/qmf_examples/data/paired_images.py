@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from .catalogue import DataSet, how_to_obtain
 from .class_checks import check_class_count
-from .faults import DataError, Fault, file_inside, open_image, too_large_resized
+from .faults import DataError, Fault, file_inside, open_image, shorter_side_to, too_large_resized
 from .image_checks import check_images
 
 Pair = tuple[Any, Any]
@@ -41,7 +41,9 @@ class PairedImages(Dataset[PairedSample]):
         transform: called with both images at once, as torchvision's v2 transforms are, so that crops and flips agree.
         corrupt: called after it with ``(image, index, modality)`` on each image of the pair.
         finish: called last, with both images.
-        resized: pixels to each side that ``transform`` makes of an image; what this takes too many pixels for is bad.
+        shrink: whether halves wider than 224 pixels become 256 x 256, as in the released code.
+        resized: pixels to each side that ``transform`` makes of an image (its shorter side's, where nothing is
+            shrunk); what this takes too many pixels for is bad.
         skip_bad: leave out what cannot be used, and keep it in ``faults``, rather than raise.
         num_classes: how many there must be; the data set's own number where None, any where 0.
         check: read every image now; without it a bad one raises when its turn comes.
@@ -67,6 +69,7 @@ class PairedImages(Dataset[PairedSample]):
         transform: Callable[[Any, Any], Pair] | None = None,
         corrupt: Callable[[Image.Image, int, str], Image.Image] | None = None,
         finish: Callable[[Any, Any], Pair] | None = None,
+        shrink: bool = True,
         resized: int = LOAD_SIZE,
         skip_bad: bool = False,
         num_classes: int | None = None,
@@ -75,7 +78,7 @@ class PairedImages(Dataset[PairedSample]):
     ) -> None:
         self.root, self.split = Path(root), split
         self.transform, self.corrupt, self.finish = transform, corrupt, finish
-        self.resized = max(resized, LOAD_SIZE)
+        self.shrink, self.resized = shrink, max(resized, LOAD_SIZE)
         self.classes = class_folders(known, self.root, num_classes)
         self.faults: list[Fault] = []
         self.sizes: list[tuple[int, int]] = []
@@ -109,7 +112,8 @@ class PairedImages(Dataset[PairedSample]):
 
     def _refuse(self, size: tuple[int, int]) -> str | None:
         half = (size[0] // 2, size[1])
-        return _cuts_in_two(size) or too_large_resized(half, (self.resized, self.resized))
+        made = (self.resized, self.resized) if self.shrink else shorter_side_to(self.resized, half)
+        return _cuts_in_two(size) or too_large_resized(half, made)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -128,7 +132,7 @@ class PairedImages(Dataset[PairedSample]):
             reason = self._refuse(image.size)
             if reason:
                 raise DataError(reason)
-            rgb, depth = split_pair(image)
+            rgb, depth = split_pair(image, self.shrink)
         except DataError as error:
             raise DataError(f"{self.root / name}: {error}") from error
         images: Pair = (rgb, depth)
@@ -155,8 +159,8 @@ def class_folders(known: DataSet, root: Path, num_classes: int | None = None) ->
     return classes
 
 
-def split_pair(image: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """The left half and the right half, each RGB, shrunk as the released code does.
+def split_pair(image: Image.Image, shrink: bool = True) -> tuple[Image.Image, Image.Image]:
+    """The left half and the right half, each RGB, shrunk as the released code does or left as they are.
 
     Raises:
         DataError: an odd width.
@@ -171,7 +175,7 @@ def split_pair(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     half = image.size[0] // 2
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     halves = [rgb.crop((left, 0, left + half, image.size[1])) for left in (0, half)]
-    if half > SHRINK_ABOVE and halves[0].size != (LOAD_SIZE, LOAD_SIZE):
+    if shrink and half > SHRINK_ABOVE and halves[0].size != (LOAD_SIZE, LOAD_SIZE):
         halves = [side.resize((LOAD_SIZE, LOAD_SIZE), Image.Resampling.BICUBIC) for side in halves]
     return halves[0], halves[1]
 

@@ -103,7 +103,7 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
             "Epochs were chosen on the test set (--selection test, the released RGB-D scripts' procedure), which "
             f"flatters: {', '.join(flattered)}."
         )
-    if settings.backbone == "tiny" or settings.text_model == "tiny":
+    if settings.image_encoder == "tiny" or settings.text_encoder == "tiny":
         said.append("Tiny networks: these figures only show that everything runs.")
     if settings.skip_bad:
         said.append("Test samples that cannot be used were skipped.")
@@ -112,11 +112,11 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
 
 def frozen_note(settings: Settings) -> str:
     """What differs from the paper's networks."""
-    text = "" if DATA_SETS[settings.data_set].paired else f" and {Path(settings.text_model).name} texts"
+    text = "" if DATA_SETS[settings.data_set].paired else f" and {Path(settings.text_encoder).name} texts"
     paper = "two ResNet-18" if DATA_SETS[settings.data_set].paired else "BERT and ResNet-152"
-    hidden = f"one hidden layer of {settings.hidden}" if settings.hidden else "no hidden layer"
+    hidden = f"a hidden layer of {settings.hidden}" if settings.hidden else "a linear layer"
     return (
-        f"Frozen encoders ({settings.backbone} sees images{text}), heads of {hidden} a modality: the paper fine-tunes "
+        f"Frozen encoders ({settings.image_encoder} sees images{text}), {hidden} a modality: the paper fine-tunes "
         f"{paper}, so that its figures are of other networks; what can be compared is the order of the methods and how "
         "far each falls."
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from ..data.catalogue import DATA_SETS
 from ..models.image_encoders import ImageEncoder
-from ..models.text_encoders import load_bert
+from ..models.text_encoders import load_text_encoder
 from ..training import paired_batches, text_batches
 from ..training.settings import Settings
 
@@ -26,7 +26,10 @@ def encode_split(
             encoders = {name: ImageEncoder("tiny", "none").eval() for name in known.modalities}
         else:
             module, numbering = text_batches, text_batches.load_texts_numbering(settings)
-            encoders = {"text": load_bert("tiny", numbering).eval(), "image": ImageEncoder("tiny", "none").eval()}
+            encoders = {
+                "text": load_text_encoder("tiny", numbering, "mean").eval(),
+                "image": ImageEncoder("tiny", "none").eval(),
+            }
         made = []
         for copy in range(copies):
             if known.paired:
@@ -40,7 +43,8 @@ def encode_split(
                 samples = text_batches.load_texts(settings, split, numbering)
             if damage is not None:
                 samples.corrupt, on_texts = damage.corruptions(settings.data_set, known.paired)
-                if not known.paired: samples.corrupt_text = on_texts
+                if not known.paired:
+                    samples.corrupt_text = on_texts
             rows = {name: [] for name in known.modalities}
             for batch in DataLoader(samples, 16, collate_fn=module.collate):
                 for name, encoder in encoders.items():

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from .image_encoders import ImageEncoder, stage_width
+from ..errors import CommandError
+from .image_encoders import ImageEncoder, TinyResNet, stage_width
 from .learners import Answer, Learner
 
 SQUEEZE_RATIO = 4
@@ -46,11 +48,17 @@ class MMTM(nn.Module):
 class TwoStreams(nn.Module):
     """Two ResNets with an MMTM behind their second, third and fourth stage, as in the released code.
 
+    Raises:
+        CommandError: an encoder that is no ResNet.
+
     Shapes: two images ``[B, 3, H, W]`` to two feature vectors.
     """
 
     def __init__(self, first: ImageEncoder, second: ImageEncoder) -> None:
         super().__init__()
+        for encoder in (first, second):
+            if not isinstance(encoder.trunk, ResNet | TinyResNet):
+                raise CommandError(f"mmtm needs the stages of a ResNet as its image encoder, got {encoder.name}")
         self.first, self.second = first, second
         self.transfers = nn.ModuleList(
             MMTM(
@@ -61,7 +69,7 @@ class TwoStreams(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self.first.trunk, self.second.trunk
-        x, y = (t.layer1(t.maxpool(t.relu(t.bn1(t.conv1(images))))) for t, images in ((a, first), (b, second)))
+        x, y = (t.layer1(t.maxpool(t.act1(t.bn1(t.conv1(images))))) for t, images in ((a, first), (b, second)))
         for stage, transfer in zip((2, 3, 4), self.transfers, strict=True):
             x, y = transfer(getattr(a, f"layer{stage}")(x), getattr(b, f"layer{stage}")(y))
         return self.first.pool(x).flatten(1), self.second.pool(y).flatten(1)

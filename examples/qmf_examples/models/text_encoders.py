@@ -1,4 +1,4 @@
-"""Text encoders: BERT and its tokenizer from Transformers, and the bag of words."""
+"""Text encoders: any model of Transformers with its tokenizer, and the bag of words."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,21 +23,32 @@ BAG_WIDTH = 300
 """As GloVe's vectors, which the released code sums."""
 
 
-class BertEncoder(nn.Module):
-    """BERT's pooled output: ``input_ids`` and ``attention_mask``, ``[B, L]`` each, to ``[B, width]``.
+class TextEncoder(nn.Module):
+    """A text as one vector: ``input_ids`` and ``attention_mask``, ``[B, L]`` each, to ``[B, width]``.
 
     Args:
-        bert: Transformers' model, with its pooler.
-        marks: the numbers of its [CLS] and [SEP].
+        model: an encoder of Transformers.
+        marks: the numbers of its [CLS] and [SEP]; None where it has none.
+        pooling: the tokens' ``"mean"``, the ``"first"`` of them, or what BERT's ``"pooler"`` makes of that one.
     """
 
-    def __init__(self, bert: Any, marks: tuple[int, int]) -> None:
+    def __init__(self, model: Any, marks: tuple[int | None, int | None], pooling: str = "pooler") -> None:
         super().__init__()
-        self.bert, self.marks = bert, marks
-        self.width = int(bert.config.hidden_size)
+        self.model, self.marks, self.pooling = model, marks, pooling
+        self.width = int(model.config.hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.bert(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return self.pool(self.model(input_ids=input_ids, attention_mask=attention_mask), attention_mask)
+
+    def pool(self, output: Any, attention_mask: Tensor) -> Tensor:
+        """``[B, width]`` of what the model has answered."""
+        if self.pooling == "pooler":
+            return output.pooler_output
+        tokens = output.last_hidden_state
+        if self.pooling == "first":
+            return tokens[:, 0]
+        there = attention_mask[..., None].to(tokens.dtype)
+        return (tokens * there).sum(1) / there.sum(1).clamp(min=1)
 
 
 class BagOfWords(nn.Module):
@@ -123,15 +134,16 @@ class WordPieces:
     max_tokens: int
 
     @property
-    def cls_id(self) -> int:
-        return int(self.tokenizer.cls_token_id)
+    def cls_id(self) -> int | None:
+        return self.tokenizer.cls_token_id
 
     @property
-    def sep_id(self) -> int:
-        return int(self.tokenizer.sep_token_id)
+    def sep_id(self) -> int | None:
+        return self.tokenizer.sep_token_id
 
     def __call__(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"])
+        longest = min(self.max_tokens, self.tokenizer.model_max_length)
+        return list(self.tokenizer(text, truncation=True, max_length=longest)["input_ids"])
 
 
 Numbering = WordNumbers | WordPieces
@@ -150,45 +162,64 @@ def pad(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def load_numbering(text_model: str, texts: Iterable[str], max_tokens: int) -> Numbering:
-    """The tokenizer of ``text_model``, a name or a folder; for ``"tiny"``, the words of ``texts``.
+def load_numbering(text_encoder: str, texts: Iterable[str], max_tokens: int) -> Numbering:
+    """The tokenizer of ``text_encoder``, a name or a folder; for ``"tiny"``, the words of ``texts``.
 
     Raises:
         CommandError: it cannot be had.
     """
-    if text_model == "tiny":
+    if text_encoder == "tiny":
         return WordNumbers(Vocabulary(texts), min(max_tokens, 48), framed=True)
-    with _hub_errors(text_model):
-        return WordPieces(transformers.AutoTokenizer.from_pretrained(text_model), max_tokens)
+    with _hub_errors(text_encoder):
+        return WordPieces(transformers.AutoTokenizer.from_pretrained(text_encoder), max_tokens)
 
 
-def load_bert(text_model: str, numbering: Numbering, pretrained: bool = True) -> BertEncoder:
-    """The encoder of ``text_model``; for ``"tiny"``, a BERT of one layer with random weights.
+def load_text_encoder(
+    text_encoder: str, numbering: Numbering, pooling: str = "pooler", pretrained: bool = True
+) -> TextEncoder:
+    """The encoder of ``text_encoder``; for ``"tiny"``, a BERT of one layer with random weights.
 
     Args:
-        text_model: a name or a folder.
+        text_encoder: a name or a folder.
         numbering: what cuts its texts.
+        pooling: see ``TextEncoder``.
         pretrained: whether its weights matter, or will be replaced at once.
 
     Raises:
-        CommandError: it cannot be had, or is no BERT.
+        CommandError: it cannot be had, is no encoder, lacks weights, or has no pooler that it should be pooled by.
     """
     if isinstance(numbering, WordNumbers):
         config = transformers.BertConfig(vocab_size=len(numbering.vocabulary) + 2, **TINY)
-        return BertEncoder(transformers.BertModel(config), (numbering.cls_id, numbering.sep_id))
-    with _hub_errors(text_model):
+        return TextEncoder(transformers.BertModel(config), (numbering.cls_id, numbering.sep_id), pooling)
+    missing: list[str] = []
+    with _hub_errors(text_encoder):
+        config = transformers.AutoConfig.from_pretrained(text_encoder)
+        if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
+            raise CommandError(f"--text-encoder {text_encoder}: must be an encoder of texts, got a {config.model_type}")
         if pretrained:
-            bert = transformers.AutoModel.from_pretrained(text_model)
+            model, found = transformers.AutoModel.from_pretrained(text_encoder, output_loading_info=True)
+            missing = sorted(found["missing_keys"])
         else:
-            bert = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(text_model))
-    if getattr(bert, "pooler", None) is None:
-        raise CommandError(f"--text-model {text_model}: must be a BERT with a pooler, got {type(bert).__name__}")
-    return BertEncoder(bert, (numbering.cls_id, numbering.sep_id))
+            model = transformers.AutoModel.from_config(config)
+    without = getattr(model, "pooler", None) is None or any(name.startswith("pooler.") for name in missing)
+    if pooling == "pooler" and without:
+        raise CommandError(
+            f"--text-encoder {text_encoder}: a {type(model).__name__} without a trained pooler: give --text-pooling "
+            "mean or first"
+        )
+    missing = [name for name in missing if not name.startswith("pooler.")]
+    if missing:  # which Transformers would draw at random
+        raise CommandError(
+            f"--text-encoder {text_encoder}: its file lacks weights of the {type(model).__name__}, {missing[0]} and "
+            f"{len(missing) - 1} more"
+        )
+    # Files in half precision would be computed with in half precision.
+    return TextEncoder(model.float(), (numbering.cls_id, numbering.sep_id), pooling)
 
 
 class _hub_errors:  # noqa: N801 - reads as a function
-    def __init__(self, text_model: str) -> None:
-        self.text_model = text_model
+    def __init__(self, text_encoder: str) -> None:
+        self.text_encoder = text_encoder
 
     def __enter__(self) -> None:
         pass
@@ -197,7 +228,7 @@ class _hub_errors:  # noqa: N801 - reads as a function
         if isinstance(error, OSError | ValueError):
             reason = " ".join(str(error).split())[:160]
             raise CommandError(
-                f"--text-model {self.text_model}: cannot be loaded ({reason}): go online, so that it is downloaded "
+                f"--text-encoder {self.text_encoder}: cannot be loaded ({reason}): go online, so that it is downloaded "
                 "from the Hugging Face hub, or give the folder of a copy that has config.json, the weights and the "
                 "tokenizer's files"
             ) from error

@@ -12,7 +12,7 @@ from ..models.feature_heads import Scaled, feature_heads
 from ..models.image_encoders import ImageEncoder
 from ..models.learners import Head, Learner, classifier
 from ..models.methods import METHODS, Objective, Parts
-from ..models.text_encoders import BagOfWords, Numbering, WordNumbers, load_bert
+from ..models.text_encoders import BagOfWords, Numbering, WordNumbers, load_text_encoder
 from .settings import Settings
 
 
@@ -46,12 +46,12 @@ def build_learner(
     def encoder(name: str) -> Any:
         if name == "text":
             assert numbering is not None
-            return load_bert(settings.text_model, numbering, pretrained)
+            return load_text_encoder(settings.text_encoder, numbering, settings.text_pooling, pretrained)
         if name == "bow":
             assert isinstance(numbering, WordNumbers)
             vectors = Path(settings.word_vectors) if settings.word_vectors else None
             return BagOfWords(numbering.vocabulary, vectors)
-        return ImageEncoder(settings.backbone, settings.weights if pretrained else "none", settings.regions)
+        return ImageEncoder(settings.image_encoder, settings.weights if pretrained else "none", settings.regions)
 
     def classify(width: int) -> nn.Module:
         return classifier(width, num_classes, settings.hidden, settings.dropout)

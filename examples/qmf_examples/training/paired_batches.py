@@ -14,6 +14,7 @@ from ..data.class_checks import check_every_class
 from ..data.paired_images import PairedImages, class_folders
 from ..data.stratified_split import stratified_split
 from ..errors import CommandError
+from .image_preparation import as_tested, resize, to_tensors, transform_of
 from .settings import Settings
 from .training_data import TrainingData, fingerprint
 
@@ -33,15 +34,14 @@ def load_training(settings: Settings) -> TrainingData:
     known, root = DATA_SETS[settings.data_set], Path(settings.data_root)
     images = load_images(settings)
     check_every_class(images.classes, images.labels, root / "train")
-    as_tested = v2.Resize((settings.image_size, settings.image_size))
     if settings.selection == "test":
-        test = PairedImages(known, root, "test", transform=as_tested, **_common(settings))
+        test = PairedImages(known, root, "test", transform=as_tested(settings), **_common(settings))
         train: Dataset[Any] = images
         select: Dataset[Any] = test
         rows = fingerprint(images.classes, _rows(images), _rows(test))
     else:
         same = copy.copy(images)
-        same.transform = as_tested
+        same.transform = as_tested(settings)
         rest, held = hold_out(settings, images.labels)
         train, select = torch.utils.data.Subset(images, rest), torch.utils.data.Subset(same, held)
         rows = fingerprint(images.classes, _rows(images), rest, held)
@@ -80,7 +80,7 @@ def load_images(settings: Settings) -> PairedImages:
         "train",
         transform=v2.Compose(
             [
-                v2.Resize((settings.load_size, settings.load_size)),
+                resize(transform_of(settings)),
                 v2.RandomCrop(settings.image_size),
                 v2.RandomHorizontalFlip(),
             ]
@@ -95,15 +95,18 @@ def load_test(settings: Settings, numbering: None = None) -> PairedImages:
         DATA_SETS[settings.data_set],
         Path(settings.data_root),
         "test",
-        transform=v2.Resize((settings.image_size, settings.image_size)),
+        transform=as_tested(settings),
         **_common(settings),
     )
 
 
 def _common(settings: Settings) -> dict[str, Any]:
-    known = DATA_SETS[settings.data_set]
-    to_tensors = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(known.mean, known.std)]
-    return {"finish": v2.Compose(to_tensors), "resized": settings.load_size, "skip_bad": settings.skip_bad}
+    return {
+        "finish": v2.Compose(to_tensors(transform_of(settings))),
+        "shrink": settings.transform == "released",
+        "resized": settings.load_size,
+        "skip_bad": settings.skip_bad,
+    }
 
 
 def collate(samples: list[Any]) -> dict[str, Any]:

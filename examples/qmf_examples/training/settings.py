@@ -11,8 +11,11 @@ from typing import Any
 
 from ..errors import CommandError
 from ..files import write_atomically
+from ..models.image_transforms import RELEASED, encoder_transform
 
 FILE = "settings.yaml"
+POOLINGS = ("mean", "first", "pooler")
+"""Of a text's tokens, see ``TextEncoder``."""
 MOST_SEEDS = 2**31
 MANY = 10**9
 """More epochs, batches or samples than there will be."""
@@ -54,18 +57,25 @@ class Settings:
     validation: float = 0.1
     """The share of the training set that is held out, class by class (RGB-D)."""
     skip_bad: bool = False
+    transform: str = "released"
+    """``"released"``, or ``"encoder"`` for the image encoder's own; the default of all but the paper's ResNets."""
     load_size: int = 256
     image_size: int = 224
+    """With ``transform="encoder"``, the encoder's own where not given."""
     max_tokens: int = 512
     # Networks
     frozen: bool = False
     """Whether encoders stay as they are: what they see is computed once, and heads are trained on that."""
     copies: int = 1
     """Of each training sample, for frozen encoders: the first as in testing, further ones augmented."""
-    backbone: str = "resnet18"
+    image_encoder: str = "resnet18"
+    """A model of timm, or ``tiny``."""
     weights: str = "imagenet"
-    """``imagenet``, ``none``, or a file."""
-    text_model: str = "bert-base-uncased"
+    """The image encoder's: ``imagenet``, ``none``, or a file."""
+    text_encoder: str = "bert-base-uncased"
+    """A model of Transformers, by its name or folder, or ``tiny``."""
+    text_pooling: str = "pooler"
+    """``mean`` or ``first`` of a text's tokens, or BERT's ``pooler``, as released."""
     word_vectors: str | None = None
     """A file in GloVe's text format for the bag of words; None learns the vectors."""
     regions: int = 1
@@ -123,7 +133,7 @@ RGBD = Settings("nyud2", "")
 TEXT = replace(
     RGBD,
     data_set="mvsa",
-    backbone="resnet152",
+    image_encoder="resnet152",
     regions=3,
     batch_size=16,
     accumulate=40,
@@ -153,6 +163,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 """The released RGB-D scripts' own settings for these methods, in place of the data set's."""
 
 FROZEN: dict[str, Any] = {
+    "text_pooling": "mean",
     "regions": 1,
     "hidden": 64,
     "dropout": 0.0,
@@ -171,12 +182,13 @@ FROZEN: dict[str, Any] = {
     "accelerator": "cpu",
 }
 """How heads on frozen encoders are trained, on every data set, in place of its own settings: `bench-robustness` trains
-heads on feature files so too. The rate stays, and no epoch is too many: the best one of all is kept."""
+heads on feature files so too. The rate stays, and no epoch is too many: the best one of all is kept. BERT's pooler was
+trained for another task than its tokens."""
 
 QUICK: dict[str, Any] = {
-    "backbone": "tiny",
+    "image_encoder": "tiny",
     "weights": "none",
-    "text_model": "tiny",
+    "text_encoder": "tiny",
     "load_size": 36,
     "image_size": 32,
     "max_tokens": 24,
@@ -207,7 +219,7 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
         raise CommandError(f"no such setting: {', '.join(unknown):.200}; there are {', '.join(sorted(known))}")
     if given.get("data_set", data_set) != data_set:
         raise CommandError(f"data_set: the settings are for {brief(given['data_set'])}, the command for {data_set}")
-    own = _own(data_set, given)
+    own = {**_own(data_set, given), **_own_transform(data_set, given)}
     settings = replace(DEFAULTS[data_set], **_typed({**own, **given}))
     _check(settings)
     return settings
@@ -250,6 +262,18 @@ def why_not_frozen(methods: Sequence[str]) -> str:
     return "; ".join(
         f"{' and '.join(names)} cannot be trained on frozen encoders ({why})" for why, names in reasons.items()
     )
+
+
+def _own_transform(data_set: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Which transform an image encoder has unless told otherwise, and its sizes where it is its own."""
+    encoder = given.get("image_encoder", DEFAULTS[data_set].image_encoder)
+    if not isinstance(encoder, str):
+        return {}  # which the check of types says better
+    chosen = given.get("transform", "released" if encoder in RELEASED else "encoder")
+    if chosen != "encoder":
+        return {"transform": chosen}
+    made = encoder_transform(encoder)
+    return {"transform": chosen, "load_size": made.load_size, "image_size": made.image_size}
 
 
 def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,6 +348,8 @@ def _check(settings: Settings) -> None:
     for name, allowed in (
         ("method", methods_of(settings.data_set, settings.frozen)),
         ("selection", ("held-out", "test")),
+        ("transform", ("released", "encoder")),
+        ("text_pooling", POOLINGS),
         ("optimizer", ("adam", "adamw")),
         ("form", ("paper", "margin", "released")),
         ("pairs", ("adjacent", "all")),

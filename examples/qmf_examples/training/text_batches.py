@@ -11,6 +11,7 @@ from ..data.class_checks import check_every_class
 from ..data.text_images import TextImages, read_rows
 from ..models.text_encoders import Numbering, WordNumbers, load_numbering, pad
 from ..models.vocabulary import Vocabulary
+from .image_preparation import resize, to_tensors, transform_of
 from .settings import Settings
 from .training_data import TrainingData, fingerprint
 
@@ -47,27 +48,20 @@ def load_texts_numbering(settings: Settings) -> Numbering:
     texts = [row.text for row in rows]
     if settings.method in BAGS:
         return WordNumbers(Vocabulary(texts), settings.max_tokens)
-    return load_numbering(settings.text_model, texts, settings.max_tokens)
+    return load_numbering(settings.text_encoder, texts, settings.max_tokens)
 
 
 def load_texts(settings: Settings, split: str, numbering: Numbering) -> TextImages:
     """One split, as tensors and numbers."""
-    known = DATA_SETS[settings.data_set]
+    made = transform_of(settings)
     return TextImages(
-        known,
+        DATA_SETS[settings.data_set],
         Path(settings.data_root),
         split,
         images=settings.method not in TEXT_ALONE,
-        transform=v2.Resize(settings.load_size),
+        transform=resize(made),
         text_transform=numbering,
-        finish=v2.Compose(
-            [
-                v2.CenterCrop(settings.image_size),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(known.mean, known.std),
-            ]
-        ),
+        finish=v2.Compose([v2.CenterCrop(settings.image_size), *to_tensors(made)]),
         resized=settings.load_size,
         skip_bad=settings.skip_bad,
     )

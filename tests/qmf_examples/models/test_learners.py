@@ -22,7 +22,7 @@ from qmf_examples.models.learners import (
 from qmf_examples.models.methods import METHODS, Objective
 from qmf_examples.models.mmbt import MultimodalBert
 from qmf_examples.models.mmtm import MMTM, TwoStreams
-from qmf_examples.models.text_encoders import BagOfWords, WordNumbers, load_bert, pad
+from qmf_examples.models.text_encoders import BagOfWords, WordNumbers, load_text_encoder, pad
 from qmf_examples.models.vocabulary import Vocabulary
 
 
@@ -75,15 +75,15 @@ def test_two_streams_without_excitation_are_two_encoders():
 def test_mmbt_puts_image_tokens_into_berts_input():
     torch.manual_seed(0)
     numbering = WordNumbers(Vocabulary(["red bean soup"]), 16, framed=True)
-    text, image = load_bert("tiny", numbering), ImageEncoder("tiny", "none", regions=3)
+    text, image = load_text_encoder("tiny", numbering), ImageEncoder("tiny", "none", regions=3)
     network = MultimodalBert(text, image).eval()
     seen = {}
-    text.bert.encoder.register_forward_pre_hook(lambda module, given: seen.update(tokens=given[0]))
+    text.model.encoder.register_forward_pre_hook(lambda module, given: seen.update(tokens=given[0]))
     images, rows = torch.randn(2, 3, 32, 32), [numbering("red bean soup"), numbering("soup")]
     out = network(images, **pad(rows))
     # [CLS] 3 regions [SEP], then the text without its own [CLS].
     assert seen["tokens"].shape == (2, 5 + len(rows[0]) - 1, text.width)
-    table = text.bert.embeddings
+    table = text.model.embeddings
     regions = network.into_words(image.look(images))
     expected = regions + table.position_embeddings.weight[1:4] + table.token_type_embeddings.weight[0]
     torch.testing.assert_close(seen["tokens"][:, 1:4], table.LayerNorm(expected))
@@ -202,18 +202,18 @@ def test_weights_from_a_file_and_what_is_said_of_wrong_ones(tmp_path, monkeypatc
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(CommandError, match=r"go online, or download .* --weights FILE"):
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    with pytest.raises(CommandError, match=r"no network.*go online.*timm/resnet18.tv_in1k .* --weights FILE"):
         ImageEncoder("resnet18", "imagenet")
 
 
-def test_a_text_model_that_is_not_there_names_both_ways(tmp_path, monkeypatch):
+def test_a_text_encoder_that_is_not_there_names_both_ways(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     numbering = WordNumbers(Vocabulary(["a"]), 8, framed=True)
-    assert load_bert("tiny", numbering).width == 32
+    assert load_text_encoder("tiny", numbering).width == 32
     from qmf_examples.models.text_encoders import load_numbering
 
-    with pytest.raises(CommandError, match=r"--text-model .*nowhere: .*go online.*or give the folder"):
+    with pytest.raises(CommandError, match=r"--text-encoder .*nowhere: .*go online.*or give the folder"):
         load_numbering(str(tmp_path / "nowhere"), [], 8)
 
 

@@ -133,7 +133,7 @@ def test_a_bert_from_a_folder_trains_and_is_tested_from_elsewhere(method, sample
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(bert)
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", "mvsa", "--quick", "--method", method, "--text-model", "bert", "--limit-batches", "2"]
+    arguments = ["train", "mvsa", "--quick", "--method", method, "--text-encoder", "bert", "--limit-batches", "2"]
     assert main([*arguments, "--data-root", str(sample("mvsa")), "--output", "runs"]) == 0, capsys.readouterr().err
     monkeypatch.chdir(sample("mvsa"))
     assert main(["evaluate", str(tmp_path / "runs"), "--levels", "0", "--noise", "gaussian"]) == 0
@@ -304,7 +304,7 @@ def test_command_and_config_file(sample, tmp_path, capsys):
         "rgb/seed2",
     ]
     saved = yaml.safe_load((output / "late/seed2/settings.yaml").read_text())
-    assert (saved["selection"], saved["epochs"], saved["seed"], saved["backbone"]) == ("test", 1, 2, "tiny")
+    assert (saved["selection"], saved["epochs"], saved["seed"], saved["image_encoder"]) == ("test", 1, 2, "tiny")
     assert list((output / "late/seed2/tensorboard").glob("events.*"))
 
 

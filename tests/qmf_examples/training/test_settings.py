@@ -22,13 +22,13 @@ def test_defaults_are_the_papers_and_the_released_ones_where_it_has_none():
     assert (nyud2.plateau_factor, nyud2.plateau_patience, nyud2.patience) == (0.3, 10, 20)
     assert (nyud2.load_size, nyud2.image_size, nyud2.dropout, nyud2.ranking_weight) == (256, 224, 0.1, 0.1)
     sunrgbd = resolve("sunrgbd")
-    assert (sunrgbd.batch_size, sunrgbd.ranking_weight, sunrgbd.backbone) == (128, 0.1, "resnet18")
+    assert (sunrgbd.batch_size, sunrgbd.ranking_weight, sunrgbd.image_encoder) == (128, 0.1, "resnet18")
     assert (nyud2.joint_width, sunrgbd.joint_width) == (128, 128)
     for name in ("food101", "mvsa"):
         text = resolve(name)
         assert (text.batch_size, text.accumulate, text.learning_rate, text.warmup) == (16, 40, 1e-4, 0.1)
         assert (text.plateau_factor, text.plateau_patience, text.patience, text.epochs) == (0.5, 2, 5, 100)
-        assert (text.max_tokens, text.freeze, text.backbone, text.regions) == (
+        assert (text.max_tokens, text.freeze, text.image_encoder, text.regions) == (
             512,
             {"image": 3, "text": 5},
             "resnet152",
