@@ -192,6 +192,7 @@ def load_text_encoder(
         config = transformers.BertConfig(vocab_size=len(numbering.vocabulary) + 2, **TINY)
         return TextEncoder(transformers.BertModel(config), (numbering.cls_id, numbering.sep_id), pooling)
     missing: list[str] = []
+    transformers.utils.logging.disable_progress_bar()  # of reading a file, which takes a second
     with _hub_errors(text_encoder):
         config = transformers.AutoConfig.from_pretrained(text_encoder)
         if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):

@@ -72,7 +72,7 @@ def load_classes(settings: Settings) -> list[str]:
     return class_folders(DATA_SETS[settings.data_set], Path(settings.data_root))
 
 
-def load_images(settings: Settings) -> PairedImages:
+def load_images(settings: Settings, check: bool = True) -> PairedImages:
     """The whole training split, with random crops and flips, the same for both images of a pair."""
     return PairedImages(
         DATA_SETS[settings.data_set],
@@ -85,17 +85,19 @@ def load_images(settings: Settings) -> PairedImages:
                 v2.RandomHorizontalFlip(),
             ]
         ),
+        check=check,
         **_common(settings),
     )
 
 
-def load_test(settings: Settings, numbering: None = None) -> PairedImages:
+def load_test(settings: Settings, numbering: None = None, check: bool = True) -> PairedImages:
     """The test split; its ``corrupt`` would act after resizing and before normalising, as in the released code."""
     return PairedImages(
         DATA_SETS[settings.data_set],
         Path(settings.data_root),
         "test",
         transform=as_tested(settings),
+        check=check,
         **_common(settings),
     )
 

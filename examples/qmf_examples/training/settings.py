@@ -203,6 +203,10 @@ QUICK: dict[str, Any] = {
 }
 """A run of seconds on a CPU, to see that everything works; its figures mean nothing."""
 
+FROZEN: dict[str, Any] = {"regions": 1, "text_pooling": "mean"}
+"""Of encoders that are not trained: what the image encoder itself hands to its classifier, and the mean of the tokens,
+since a pooler that is not trained along was made for another task."""
+
 
 def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
     """The defaults of data set and method, overridden by each layer in turn; a value of None overrides nothing.

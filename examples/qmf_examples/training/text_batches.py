@@ -51,7 +51,7 @@ def load_texts_numbering(settings: Settings) -> Numbering:
     return load_numbering(settings.text_encoder, texts, settings.max_tokens)
 
 
-def load_texts(settings: Settings, split: str, numbering: Numbering) -> TextImages:
+def load_texts(settings: Settings, split: str, numbering: Numbering, check: bool = True) -> TextImages:
     """One split, as tensors and numbers."""
     made = transform_of(settings)
     return TextImages(
@@ -64,6 +64,7 @@ def load_texts(settings: Settings, split: str, numbering: Numbering) -> TextImag
         finish=v2.Compose([v2.CenterCrop(settings.image_size), *to_tensors(made)]),
         resized=settings.load_size,
         skip_bad=settings.skip_bad,
+        check=check,
     )
 
 
