@@ -18,8 +18,8 @@ from ..corruption.released_streams import ReleasedStreams
 from ..corruption.texts import TextCorruption
 from ..data.catalogue import DATA_SETS
 from ..errors import CommandError
+from ..frozen.encode import encode_split
 from ..frozen.heads import load_split
-from ..frozen.stand_in import encode_split
 from ..training.run import loader_of
 from ..training.settings import Settings
 

@@ -19,7 +19,7 @@ from ..training.paired_batches import hold_out
 from ..training.run import Finished, train_run
 from ..training.settings import Settings
 from ..training.training_data import TrainingData, fingerprint
-from .stand_in import encode_split
+from .encode import encode_split
 
 Say = Callable[[str], object]
 
