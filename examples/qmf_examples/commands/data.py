@@ -198,21 +198,40 @@ def _split_name(plan: Any, seed: int) -> str:
 
 @prepare.command()
 def nyud2(
-    mat: Annotated[Path, typer.Option(help="nyu_depth_v2_labeled.mat.")],
-    splits: Annotated[Path, typer.Option(help="splits.mat.")],
     out: Out,
+    mat: Annotated[Path | None, typer.Option(help="nyu_depth_v2_labeled.mat, with --splits.")] = None,
+    splits: Annotated[Path | None, typer.Option(help="splits.mat.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="0.jpg, 1.jpg, ..., with --depths and --meta in place of --mat.")
+    ] = None,
+    depths: Annotated[Path | None, typer.Option(help="0.png, 1.png, ..., in 8 bits, 255 being 10 m.")] = None,
+    meta: Annotated[Path | None, typer.Option(help="sceneTypes.csv, train_indexes.csv and val_indexes.csv.")] = None,
     depth: Annotated[Depth, typer.Option(help="How depth is encoded.")] = Depth.hha,
     crop: Annotated[bool, typer.Option("--crop/--no-crop", help="Cut off the white border.")] = True,
     size: Size = 256,
     workers: Workers = None,
 ) -> None:
     """NYU Depth V2: images of the 10 classes as RGB and HHA, in the published split. Run it again to go on."""
-    require_extras(("numpy", "scipy", "PIL", "rich", "h5py"))
-    from ..prepare.nyud2 import nyud2_converter, plan_nyud2
-
-    frames = plan_nyud2(mat, splits)
+    given = {"--mat": mat, "--splits": splits, "--images": images, "--depths": depths, "--meta": meta}
+    named = [name for name, path in given.items() if path is not None]
+    if named not in (["--mat", "--splits"], ["--images", "--depths", "--meta"]):
+        raise DataError(
+            "give either --mat and --splits, or --images, --depths and --meta; got "
+            + (" and ".join(named) or "neither")
+        )
+    require_extras(("numpy", "scipy", "PIL", "rich", *(["h5py"] if mat else [])))
     settings: dict[str, object] = {"set": "nyud2", "depth": str(depth), "crop": crop}
-    _convert(frames, nyud2_converter(mat, depth, crop), out, settings, size, workers, [])
+    if mat is not None and splits is not None:
+        from ..prepare.nyud2_mat import mat_converter, plan_mat
+
+        _convert(plan_mat(mat, splits), mat_converter(mat, depth, crop), out, settings, size, workers, [])
+    elif images is not None and depths is not None and meta is not None:
+        from ..prepare.nyud2_images import images_converter, plan_images
+
+        frames = plan_images(images, depths, meta)
+        # Their depth is coarser: the pairs of the two sources do not belong into one folder.
+        settings["source"] = "images"
+        _convert(frames, images_converter(images, depths, depth, crop), out, settings, size, workers, [])
 
 
 def _convert(

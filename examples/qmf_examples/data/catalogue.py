@@ -44,6 +44,9 @@ SUNRGBD_SCENES = (
 )
 """The scenes of SUN RGB-D with more than 80 images: Song, Lichtenberg and Xiao (CVPR 2015), section 4.1."""
 
+UNFINISHED_FILE = "prepared.json.unfinished"
+"""Lies in a folder of pairs until ``prepare`` has gone through all frames: readers refuse a part of a set."""
+
 _PAIRED_LAYOUT = "{train,test}/<class>/*.png, each PNG RGB in its left half and HHA depth in its right half"
 _TEXT_LAYOUT = "{train,dev,test}.jsonl with id, label, text and img, a path relative to the folder"
 
@@ -83,7 +86,8 @@ DATA_SETS = {
             _PAIRED_LAYOUT,
             "download nyu_depth_v2_labeled.mat and splits.mat from the NYU Depth Dataset V2 page "
             "(Silberman et al. 2012), then: "
-            "qmf-fusion prepare nyud2 --mat nyu_depth_v2_labeled.mat --splits splits.mat --out DIR",
+            "qmf-fusion prepare nyud2 --mat nyu_depth_v2_labeled.mat --splits splits.mat --out DIR "
+            "(of numbered images: --images, --depths and --meta in place of --mat and --splits)",
             *_RGBD,
         ),
         DataSet(

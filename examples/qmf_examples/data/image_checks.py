@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .faults import DataError, check_image, file_inside
+from .decoding import check_image
+from .faults import DataError, file_inside
 
 
 def check_images(

@@ -7,9 +7,10 @@ from typing import Any, TypedDict
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .catalogue import DataSet, how_to_obtain
+from .catalogue import UNFINISHED_FILE, DataSet, how_to_obtain
 from .class_checks import check_class_count
-from .faults import DataError, Fault, file_inside, open_image, shorter_side_to, too_large_resized
+from .decoding import read_image, shorter_side_to, too_large_resized
+from .faults import DataError, Fault, file_inside
 from .image_checks import check_images
 
 Pair = tuple[Any, Any]
@@ -128,7 +129,7 @@ class PairedImages(Dataset[PairedSample]):
         index = range(len(self.names))[index]
         name = self.names[index]
         try:
-            image = open_image(file_inside(self.root, name))
+            image = read_image(file_inside(self.root, name))
             reason = self._refuse(image.size)
             if reason:
                 raise DataError(reason)
@@ -149,18 +150,20 @@ def class_folders(known: DataSet, root: Path, num_classes: int | None = None) ->
     """The training split's class folders, in alphabetical order.
 
     Raises:
-        DataError: there is no training split, or not the data set's number of classes.
+        DataError: there is no training split, not the data set's number of classes, or a part of what is prepared.
     """
     train = root / "train"
     if not train.is_dir():
         raise DataError(f"no folder {train}. {how_to_obtain(known)}")
+    if (root / UNFINISHED_FILE).exists():
+        raise DataError(f"{root}: prepare has not finished there; run the same command again to go on")
     classes = sorted(path.name for path in train.iterdir() if path.is_dir())
     check_class_count(known, classes, num_classes, train)
     return classes
 
 
 def split_pair(image: Image.Image, shrink: bool = True) -> tuple[Image.Image, Image.Image]:
-    """The left half and the right half, each RGB, shrunk as the released code does or left as they are.
+    """The left half and the right half, shrunk as the released code does or left as they are.
 
     Raises:
         DataError: an odd width.
@@ -173,8 +176,7 @@ def split_pair(image: Image.Image, shrink: bool = True) -> tuple[Image.Image, Im
     if reason:
         raise DataError(reason)
     half = image.size[0] // 2
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    halves = [rgb.crop((left, 0, left + half, image.size[1])) for left in (0, half)]
+    halves = [image.crop((left, 0, left + half, image.size[1])) for left in (0, half)]
     if shrink and half > SHRINK_ABOVE and halves[0].size != (LOAD_SIZE, LOAD_SIZE):
         halves = [side.resize((LOAD_SIZE, LOAD_SIZE), Image.Resampling.BICUBIC) for side in halves]
     return halves[0], halves[1]

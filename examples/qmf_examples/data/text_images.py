@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from .catalogue import DataSet, how_to_obtain
 from .class_checks import check_class_count
-from .faults import DataError, Fault, file_inside, open_image, shorter_side_to, too_large_resized
+from .decoding import read_image, shorter_side_to, too_large_resized
+from .faults import DataError, Fault, file_inside
 from .image_checks import check_images
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -157,11 +158,10 @@ class TextImages(Dataset[TextImageSample]):
             image = Image.new("RGB", (256, 256), (128, 128, 128))
         else:
             try:
-                image = open_image(file_inside(self.root, row.img))
+                image = read_image(file_inside(self.root, row.img))
                 reason = self._refuse(image.size)
                 if reason:
                     raise DataError(reason)
-                image = image if image.mode == "RGB" else image.convert("RGB")
             except DataError as error:
                 raise DataError(f"{self.root / self.split}.jsonl, line {row.line}: {error}") from error
         made: Any = image if self.transform is None else self.transform(image)

@@ -15,7 +15,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.faults import DataError, Fault, too_large_resized
+from ..data.catalogue import UNFINISHED_FILE
+from ..data.decoding import too_large_resized
+from ..data.faults import DataError, Fault
 from ..files import held, write_atomically
 
 if TYPE_CHECKING:
@@ -62,8 +64,9 @@ def prepare_frames(
     """Write one PNG per frame, RGB left and depth right; what an earlier run finished stays as it is.
 
     A broken frame is left out and told in the outcome. A file appears under its name once it is complete, so a run
-    killed at any moment leaves finished frames and, at worst, ``.part`` files, which the next run removes. Of two runs
-    at the same time onto the same folder, the second is refused.
+    killed at any moment leaves finished frames, ``UNFINISHED_FILE``, by which readers know that the others are to come,
+    and, at worst, ``.part`` files, which the next run removes. Of two runs at the same time onto the same folder, the
+    second is refused.
 
     Args:
         frames: with distinct targets.
@@ -88,6 +91,8 @@ def prepare_frames(
             for part in out.rglob("*.part"):
                 part.unlink(missing_ok=True)
             todo = [frame for frame in frames if not (out / frame.target).exists()]
+            if todo:
+                (out / UNFINISHED_FILE).touch()
         outcome = Outcome(finished=len(frames) - len(todo))
         for _ in range(outcome.finished):
             done()
@@ -98,6 +103,8 @@ def prepare_frames(
             else:
                 outcome.faults.append(fault)
             done()
+        with _write_errors(out):
+            (out / UNFINISHED_FILE).unlink(missing_ok=True)
     outcome.faults.sort(key=lambda fault: fault.file)
     return outcome
 

@@ -1,13 +1,9 @@
-"""NYU Depth V2's labelled HDF5 file to the trainers' layout.
+"""NYU Depth V2's labelled frames as pairs, whatever they are read from: their classes, their split, their geometry.
 
-``nyu_depth_v2_labeled.mat`` (Silberman, Hoiem, Kohli and Fergus, ECCV 2012) is a MATLAB 7.3 file, thus HDF5 with every
-array's dimensions reversed: ``images [N, 3, W, H]``, ``depths`` and ``rawDepths [N, W, H]`` in metres, ``sceneTypes``
-``[1, N]`` of references to strings. ``splits.mat`` holds 1-based ``trainNdxs`` and ``testNdxs`` (795 and 654).
+The release's one HDF5 file is read by ``nyud2_mat``, the same frames as numbered images by ``nyud2_images``.
 """
 
-from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +12,9 @@ from ..data.catalogue import NYUD2_COMMON
 from ..data.faults import DataError
 from .frames import Frame
 from .hha import grey, hha
-from .matlab_files import read_mat
 
+SHAPE = (480, 640)
+"""Rows and columns of every frame."""
 CAMERA = np.array([[518.85790117, 0, 325.58244941], [0, 519.46961112, 253.73616633], [0, 0, 1]])
 """The colour camera's intrinsics in the release's toolbox, onto which the depth maps are projected."""
 CROP = (slice(44, 471), slice(40, 601))
@@ -36,109 +33,56 @@ def scene_class(scene: str) -> str:
     return kind if kind in NYUD2_COMMON else "others"
 
 
-def plan_nyud2(mat: Path, splits: Path) -> list[Frame]:
-    """Every image of the split, with its class.
+def plan(scenes: Sequence[str], splits: Mapping[str, Sequence[int]], named: str) -> list[Frame]:
+    """Every frame of the split, by its number in the release, which counts from 1, and with its class.
+
+    Args:
+        scenes: of all frames, in the release's order.
+        splits: the numbers in each.
+        named: where ``splits`` stand, for messages.
 
     Raises:
-        DataError: a file that is missing or cannot be read, or that lacks a variable; an index that is not in the file.
+        DataError: a number without a frame, or one that is named twice.
     """
-    file = open_hdf5(mat)
-    count = _dataset(file, mat, "images").shape[0]
-    scenes = read_scenes(file, mat)
-    if len(scenes) != count:
-        raise DataError(f"--mat: {mat} holds {count} images and {len(scenes)} scenes")
-    frames = []
-    for split, numbers in read_splits(splits).items():
+    seen: set[int] = set()
+    for split, numbers in splits.items():
         for number in numbers:
-            if not 1 <= number <= count:
-                raise DataError(f"--splits: {splits} names image {number}, and {mat} holds 1 to {count}")
-            frames.append(Frame(str(number), f"{split}/{scene_class(scenes[number - 1])}/{number:04d}.png"))
-    return frames
+            if not 1 <= number <= len(scenes):
+                raise DataError(f"{named} names image {number} for {split}, and there are images 1 to {len(scenes)}")
+            if number in seen:
+                raise DataError(f"{named} names image {number} twice, at last for {split}")
+            seen.add(number)
+    return [
+        Frame(str(number), f"{split}/{scene_class(scenes[number - 1])}/{number:04d}.png")
+        for split, numbers in splits.items()
+        for number in numbers
+    ]
 
 
-@cache
-def open_hdf5(mat: Path) -> Any:
-    """The file, opened once per process.
+def encode(
+    rgb: NDArray[np.uint8], metres: NDArray[np.float64], missing: NDArray[np.bool_] | None, depth: str, crop: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A frame's RGB and its encoded depth, uint8 ``[H, W, 3]`` each.
 
-    Raises:
-        DataError: it is not there, or no HDF5 file.
-    """
-    import h5py
-
-    try:
-        return h5py.File(mat, "r")
-    except FileNotFoundError as error:
-        raise DataError(f"--mat: no file {mat}") from error
-    except OSError as error:
-        reason = " ".join(str(error).split())  # HDF5's has several lines
-        raise DataError(f"--mat: {mat} cannot be read as HDF5, a MATLAB 7.3 file ({reason})") from error
-
-
-def _dataset(file: Any, mat: Path, name: str) -> Any:
-    if name not in file:
-        raise DataError(f"--mat: {mat} has no {name!r}; it must be nyu_depth_v2_labeled.mat")
-    return file[name]
-
-
-def read_scenes(file: Any, mat: Path) -> list[str]:
-    """Each image's scene: ``sceneTypes``, or else ``scenes``, which number the places too."""
-    name = "sceneTypes" if "sceneTypes" in file else "scenes"
-    try:
-        references = np.asarray(_dataset(file, mat, name)).ravel()
-        return ["".join(map(chr, np.asarray(file[reference]).ravel().tolist())) for reference in references]
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise DataError(f"--mat: {name} of {mat} cannot be read as strings ({error})") from error
-
-
-def read_splits(splits: Path) -> dict[str, list[int]]:
-    """The 1-based numbers of the training and of the test images.
+    Args:
+        rgb: ``[480, 640, 3]``.
+        metres: ``[480, 640]``.
+        missing: bool ``[480, 640]``, the depths that were inpainted, where that is known; see ``hha``.
+        depth: "hha" or "grey".
+        crop: whether to cut off the white border.
 
     Raises:
-        DataError: it cannot be read, lacks one of them, or both name an image.
+        DataError: arrays that are not of this shape or type.
+        ValueError: a depth that cannot be encoded; see ``hha``.
     """
-    content = read_mat(splits, ("trainNdxs", "testNdxs"), "--splits")
-    try:
-        found = {
-            split: [_whole(number) for number in np.asarray(content[name]).ravel()]
-            for split, name in (("train", "trainNdxs"), ("test", "testNdxs"))
-        }
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"--splits: {splits} must hold numbers ({error})") from error
-    both = set(found["train"]) & set(found["test"])
-    if both:
-        raise DataError(f"--splits: {splits} has {len(both)} images in both splits, image {min(both)} for one")
-    return found
-
-
-def _whole(number: Any) -> int:
-    if isinstance(number, complex) or int(number) != number:
-        raise ValueError(f"{number} is not whole")
-    return int(number)
-
-
-def nyud2_converter(mat: Path, depth: str, crop: bool) -> "partial[tuple[NDArray[np.uint8], NDArray[np.uint8]]]":
-    """The ``Converter`` of images of ``mat``; ``depth`` is "hha" or "grey"."""
-    return partial(convert_image, mat, depth, crop)
-
-
-def convert_image(mat: Path, depth: str, crop: bool, number: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The RGB and the depth image of the 1-based ``number``, uint8 ``[H, W, 3]`` each.
-
-    Raises:
-        DataError: it cannot be read, or its parts do not fit.
-    """
-    file, i = open_hdf5(mat), int(number) - 1
+    if rgb.dtype != np.uint8 or rgb.shape != (*SHAPE, 3) or metres.shape != SHAPE:
+        raise DataError(
+            f"image is {rgb.dtype} {rgb.shape} and depth {metres.shape}, height by width; they must be {SHAPE}"
+        )
     rows, columns = CROP if crop else (slice(None), slice(None))
-    try:
-        rgb = np.asarray(_dataset(file, mat, "images")[i]).transpose(2, 1, 0)[rows, columns]
-        metres = np.asarray(_dataset(file, mat, "depths")[i], dtype=np.float64).T[rows, columns]
-        raw = np.asarray(file["rawDepths"][i]).T[rows, columns] if "rawDepths" in file else metres
-        if rgb.dtype != np.uint8 or metres.shape != rgb.shape[:2] or 0 in rgb.shape:
-            raise DataError(f"image is {rgb.dtype} {rgb.shape} and depth {metres.shape}, height by width")
-        if depth == "grey":
-            return np.ascontiguousarray(rgb), grey(metres)
-        camera = CAMERA.copy()
-        camera[:2, 2] -= (columns.start or 0, rows.start or 0)
-        return np.ascontiguousarray(rgb), hha(metres, camera, missing=~(raw > 0))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot be used ({error})") from error
+    rgb, metres = np.ascontiguousarray(rgb[rows, columns]), metres[rows, columns]
+    if depth == "grey":
+        return rgb, grey(metres)
+    camera = CAMERA.copy()
+    camera[:2, 2] -= (columns.start or 0, rows.start or 0)
+    return rgb, hha(metres, camera, missing=None if missing is None else missing[rows, columns])

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.catalogue import SUNRGBD_SCENES
-from ..data.faults import DataError, Fault, open_image
+from ..data.decoding import read_values
+from ..data.faults import DataError, Fault
 from ..data.stratified_split import stratified_split
 from .frames import Frame
 from .hha import grey, hha
@@ -137,8 +138,8 @@ def convert_frame(raw: Path, depth: str, gravity: str, name: str) -> tuple[NDArr
         DataError: a part of it is missing, cannot be read or does not fit the others.
     """
     folder = raw / name
-    rgb = np.asarray(open_image(_only_file(folder / "image")).convert("RGB"))
-    metres = decode_depth(np.asarray(open_image(_only_file(folder / "depth_bfx"), deep=True)))
+    rgb = np.asarray(read_values(_only_file(folder / "image")).convert("RGB"))
+    metres = decode_depth(np.asarray(read_values(_only_file(folder / "depth_bfx"))))
     if metres.shape != rgb.shape[:2]:
         raise DataError(f"image is {rgb.shape[:2]} and depth_bfx {metres.shape}, height by width")
     try:

@@ -7,7 +7,8 @@ from PIL import Image
 from qmf_examples.data.catalogue import DATA_SETS
 from qmf_examples.data.faults import DataError
 from qmf_examples.prepare.frames import Frame, prepare_frames
-from qmf_examples.prepare.nyud2 import nyud2_converter, plan_nyud2, read_splits, scene_class
+from qmf_examples.prepare.nyud2 import scene_class
+from qmf_examples.prepare.nyud2_mat import mat_converter, plan_mat, read_splits
 
 TILT = np.radians(20)
 
@@ -37,7 +38,7 @@ def nyu(tmp_path):
 
 def test_nyud2_images_classes_and_geometry(nyu):
     root, images = nyu
-    frames = plan_nyud2(root / "nyu.mat", root / "splits.mat")
+    frames = plan_mat(root / "nyu.mat", root / "splits.mat")
     assert sorted(frame.target for frame in frames) == [
         "test/bookstore/0007.png",
         "test/living_room/0006.png",
@@ -49,7 +50,7 @@ def test_nyud2_images_classes_and_geometry(nyu):
         "train/others/0003.png",
     ]
     outcome = prepare_frames(
-        frames[1:2], nyud2_converter(root / "nyu.mat", "hha", True), root / "out", {}, size=0, workers=1
+        frames[1:2], mat_converter(root / "nyu.mat", "hha", True), root / "out", {}, size=0, workers=1
     )
     assert outcome.written == 1
     pair = np.asarray(Image.open(root / "out/train/kitchen/0002.png"))
@@ -59,7 +60,7 @@ def test_nyud2_images_classes_and_geometry(nyu):
     assert np.abs(floor[..., 2] - 38).max() <= 1
     assert np.abs(floor[..., 1]).max() <= 1
     assert np.abs(wall[..., 2] - 128).max() <= 1
-    _, grey = nyud2_converter(root / "nyu.mat", "grey", False)("1")
+    _, grey = mat_converter(root / "nyu.mat", "grey", False)("1")
     assert grey.shape == (480, 640, 3)
 
 
@@ -74,7 +75,7 @@ def test_nyud2_without_depth_is_a_broken_image_and_inpainted_depth_is_kept(nyu):
         depths[1, 100:500, 100:200] = 0.7 + np.random.default_rng(0).random((400, 100))
         raw[0] = 0
         file["depths"], file["rawDepths"] = depths, raw
-    convert = nyud2_converter(root / "gaps.mat", "hha", True)
+    convert = mat_converter(root / "gaps.mat", "hha", True)
     outcome = prepare_frames([Frame("1", "a.png"), Frame("2", "b.png")], convert, root / "o", {}, size=0, workers=1)
     assert [str(fault) for fault in outcome.faults] == ["1: cannot be used (depth has no pixel whose depth is known)"]
     assert outcome.written == 1
@@ -90,20 +91,20 @@ def test_nyud2_faults_are_told(nyu, tmp_path):
 
     root, _ = nyu
     with pytest.raises(DataError, match="--mat: no file"):
-        plan_nyud2(root / "nowhere.mat", root / "splits.mat")
+        plan_mat(root / "nowhere.mat", root / "splits.mat")
     with pytest.raises(DataError, match="cannot be read as HDF5"):
-        plan_nyud2(root / "splits.mat", root / "splits.mat")
+        plan_mat(root / "splits.mat", root / "splits.mat")
     with pytest.raises(DataError, match="cannot be read as a MATLAB file"):
-        plan_nyud2(root / "nyu.mat", root / "nyu.mat")
+        plan_mat(root / "nyu.mat", root / "nyu.mat")
     savemat(root / "far.mat", {"trainNdxs": [[1]], "testNdxs": [[9]]})
-    with pytest.raises(DataError, match=r"names image 9, and .* holds 1 to 8"):
-        plan_nyud2(root / "nyu.mat", root / "far.mat")
+    with pytest.raises(DataError, match=r"names image 9 for test, and there are images 1 to 8"):
+        plan_mat(root / "nyu.mat", root / "far.mat")
     savemat(root / "both.mat", {"trainNdxs": [[1]], "testNdxs": [[1]]})
-    with pytest.raises(DataError, match="in both splits"):
-        plan_nyud2(root / "nyu.mat", root / "both.mat")
+    with pytest.raises(DataError, match="names image 1 twice, at last for test"):
+        plan_mat(root / "nyu.mat", root / "both.mat")
     savemat(root / "half.mat", {"trainNdxs": [[1]]})
     with pytest.raises(DataError, match="no variable 'testNdxs'"):
-        plan_nyud2(root / "nyu.mat", root / "half.mat")
+        plan_mat(root / "nyu.mat", root / "half.mat")
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, 1.5, 1j])

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qmf_examples.data.catalogue import DATA_SETS
 from qmf_examples.data.faults import DataError
+from qmf_examples.data.paired_images import PairedImages
 from qmf_examples.errors import CommandError
 from qmf_examples.prepare.frames import Frame, prepare_frames
 
@@ -81,12 +83,15 @@ def test_a_killed_run_leaves_whole_files_and_goes_on_where_it_was(tmp_path, conv
     assert 5 <= len(finished) < 60
     for path in finished:
         assert np.array_equal(np.asarray(Image.open(path))[:, :64], converters.slow(path.stem)[0])
+    with pytest.raises(DataError, match="prepare has not finished there; run the same command again to go on"):
+        PairedImages(DATA_SETS["nyud2"], out, num_classes=0)
     (out / "train" / "a" / "59.png.123.part").write_bytes(b"half")  # what a kill during a write leaves
     outcome = prepare_frames(FRAMES, converters.slow, out, {}, size=0, workers=1)
     assert (outcome.written, outcome.finished) == (60 - len(finished), len(finished))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
     assert len(list(out.rglob("*.png"))) == 60
     assert list(out.rglob("*.part")) == []
+    assert len(PairedImages(DATA_SETS["nyud2"], out, num_classes=0)) == 60
 
 
 def test_a_second_run_at_the_same_time_is_refused_and_disturbs_nothing(tmp_path, converters):

@@ -1,0 +1,89 @@
+"""The commands one after another on 60 real frames and 60 real pairs, which must be under QMF_DATA_ROOT."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from qmf_examples.cli import main
+from qmf_examples.data.catalogue import DATA_SETS
+
+ROOT = Path(os.environ.get("QMF_DATA_ROOT", ""))
+pytestmark = [
+    pytest.mark.skipif("QMF_DATA_ROOT" not in os.environ, reason="QMF_DATA_ROOT is not set: no real data"),
+    pytest.mark.slow,
+]
+
+
+def some_frames(folder):
+    """60 of NYUD2's frames as numbered images of their own, four of each class for training and two for testing; the
+    options of ``prepare`` for them.
+    """
+    from qmf_examples.prepare.nyud2_images import plan_images
+
+    raw = ROOT / "nyud2_raw"
+    taken = {"train": [], "test": []}
+    counts = Counter()
+    for frame in plan_images(raw / "nyu_images", raw / "nyu_depths", raw / "meta"):
+        split, scene, _ = frame.target.split("/")
+        if counts[split, scene] < {"train": 4, "test": 2}[split]:
+            counts[split, scene] += 1
+            taken[split].append((frame.source.split(", "), scene))
+    for name in ("images", "depths", "meta"):
+        (folder / name).mkdir()
+    lists = {"sceneTypes": ["SceneTypes"], "train_indexes": ["Index"], "val_indexes": ["Index"]}
+    for split, name in (("train", "train_indexes"), ("test", "val_indexes")):
+        for (image, depth), scene in taken[split]:
+            number = len(lists["sceneTypes"])
+            (folder / "images" / f"{number - 1}.jpg").symlink_to(raw / "nyu_images" / image)
+            (folder / "depths" / f"{number - 1}.png").symlink_to(raw / "nyu_depths" / depth)
+            lists["sceneTypes"].append(scene)
+            lists[name].append(str(number))
+    for name, lines in lists.items():
+        (folder / "meta" / f"{name}.csv").write_text("\n".join(lines))
+    return ["--images", folder / "images", "--depths", folder / "depths", "--meta", folder / "meta"]
+
+
+def some_pairs(folder):
+    """60 of MVSA's pairs in their published splits, and the options of ``prepare`` for them."""
+    raw = ROOT / "mvsa_single"
+    shutil.copy(raw / "labelResultAll.txt", folder)
+    (folder / "data").mkdir()
+    for split, count in (("train", 36), ("dev", 12), ("test", 12)):
+        lines = (raw / f"{split}.jsonl").read_text().splitlines()[:count]
+        (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        for line in lines:
+            shutil.copy(raw / json.loads(line)["img"], folder / "data")
+    return ["--raw", folder, "--splits", folder]
+
+
+@pytest.fixture(scope="module", params=["nyud2", "mvsa"])
+def prepared(request, tmp_path_factory):
+    """The data set's name, and its folder as ``prepare`` has made it of 60 samples."""
+    raw = tmp_path_factory.mktemp("raw")
+    name = request.param
+    out = tmp_path_factory.mktemp(name) / "data" if name == "nyud2" else raw
+    options = some_frames(raw) if name == "nyud2" else some_pairs(raw)
+    assert main(["prepare", name, *map(str, options), "--out", str(out)]) == 0
+    return name, out
+
+
+COMMANDS = {
+    "inspect": lambda name, out: ["inspect", name],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_takes_what_was_prepared(prepared, command, tmp_path, capfd):
+    name, root = prepared
+    arguments = [*COMMANDS[command](name, tmp_path / "out"), "--data-root", root]
+    assert main([str(argument) for argument in arguments]) == 0
+    said = capfd.readouterr().out
+    if command == "inspect":
+        counts = next(line.split()[1:] for line in said.splitlines() if line.split()[:1] == ["all"])
+        assert list(map(int, counts)) == ([40, 20] if name == "nyud2" else [36, 12, 12])
+        assert said.endswith("training can run\n")
+        assert all(label in said for label in DATA_SETS[name].classes)
