@@ -9,7 +9,7 @@ from ..errors import CommandError, require_extras, resumable
 from ..training.settings import (
     ABLATION,
     DEFAULTS,
-    FROZEN,
+    HEADS,
     METHODS,
     QUICK,
     Settings,
@@ -149,7 +149,7 @@ def train_set(
     )
     fixed = bool(_first(frozen, file.get("frozen"), False))
     layers = (
-        {**QUICK, **(FROZEN if fixed else {})} if quick else {},
+        {**QUICK, **(HEADS if fixed else {})} if quick else {},
         {"data_root": ""},
         file,
         {**given, "method": None, "seed": None, "data_root": None if data_root is None else str(data_root)},

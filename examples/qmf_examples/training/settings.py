@@ -162,29 +162,6 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 }
 """The released RGB-D scripts' own settings for these methods, in place of the data set's."""
 
-FROZEN: dict[str, Any] = {
-    "text_pooling": "mean",
-    "regions": 1,
-    "hidden": 64,
-    "dropout": 0.0,
-    "joint_width": 0,
-    "batch_size": 64,
-    "accumulate": 1,
-    "epochs": 40,
-    "patience": 40,
-    "optimizer": "adam",
-    "learning_rate": 5e-4,
-    "weight_decay": 1e-4,
-    "warmup": 0.0,
-    "plateau_patience": 40,
-    "freeze": {},
-    "workers": 0,
-    "accelerator": "cpu",
-}
-"""How heads on frozen encoders are trained, on every data set, in place of its own settings: `bench-robustness` trains
-heads on feature files so too. The rate stays, and no epoch is too many: the best one of all is kept. BERT's pooler was
-trained for another task than its tokens."""
-
 QUICK: dict[str, Any] = {
     "image_encoder": "tiny",
     "weights": "none",
@@ -206,6 +183,25 @@ QUICK: dict[str, Any] = {
 FROZEN: dict[str, Any] = {"regions": 1, "text_pooling": "mean"}
 """Of encoders that are not trained: what the image encoder itself hands to its classifier, and the mean of the tokens,
 since a pooler that is not trained along was made for another task."""
+HEADS: dict[str, Any] = {
+    "hidden": 64,
+    "dropout": 0.0,
+    "joint_width": 0,
+    "batch_size": 64,
+    "accumulate": 1,
+    "epochs": 40,
+    "patience": 40,
+    "optimizer": "adam",
+    "learning_rate": 5e-4,
+    "weight_decay": 1e-4,
+    "warmup": 0.0,
+    "plateau_patience": 40,
+    "freeze": {},
+    "workers": 0,
+    "accelerator": "cpu",
+}
+"""How heads on frozen encoders are trained, on every data set, in place of its own settings: `bench-robustness` trains
+heads on feature files so too. The rate stays, and no epoch is too many: the best one of all is kept."""
 
 
 def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
@@ -232,7 +228,7 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
 def _own(data_set: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """What takes the place of the data set's defaults: of frozen encoders, or else of the method."""
     if given.get("frozen") is True:
-        return {**FROZEN, "copies": 2 if METHODS[data_set] is RGBD_METHODS else 1}
+        return {**FROZEN, **HEADS, "copies": 2 if METHODS[data_set] is RGBD_METHODS else 1}
     method = given.get("method")
     return OF_METHOD.get(method, {}) if isinstance(method, str) and METHODS[data_set] is RGBD_METHODS else {}
 
