@@ -169,7 +169,7 @@ def train_set(
         raise CommandError(f"--output: must be UTF-8, for TensorBoard's files, got {str(folder)!r}") from error
     prepare_output(folder)
     with disk_errors(), resumable("run it again with --resume to go on"):
-        _train_all(plan, folder, resume, _left_out(data_set, chosen) if base.frozen else "")
+        _train_all(plan, folder, resume, left_out(data_set, chosen) if base.frozen else "")
 
 
 def _first(*values: Any) -> Any:
@@ -216,12 +216,12 @@ def choose_methods(data_set: str, given: Any, frozen: bool = False) -> tuple[str
     return names
 
 
-def _left_out(data_set: str, given: str) -> str:
+def left_out(data_set: str, given: str) -> str:
     """What ``all`` does not take in with frozen encoders, and why."""
     return f"left out: {why_not_frozen(METHODS[data_set])}" if "all" in given.replace(" ", "").split(",") else ""
 
 
-def _train_all(plan: list[Settings], folder: Path, resume: bool, left_out: str) -> None:
+def _train_all(plan: list[Settings], folder: Path, resume: bool, note: str) -> None:
     from ..frozen.heads import train_frozen
     from ..training.run import check_machine, is_first_process, train_run
 
@@ -229,8 +229,8 @@ def _train_all(plan: list[Settings], folder: Path, resume: bool, left_out: str) 
     say = typer.echo if is_first_process() else lambda _: None
     if plan[0].selection == "test":
         say("--selection test: epochs are chosen on the test set, as published; their accuracies are flattered")
-    if left_out:
-        say(left_out)
+    if note:
+        say(note)
     for settings in plan:
         place = folder / settings.method / f"seed{settings.seed}"
         finished = (train_frozen if settings.frozen else train_run)(settings, place, resume, say)

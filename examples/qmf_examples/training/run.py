@@ -27,7 +27,7 @@ from ..models.divergence import weights_not_finite
 from ..models.feature_heads import Scaled
 from ..models.learners import Learner
 from ..models.text_encoders import WordNumbers
-from ..processes import launched, most_devices, together
+from ..processes import launched, most_devices, one_thread, together
 from . import feature_rows, paired_batches, text_batches
 from .checkpoints import (
     BEST,
@@ -147,7 +147,7 @@ def _fit(settings: Settings, folder: Path, data: TrainingData, state: dict[str, 
     collate = feature_rows.collate if settings.frozen else loader_of(settings.data_set).collate
     batches = Batches(data.train, data.select, collate, settings)
     try:
-        with together(trainer.world_size):
+        with together(trainer.world_size), one_thread() if settings.frozen else contextlib.nullcontext():
             trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
     except SystemExit:  # what Lightning makes of an interrupt, without a word
         if not trainer.interrupted:
