@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench_robustness, bench_trainers, data, digits, evaluate, report, train_sets
+from . import bench_robustness, bench_trainers, data, digits, evaluate, features, report, train_sets
 
 # Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
 UsageError: Any = typer.BadParameter.__mro__[2]
@@ -27,6 +27,7 @@ train_sets.attach(train)
 train.command("digits", help=digits.HELP)(digits.digits)
 evaluate.attach(app)
 data.attach(app)
+app.command("features", cls=features.ManyDamages, help=features.HELP)(features.features)
 app.command("bench-robustness", help=bench_robustness.HELP)(bench_robustness.bench_robustness)
 app.command("bench-trainers", help=bench_trainers.HELP)(bench_trainers.bench_trainers)
 app.command("report", help=report.HELP)(report.report)
