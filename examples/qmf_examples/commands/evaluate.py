@@ -7,13 +7,14 @@ import typer
 
 from ..errors import CommandError, require_extras
 from ..files import alone_in
+from .features import ManyDamages
 from .output_folder import disk_errors, prepare_output
 from .train_sets import PACKAGES
 
 
 def attach(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command("evaluate")(evaluate)
+    app.command("evaluate", cls=ManyDamages)(evaluate)
 
 
 def evaluate(
@@ -31,8 +32,9 @@ def evaluate(
     damage: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of runs on frozen encoders, to half of each sample's modalities besides: gaussian:30,80 blur black "
-            "conflict, ...; as `features` takes them."
+            metavar="KIND[:LEVEL,...] ...",
+            help="Of runs on frozen encoders, to half of each sample's modalities: as in features, or conflict, "
+            "another sample's.",
         ),
     ] = None,
     output: Annotated[
@@ -63,8 +65,8 @@ def evaluate(
     found = find_runs(runs)
     target = output if output is not None else runs[0] / "evaluation"
     prepare_output(target)
-    words = [word for given in damage or [] for word in given.split()]
-    plan = NoisePlan(kinds, epsilons, protocol, noise_seed, _damages(words), CONFLICT.kind in words)
+    further = damage or []
+    plan = NoisePlan(kinds, epsilons, protocol, noise_seed, _damages(further), CONFLICT.kind in further)
     with disk_errors(), alone_in(target):
         tested = evaluate_runs(found, plan, data_root, device, batch_size, workers, typer.echo)
         write_report(tested, plan, target)

@@ -98,7 +98,7 @@ def train_set(
     ] = None,
     copies: Annotated[
         int | None,
-        typer.Option(min=1, help="Of each training sample for frozen encoders, augmented but for the first."),
+        typer.Option(min=0, help="Copies of the training images for frozen encoders, cut out and flipped at random."),
     ] = None,
     freeze: Annotated[str | None, typer.Option(help="Epochs for which encoders are fixed: image=3,text=5.")] = None,
     load_size: Annotated[int | None, typer.Option(help="Pixels that images are resized to.")] = None,

@@ -114,8 +114,8 @@ class Features:
 
     def __init__(self, settings: Settings, plan: NoisePlan, cache: Path, batch_size: int, say: Say) -> None:
         self.settings, self.plan, self.cache, self.batch_size, self.say = settings, plan, cache, batch_size, say
-        split = load_split(settings, "test", cache, say=say)
-        self.clean, self.labels = {name: x[0] for name, x in split.rows.items()}, split.labels
+        self.split = load_split(settings, "test", cache, say=say)
+        self.clean, self.labels = {name: x[0] for name, x in self.split.rows.items()}, self.split.labels
         self.seen: dict[Condition, tuple[dict[str, Tensor], Tensor]] = {}
 
     def batches(self, condition: Condition) -> Iterator[dict[str, Any]]:

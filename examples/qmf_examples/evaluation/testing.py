@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..corruption.conditions import PAPER_KINDS, Condition
 from ..errors import CommandError
-from ..frozen.heads import features_folder
+from ..frozen.heads import check_encoders, features_folder
 from ..models.divergence import DivergenceWatch, check_probabilities
 from ..models.learners import Learner
 from ..training.run import FINISHED, load_learner, quieten
@@ -106,6 +106,7 @@ def evaluate_runs(
             key, cache = repr(replace(settings, method="", seed=0)), features_folder(folder)
             if key not in encoded:
                 encoded[key] = Features(settings, plan, cache, batch_size, say)
+            check_encoders(folder, settings, encoded[key].split)
             data = encoded[key]
         elif plan.further:
             raise CommandError(f"--damage is for runs on frozen encoders (train --frozen), got {folder}")

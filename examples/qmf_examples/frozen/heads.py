@@ -14,12 +14,15 @@ from ..data.catalogue import DATA_SETS
 from ..data.class_checks import check_every_class
 from ..data.paired_images import PairedImages
 from ..data.text_images import TextImages
+from ..errors import CommandError
+from ..training.checkpoints import BEST, read_checkpoint
 from ..training.feature_rows import FeatureRows
 from ..training.paired_batches import hold_out
 from ..training.run import Finished, train_run
 from ..training.settings import Settings
 from ..training.training_data import TrainingData, fingerprint
 from .encode import encode_split
+from .encoders import load_encoders
 
 Say = Callable[[str], object]
 
@@ -41,6 +44,8 @@ class Split(NamedTuple):
     """What each sample is, in plain values."""
     digest: str
     """Of the features."""
+    encoders: str
+    """A digest of their weights."""
 
 
 _splits: dict[tuple[Any, ...], Split] = {}
@@ -64,10 +69,11 @@ def load_split(settings: Settings, split: str, cache: Path, copies: int = 1, say
         for name, x in rows.items():
             digest.update(f"{name} {list(x.shape)}".encode())
             digest.update(x.numpy().tobytes())
+        encoders = fingerprint([name, encoder.digest] for name, encoder in load_encoders(settings).items())
         while len(_splits) >= MOST_SPLITS:
             del _splits[next(iter(_splits))]
         labels, classes, faults = torch.tensor(samples.labels), tuple(samples.classes), len(samples.faults)
-        _splits[key] = Split(rows, labels, classes, faults, tuple(_plain(samples)), digest.hexdigest())
+        _splits[key] = Split(rows, labels, classes, faults, tuple(_plain(samples)), digest.hexdigest(), encoders)
     return _splits[key]
 
 
@@ -98,7 +104,7 @@ def load_training(settings: Settings, cache: Path, say: Say = print) -> Training
         DataError: data that cannot be used.
         CommandError: an encoder that cannot be had; so few samples of every class that none is held out.
     """
-    train = load_split(settings, "train", cache, settings.copies, say)
+    train = load_split(settings, "train", cache, 1 + settings.copies, say)
     everything, faults = range(len(train.labels)), train.faults
     if settings.selection == "test" or not DATA_SETS[settings.data_set].paired:
         other = load_split(settings, "test" if settings.selection == "test" else "dev", cache, say=say)
@@ -112,7 +118,22 @@ def load_training(settings: Settings, cache: Path, say: Say = print) -> Training
         rows = fingerprint(train.classes, train.samples, places, held, [train.digest])
     seen = {name: x[0][torch.tensor(places)] for name, x in train.rows.items()}
     own = FeatureRows(train.rows, train.labels, places, augmented=True)
-    return TrainingData(own, select, train.classes, len(everything), faults, rows, features=seen)
+    return TrainingData(
+        own, select, train.classes, len(everything), faults, rows, features=seen, encoders=train.encoders
+    )
+
+
+def check_encoders(folder: Path, settings: Settings, split: Split) -> None:
+    """Whether a trained run's features were made by the encoders that made these.
+
+    Raises:
+        CommandError: they were not.
+    """
+    if read_checkpoint(folder / BEST).get("encoders") != split.encoders:
+        raise CommandError(
+            f"{folder} was trained on what other encoders see: {settings.image_encoder}, --weights {settings.weights} "
+            "or the text encoder are no longer what they were"
+        )
 
 
 def train_frozen(settings: Settings, folder: Path, resume: bool = False, say: Say = lambda _: None) -> Finished:

@@ -143,6 +143,7 @@ def _fit(settings: Settings, folder: Path, data: TrainingData, state: dict[str, 
     stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
     trainer = make_trainer(settings, folder, stopping)
     digests = {"fingerprint": data.fingerprint, "names": _names(data.classes, data.numbering)}
+    digests |= {"encoders": data.encoders} if data.encoders else {}
     module = TrainingModule(learner, settings, num_classes, data.num_samples, digests, data.widths)
     collate = feature_rows.collate if settings.frozen else loader_of(settings.data_set).collate
     batches = Batches(data.train, data.select, collate, settings)

@@ -66,8 +66,8 @@ class Settings:
     # Networks
     frozen: bool = False
     """Whether encoders stay as they are: what they see is computed once, and heads are trained on that."""
-    copies: int = 1
-    """Of each training sample, for frozen encoders: the first as in testing, further ones augmented."""
+    copies: int = 0
+    """For frozen encoders: augmented ones of each training image, of which an epoch takes one, or the image itself."""
     image_encoder: str = "resnet18"
     """A model of timm, or ``tiny``."""
     weights: str = "imagenet"
@@ -228,7 +228,7 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
 def _own(data_set: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """What takes the place of the data set's defaults: of frozen encoders, or else of the method."""
     if given.get("frozen") is True:
-        return {**FROZEN, **HEADS, "copies": 2 if METHODS[data_set] is RGBD_METHODS else 1}
+        return {**FROZEN, **HEADS, "copies": int(METHODS[data_set] is RGBD_METHODS)}
     method = given.get("method")
     return OF_METHOD.get(method, {}) if isinstance(method, str) and METHODS[data_set] is RGBD_METHODS else {}
 
@@ -343,6 +343,8 @@ def _check(settings: Settings) -> None:
     modalities = ("rgb", "depth") if settings.data_set in ("nyud2", "sunrgbd") else ("text", "image")
     if settings.frozen and settings.method in NOT_FROZEN:
         raise CommandError(f"method: {why_not_frozen([settings.method])}")
+    if settings.copies and not settings.frozen:
+        raise CommandError("copies are of frozen encoders' images (--frozen): else each epoch augments anew")
     if settings.frozen and any(settings.freeze.values()):
         raise CommandError("freeze is for encoders that are trained after so many epochs: frozen ones stay as they are")
     for name, allowed in (
@@ -361,7 +363,8 @@ def _check(settings: Settings) -> None:
         (("batch_size", "accumulate", "epochs", "patience", "limit_batches"), 1, MANY),
         (("start_epoch", "sampling_count"), 1, MANY),
         (("image_size", "load_size"), 1, 8192),
-        (("regions", "copies"), 1, 64),
+        (("regions",), 1, 64),
+        (("copies",), 0, 1000),
         (("max_tokens",), 3, MANY),
         (("workers",), 0, 1024),
         (("hidden", "joint_width"), 0, 2**16),

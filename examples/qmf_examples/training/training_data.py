@@ -29,6 +29,8 @@ class TrainingData:
     """How texts became numbers."""
     features: Mapping[str, Tensor] | None = None
     """What frozen encoders have seen of the samples to train on, ``[B, width]`` by modality."""
+    encoders: str = ""
+    """A digest of these encoders' weights."""
 
     @property
     def widths(self) -> dict[str, int] | None:

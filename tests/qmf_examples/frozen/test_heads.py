@@ -11,6 +11,8 @@ from qmf_examples.commands.train_sets import choose_methods, left_out
 from qmf_examples.comparison.prepared import fit_each_feature
 from qmf_examples.comparison.robustness import FILES
 from qmf_examples.errors import CommandError
+from qmf_examples.evaluation.damaged_tests import NoisePlan
+from qmf_examples.evaluation.testing import evaluate_runs
 from qmf_examples.frozen import encode, heads
 from qmf_examples.frozen.heads import load_training, train_frozen
 from qmf_examples.models.feature_heads import Scaled, feature_heads
@@ -21,7 +23,7 @@ from qmf_examples.training.run import load_learner, train_run
 from qmf_examples.training.settings import HEADS, NOT_FROZEN, QUICK, methods_of, resolve
 from qmf_examples.training.settings import METHODS as ROWS
 
-TINY = {**QUICK, **HEADS, "frozen": True, "copies": 2, "batch_size": 16}
+TINY = {**QUICK, **HEADS, "frozen": True, "copies": 1, "batch_size": 16}
 
 
 def settings_of(data_set, root, **given):
@@ -103,6 +105,8 @@ def test_features_of_other_weights_are_not_gone_on_with(sample, tmp_path):
     heads._splits.clear()
     with pytest.raises(CommandError, match="does not hold the samples that"):
         train_frozen(settings, run, resume=True)
+    with pytest.raises(CommandError, match="was trained on what other encoders see: tiny, --weights"):
+        evaluate_runs([run], NoisePlan(("gaussian",), (0.0,)))
 
 
 def test_features_are_scaled_as_the_bench_scales_them():
@@ -123,7 +127,7 @@ def test_heads_are_trained_as_the_bench_trains_them():
     bench = {"hidden": FILES.hidden, "epochs": FILES.epochs, "learning_rate": FILES.learning_rate}
     bench |= {"weight_decay": FILES.weight_decay, "batch_size": FILES.batch_size}
     assert bench == {name: HEADS[name] for name in bench}
-    for data_set, copies in (("nyud2", 2), ("mvsa", 1)):
+    for data_set, copies in (("nyud2", 1), ("mvsa", 0)):
         settings = resolve(data_set, {"frozen": True, "method": "tmc"})
         assert (settings.copies, settings.batch_size, settings.text_pooling) == (copies, 64, "mean")
         assert (settings.freeze, settings.regions) == ({}, 1)
@@ -147,12 +151,15 @@ def test_what_cannot_be_is_said_in_a_line(sample, tmp_path, capsys):
     for extra, message in (
         (["--method", "late,mmtm"], "--method: mmtm cannot be trained on frozen encoders"),
         (["--freeze", "rgb=3"], "freeze is for encoders that are trained"),
+        (["--copies", "2000"], "copies must be at most 1000"),
         (["--method", "bow"], "--method: bow cannot be trained on frozen encoders"),
     ):
         assert main([*train, *extra]) == 1
         assert message in capsys.readouterr().err
     assert main(["train", "nyud2", "--quick", "--method", "robust-logits", "--data-root", "x"]) == 1
     assert "robust-logits is none of nyud2's" in capsys.readouterr().err
+    assert main(["train", "nyud2", "--quick", "--copies", "2", "--data-root", "x"]) == 1
+    assert "copies are of frozen encoders' images" in capsys.readouterr().err
     with pytest.raises(ValueError, match="load must be given"):
         train_run(settings_of("nyud2", "x"), tmp_path / "run")
 
@@ -170,7 +177,7 @@ def test_the_commands_train_and_test_without_encoding_twice(sample, tmp_path, ca
     options = ["--epochs", "2", "--limit-batches", "1", "--method", "late,robust,robust-logits"]
     assert main([*train, *options]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.count("features of train") == 2
-    evaluate = ["--noise", "gaussian", "--levels", "0,10", "--damage", "blur conflict", "--damage", "gaussian:90"]
+    evaluate = ["--noise", "gaussian", "--levels", "0,10", "--damage", "blur", "conflict", "gaussian:90"]
     assert main(["evaluate", str(runs), *evaluate]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     # Clean, noise, two damages; a conflict is other samples' clean features.
