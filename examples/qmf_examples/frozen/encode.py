@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy as shallow_copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,9 @@ class _Work:
     def compute(self, copy: int, missing: dict[int, list[str]], in_order: bool) -> None:
         """Compute the parts that are missing; ``in_order`` reads every row before them too, in one thread."""
         wanted = {name for names in missing.values() for name in names}
-        if not in_order and "image" not in wanted and hasattr(self.samples, "images"):
-            self.samples.images = False
+        samples = shallow_copy(self.samples)
+        if not in_order and "image" not in wanted and hasattr(samples, "images"):
+            samples.images = False  # there is no need to read them
         for name in wanted:
             self.encoders[name].network.to(self.device)
         started = said = time.monotonic()
@@ -186,9 +188,9 @@ class _Work:
             parts = range(max(missing) + 1) if in_order else sorted(missing)
             batches = [(part, rows) for part in parts for rows in _batches(part, len(self.samples))]
             seen: dict[str, list[Tensor]] = {}
-            for part, rows, samples in _read_ahead(self.samples, batches, pool):
+            for part, rows, read in _read_ahead(samples, batches, pool):
                 for name in missing.get(part, ()):
-                    seen.setdefault(name, []).append(self._look(name, samples))
+                    seen.setdefault(name, []).append(self._look(name, read))
                 if rows.stop in (len(self.samples), (part + 1) * ROWS):
                     for name, features in seen.items():
                         self.stores[name].write(_copy_name(self.settings, name, copy), part, torch.cat(features))

@@ -9,6 +9,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from ..errors import CommandError
+from .hub import quieten_hub
 from .image_transforms import PUBLISHED, encoder_config
 
 
@@ -141,6 +142,7 @@ def _create(name: str, **options: Any) -> Any:
 
 
 def _download(name: str, config: dict[str, Any]) -> Any:
+    quieten_hub()
     tagged = PUBLISHED.get(name, name)
     try:
         return _create(tagged, pretrained=True)

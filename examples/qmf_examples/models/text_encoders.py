@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..errors import CommandError
+from .hub import quieten_hub
 from .vocabulary import Vocabulary
 
 TINY: dict[str, Any] = {
@@ -192,7 +193,6 @@ def load_text_encoder(
         config = transformers.BertConfig(vocab_size=len(numbering.vocabulary) + 2, **TINY)
         return TextEncoder(transformers.BertModel(config), (numbering.cls_id, numbering.sep_id), pooling)
     missing: list[str] = []
-    transformers.utils.logging.disable_progress_bar()  # of reading a file, which takes a second
     with _hub_errors(text_encoder):
         config = transformers.AutoConfig.from_pretrained(text_encoder)
         if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
@@ -223,7 +223,7 @@ class _hub_errors:  # noqa: N801 - reads as a function
         self.text_encoder = text_encoder
 
     def __enter__(self) -> None:
-        pass
+        quieten_hub()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError | ValueError):

@@ -111,6 +111,17 @@ def test_a_damage_of_texts_takes_the_images_that_are_there(sample, tmp_path):
     assert len(files(tmp_path)) == number + 2
 
 
+def test_texts_that_are_gone_are_encoded_again_without_images_and_copies_still_have_them(sample, tmp_path):
+    settings = settings_of("mvsa", sample("mvsa"))
+    before = encode_split(settings, "train", tmp_path)
+    for folder in tmp_path.glob("text-*"):
+        shutil.rmtree(folder)
+    after = encode_split(settings, "train", tmp_path, copies=2)
+    assert all(torch.equal(before[name][0], after[name][0]) for name in before)
+    assert torch.equal(after["text"][1], after["text"][0])
+    assert not torch.equal(after["image"][1], after["image"][0])
+
+
 @pytest.mark.parametrize("damage", ["cut off", "changed", "empty"])
 def test_a_file_that_is_not_whole_is_computed_again(damage, pairs, tmp_path):
     settings = settings_of("nyud2", pairs)
