@@ -120,3 +120,14 @@ def together(number: int) -> Iterator[None]:
             # A DistributedDataParallel refers to itself and so outlives its use. With it lives the group, whose
             # threads then sometimes abort the interpreter when it ends.
             gc.collect()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Small heads are not worth sharing out, and sums come out the same whatever the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

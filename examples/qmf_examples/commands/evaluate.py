@@ -1,19 +1,20 @@
 """The command `evaluate`; ``attach(app)`` adds it to a typer app."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import CommandError, require_extras
 from ..files import alone_in
+from .features import ManyDamages
 from .output_folder import disk_errors, prepare_output
 from .train_sets import PACKAGES
 
 
 def attach(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command("evaluate")(evaluate)
+    app.command("evaluate", cls=ManyDamages)(evaluate)
 
 
 def evaluate(
@@ -28,6 +29,14 @@ def evaluate(
             help="released-2023: the code that made the paper's tables, faults included; released-2025; clean."
         ),
     ] = "released-2023",
+    damage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND[:LEVEL,...] ...",
+            help="Of runs on frozen encoders, to half of each sample's modalities: as in features, or conflict, "
+            "another sample's.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for results. [default: evaluation in the first RUN]")
     ] = None,
@@ -40,7 +49,7 @@ def evaluate(
     """Test trained runs on clean and corrupted data, and print the paper's tables with its figures beside ours."""
     require_extras((*PACKAGES, "matplotlib"))
     kinds, epsilons = _kinds(noise), _levels(levels)
-    from ..corruption.conditions import named_protocol
+    from ..corruption.conditions import CONFLICT, named_protocol
 
     try:
         protocol = named_protocol(protocol)
@@ -49,17 +58,29 @@ def evaluate(
     missing = [str(run) for run in runs if not run.is_dir()]
     if missing:
         raise CommandError(f"no folder {', '.join(missing)}")
+    from ..evaluation.damaged_tests import NoisePlan
     from ..evaluation.report import write_report
-    from ..evaluation.testing import NoisePlan, evaluate_runs, find_runs
+    from ..evaluation.testing import evaluate_runs, find_runs
 
     found = find_runs(runs)
     target = output if output is not None else runs[0] / "evaluation"
     prepare_output(target)
-    plan = NoisePlan(kinds, epsilons, protocol, noise_seed)
+    further = damage or []
+    plan = NoisePlan(kinds, epsilons, protocol, noise_seed, _damages(further), CONFLICT.kind in further)
     with disk_errors(), alone_in(target):
         tested = evaluate_runs(found, plan, data_root, device, batch_size, workers, typer.echo)
         write_report(tested, plan, target)
     typer.echo(f"written: {target}/results.json, results.md, accuracy.png, weights.png, gaps.png, correlations.png")
+
+
+def _damages(words: list[str]) -> tuple[Any, ...]:
+    from ..corruption.conditions import CONFLICT
+    from ..corruption.every_row import parse_damages
+
+    try:
+        return tuple(parse_damages([word for word in words if word != CONFLICT.kind]))
+    except ValueError as error:
+        raise CommandError(f"--damage: {error}; or {CONFLICT.kind}, another sample's") from error
 
 
 def _kinds(text: str) -> tuple[str, ...]:

@@ -6,7 +6,19 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CommandError, require_extras, resumable
-from ..training.settings import ABLATION, DEFAULTS, METHODS, QUICK, Settings, brief, read_settings, resolve
+from ..training.settings import (
+    ABLATION,
+    DEFAULTS,
+    HEADS,
+    METHODS,
+    QUICK,
+    Settings,
+    brief,
+    methods_of,
+    read_settings,
+    resolve,
+    why_not_frozen,
+)
 from .output_folder import disk_errors, prepare_output
 
 PAPER_SEEDS = {"nyud2": 10, "sunrgbd": 10, "food101": 3, "mvsa": 5}
@@ -81,6 +93,13 @@ def train_set(
     regions: Annotated[int | None, typer.Option(help="Regions that the image is pooled to.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the classifiers' hidden layer; 0 for none.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Of the hidden layer.")] = None,
+    frozen: Annotated[
+        bool | None, typer.Option("--frozen", help="Leave encoders as they are, and train heads on what they see.")
+    ] = None,
+    copies: Annotated[
+        int | None,
+        typer.Option(min=0, help="Copies of the training images for frozen encoders, cut out and flipped at random."),
+    ] = None,
     freeze: Annotated[str | None, typer.Option(help="Epochs for which encoders are fixed: image=3,text=5.")] = None,
     load_size: Annotated[int | None, typer.Option(help="Pixels that images are resized to.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels that are cut out of them.")] = None,
@@ -133,8 +152,9 @@ def train_set(
         _first(seeds, file.pop("seeds", None), 1 if quick else PAPER_SEEDS[data_set]),
         _first(method, file.pop("method", None), "qmf"),
     )
+    fixed = bool(_first(frozen, file.get("frozen"), False))
     layers = (
-        QUICK if quick else {},
+        {**QUICK, **(HEADS if fixed else {})} if quick else {},
         {"data_root": ""},
         file,
         {**given, "method": None, "seed": None, "data_root": None if data_root is None else str(data_root)},
@@ -144,7 +164,7 @@ def train_set(
         from ..data.catalogue import DATA_SETS, how_to_obtain
 
         raise CommandError(f"--data-root: must name the data set's folder. {how_to_obtain(DATA_SETS[data_set])}")
-    methods, seeds_of_each = choose_methods(data_set, chosen), _seeds(first, count)
+    methods, seeds_of_each = choose_methods(data_set, chosen, base.frozen), _seeds(first, count)
     own = [{**_absolute(base), "method": m, "seed": s} for m in methods for s in seeds_of_each]
     plan = [resolve(data_set, *layers, run) for run in own]
     folder = output if output is not None else Path("runs") / data_set
@@ -154,7 +174,7 @@ def train_set(
         raise CommandError(f"--output: must be UTF-8, for TensorBoard's files, got {str(folder)!r}") from error
     prepare_output(folder)
     with disk_errors(), resumable("run it again with --resume to go on"):
-        _train_all(plan, folder, resume)
+        _train_all(plan, folder, resume, left_out(data_set, chosen) if base.frozen else "")
 
 
 def _first(*values: Any) -> Any:
@@ -179,18 +199,22 @@ def _seeds(first: Any, count: Any) -> range:
     return range(first, first + count)
 
 
-def choose_methods(data_set: str, given: Any) -> tuple[str, ...]:
+def choose_methods(data_set: str, given: Any, frozen: bool = False) -> tuple[str, ...]:
     """What ``--method`` names: methods and groups of them, with commas, each method once.
+
+    With frozen encoders, ``all`` is all that can be trained on them.
 
     Raises:
         CommandError: a name that is neither.
     """
     if not isinstance(given, str):
         raise CommandError(f"method must be of type str, got {brief(given)}")
-    known = METHODS[data_set]
+    known = methods_of(data_set, frozen)
     groups = {"all": known, "ablation": ABLATION}
     asked = [name.strip() for name in given.split(",")]
     names = tuple(dict.fromkeys(name for one in asked for name in groups.get(one, (one,))))
+    if frozen and why_not_frozen(names):
+        raise CommandError(f"--method: {why_not_frozen(names)}")
     strangers = [name for name in names if name not in known]
     if strangers:
         raise CommandError(
@@ -199,16 +223,24 @@ def choose_methods(data_set: str, given: Any) -> tuple[str, ...]:
     return names
 
 
-def _train_all(plan: list[Settings], folder: Path, resume: bool) -> None:
+def left_out(data_set: str, given: str) -> str:
+    """What ``all`` does not take in with frozen encoders, and why."""
+    return f"left out: {why_not_frozen(METHODS[data_set])}" if "all" in given.replace(" ", "").split(",") else ""
+
+
+def _train_all(plan: list[Settings], folder: Path, resume: bool, note: str) -> None:
+    from ..frozen.heads import train_frozen
     from ..training.run import check_machine, is_first_process, train_run
 
     check_machine(plan[0])
     say = typer.echo if is_first_process() else lambda _: None
     if plan[0].selection == "test":
         say("--selection test: epochs are chosen on the test set, as published; their accuracies are flattered")
+    if note:
+        say(note)
     for settings in plan:
         place = folder / settings.method / f"seed{settings.seed}"
-        finished = train_run(settings, place, resume, say)
+        finished = (train_frozen if settings.frozen else train_run)(settings, place, resume, say)
         skipped = f", {finished.faults} bad rows skipped" if finished.faults else ""
         on = {"test": "test"}.get(settings.selection, "dev" if "text" in _modalities(settings) else "held-out")
         say(

@@ -1,7 +1,6 @@
 """A comparison: for every set and seed, train each kind of heads once and score every method on them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from ..evaluation.statistics import correlation
 from ..models.divergence import DivergenceWatch, check_probabilities
 from ..models.learners import Learner
 from ..models.methods import Frozen, Table, Training
-from ..processes import place
+from ..processes import one_thread, place
 from .heads import Config, train_heads
 from .prepared import Prepared
 from .results import Score
@@ -107,14 +106,3 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
                 )
             )
     return scores
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The heads are too small to share out, and sums come out the same whatever the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

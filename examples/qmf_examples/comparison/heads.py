@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from ..errors import CommandError
 from ..files import load_checkpoint, save_checkpoint
 from ..models.divergence import DivergenceWatch, diverged
-from ..models.learners import Head, Learner, classifier, keep_trajectories, trajectories
-from ..models.methods import Parts, Training
+from ..models.evidential import ANNEALED_BY
+from ..models.feature_heads import feature_heads
+from ..models.learners import Learner, keep_trajectories, trajectories
+from ..models.methods import Training
 from ..processes import place, sum_of_all
 from .prepared import Prepared
 
-ANNEALED_BY = 0.1
-"""The share of the training after which evidential losses are whole: 50 of 500 epochs in TMC's and RCML's code."""
 Report = Callable[[int, str, int], None]
 """Called with a seed, a training's name and the number of epochs that it has finished."""
 
@@ -67,29 +67,12 @@ class Config:
         return self.steps if self.steps is not None else (self.epochs or 0) * self.steps_of_epoch(num)
 
 
-def small_heads(widths: dict[str, int], num_classes: int, num_samples: int, hidden: int, seed: int) -> Parts:
-    """Heads of one hidden layer on feature views of these widths; ``seed`` is of what methods draw in training."""
-
-    def encoder(name: str) -> Any:
-        network: Any = nn.Sequential(nn.Linear(widths[name], hidden), nn.ReLU())
-        network.width = hidden
-        return network
-
-    def classify(width: int) -> nn.Module:
-        return classifier(width, num_classes, hidden=0, dropout=0.0)
-
-    def heads() -> dict[str, Head]:
-        return {name: Head(encoder(name), classify(hidden), width) for name, width in widths.items()}
-
-    return Parts(tuple(widths), num_classes, num_samples, encoder, classify, heads, seed=seed)
-
-
 def untrained_heads(training: Training, data: Prepared, hidden: int, seed: int) -> Learner:
     """The training's learner for a seed's data; the same first weights for the same seed."""
     widths = {name: x.shape[1] for name, x in data.train.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return training.build(small_heads(widths, data.num_classes, len(data.train_labels), hidden, seed))
+        return training.build(feature_heads(widths, data.num_classes, len(data.train_labels), hidden, seed))
 
 
 def train_heads(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..corruption import features, view_copies
 from ..corruption.conditions import CLEAN, CONFLICT, FEATURES, UNSEEN, VIEW_COPIES, Condition
 from ..data.feature_files import FeatureFile
+from ..data.feature_scale import FURTHEST, feature_scale
 from ..data.multiview import Array, MultiView
 from ..errors import CommandError
 
@@ -177,9 +178,8 @@ def fit_centre(view: Array) -> Scale:
 
 def fit_each_feature(view: Array) -> Scale:
     """Scales each feature to mean 0 and deviation 1, and cuts off at 50."""
-    mean, deviation = view.mean(0), view.std(0)
-    deviation = np.where(deviation < 1e-8, 1.0, deviation)
-    return lambda x: np.clip((x - mean) / deviation, -50, 50)
+    mean, deviation = feature_scale(view)
+    return lambda x: np.clip((x - mean) / deviation, -FURTHEST, FURTHEST)
 
 
 DIGITS = Protocol(split_60_40, fit_centre, VIEW_COPIES)

@@ -91,7 +91,7 @@ def corrupt(views: Sequence[Array], condition: Condition, seed: int) -> tuple[li
         raise ValueError(f"condition must be one of {[each.name for each in known]}, got {condition.name!r}")
     if condition == CLEAN:
         return list(views), np.zeros((len(views), len(views[0])), dtype=np.bool_)
-    chosen, rng = _choose(len(views), len(views[0]), condition, seed)
+    chosen, rng = choose_half(len(views), len(views[0]), condition, seed)
     damage = DAMAGES[condition.kind]
     damaged = [damage(view, condition.level, rng) for view in views]
     return [np.where(hit[:, None], d, view) for view, d, hit in zip(views, damaged, chosen, strict=True)], chosen
@@ -111,13 +111,13 @@ def replace(
     Returns:
         As ``corrupt``.
     """
-    chosen, _ = _choose(len(views), len(views[0]), condition, seed)
+    chosen, _ = choose_half(len(views), len(views[0]), condition, seed)
     chosen &= np.array([d is not None for d in damaged])[:, None]
     pairs = zip(views, damaged, chosen, strict=True)
     return [view if d is None else np.where(hit[:, None], d, view) for view, d, hit in pairs], chosen
 
 
-def _choose(num: int, size: int, condition: Condition, seed: int) -> tuple[Chosen, np.random.Generator]:
-    """Which half of ``size`` samples' views, and the generator of the condition's further draws."""
+def choose_half(num: int, size: int, condition: Condition, seed: int) -> tuple[Chosen, np.random.Generator]:
+    """Which half of ``size`` samples' ``num`` views to damage, and the generator of the condition's further draws."""
     rng = np.random.default_rng([seed, zlib.crc32(condition.name.encode())])
     return rng.random((num, size)).argsort(0) < max(num // 2, 1), rng

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..models.methods import METHODS
 from .cells import Cell
+from .damaged_tests import NoisePlan
 from .display import COLORS, MARKERS, legend_below, new_figure, save_figure
-from .testing import NoisePlan
 
 
 def plot_gaps(path: Path, cells: Sequence[Cell], plan: NoisePlan, title: str) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from ..data.catalogue import DATA_SETS
 from ..models.methods import METHODS
 from .cells import Cell
+from .damaged_tests import NoisePlan
 from .display import COLORS, MARKERS, accuracy_line, accuracy_panels, legend_below, new_figure, save_figure
 from .published import not_comparable
-from .testing import NoisePlan, Tested
+from .testing import Tested
 
 POINTS = 2000
 """How many samples a panel shows at most."""

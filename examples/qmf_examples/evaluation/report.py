@@ -3,28 +3,25 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..data.catalogue import DATA_SETS
 from ..files import write_atomically
+from ..training.settings import Settings
 from .cells import Cell, Robustness, measure_robustness, summarise_runs
+from .damaged_tests import NoisePlan
 from .display import bare_table, console
+from .further_sheets import MEASURES, Sheet, accuracy, area, damage_sheets, pair_sheets, signed
 from .paired_difference import TEST, TIE
+from .paired_tests import in_words, stand
 from .paper_figures import plot_correlations, plot_gaps
 from .pictures import plot_noise, plot_weights
 from .published import SOURCE, Published, not_comparable
-from .testing import NoisePlan, Tested
-
-
-class Sheet(NamedTuple):
-    """A table, before it is drawn."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+from .testing import Tested
 
 
 def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], plan: NoisePlan) -> list[Sheet]:
@@ -37,14 +34,14 @@ def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], plan: NoiseP
         rows, more = [], []
         for method in methods:
             line = [at[method, noise, level] for level in plan.levels]
-            rows.append((method, *(text for cell in line for text in (_ours(cell), _theirs(cell.published)))))
+            rows.append((method, *(text for cell in line for text in (accuracy(cell), _theirs(cell.published)))))
             r = stands[method, noise]
             more.append(
                 (
                     method,
                     *(
                         f"{100 * cell.calibration_error:.1f} / {100 * cell.risk_coverage_area:.1f} / "
-                        f"{_signed(cell.correlation)}{_printed(cell.published_correlation)}"
+                        f"{signed(cell.correlation)}{_printed(cell.published_correlation)} / {area(cell.detection)}"
                         for cell in line
                     ),
                     "-" if r.relative is None else f"{100 * r.relative:.1f}",
@@ -58,8 +55,7 @@ def sheets(cells: Sequence[Cell], robustness: Sequence[Robustness], plan: NoiseP
         made.append(Sheet(title, ("method", *columns), rows))
         made.append(
             Sheet(
-                f"{noise}: calibration error / area under risk-coverage, in % / correlation of weight and loss "
-                "[paper]; MultiBench robustness",
+                f"{noise}: {MEASURES}, correlation as [the paper]'s; MultiBench robustness",
                 ("method", *(f"ε = {level}" for level in levels), "relative", "effective"),
                 more,
             )
@@ -72,21 +68,11 @@ def _reasons(noise: str, plan: NoisePlan) -> list[str | None]:
     return [not_comparable(noise, level, plan.protocol) for level in plan.levels]
 
 
-def _ours(cell: Cell) -> str:
-    std = "-" if cell.std is None else f"{100 * cell.std:.2f}"
-    mark = f" {TIE}" if cell.behind is not None and cell.behind.verdict == "tie" else ""
-    return f"{100 * cell.mean:.2f} ± {std} ({100 * cell.worst:.2f}){mark}"
-
-
 def _theirs(cell: Published | None) -> str:
     if cell is None:
         return "-"
     std = "" if cell.std is None else f" ± {cell.std:.2f}"
     return f"{cell.mean:.2f}{std}" + ("" if cell.worst is None else f" ({cell.worst:.2f})")
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
 
 
 def _printed(value: float | None) -> str:
@@ -103,8 +89,12 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
         f"Paper: {SOURCE}, Tables 5, 1, 2 (gaussian), 6 (salt-pepper) and 3 (in brackets: "
         "correlations as printed, without a sign; ours are best at -1).",
     ]
+    if plan.further:
+        said.append("Further damages are done to half of each sample's modalities: of two, to one.")
     if len({cell.method for cell in cells}) > 1:
         said.append(f"Best and not distinguishable: {TEST}.")
+    if settings.frozen:
+        said.append(frozen_note(settings))
     reasons = dict.fromkeys(why for noise in plan.kinds for why in _reasons(noise, plan) if why is not None)
     said += [f"Not comparable with the paper: {why}." for why in reasons]
     flattered = sorted({record.settings.method for record in tested if record.settings.selection == "test"})
@@ -120,17 +110,33 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
     return said
 
 
+def frozen_note(settings: Settings) -> str:
+    """What differs from the paper's networks."""
+    text = "" if DATA_SETS[settings.data_set].paired else f" and {Path(settings.text_encoder).name} texts"
+    paper = "two ResNet-18" if DATA_SETS[settings.data_set].paired else "BERT and ResNet-152"
+    hidden = f"a hidden layer of {settings.hidden}" if settings.hidden else "a linear layer"
+    return (
+        f"Frozen encoders ({settings.image_encoder} sees images{text}), {hidden} a modality: the paper fine-tunes "
+        f"{paper}, so that its figures are of other networks; what can be compared is the order of the methods and how "
+        "far each falls."
+    )
+
+
 def write_report(tested: Sequence[Tested], plan: NoisePlan, folder: Path) -> None:
     """Print the tables, and write results.json, results.md and the pictures."""
     cells = summarise_runs(tested)
     robustness = measure_robustness(cells)
-    tables, said = sheets(cells, robustness, plan), notes(tested, cells, plan)
+    late, rivals = stand(tested)
+    tables = [*sheets(cells, robustness, plan), *damage_sheets(cells, plan), *pair_sheets(late, rivals)]
+    said = [*in_words(late, rivals), *notes(tested, cells, plan)]
     console(160).print(Group(*(_draw(sheet) for sheet in tables), *(Text(note) for note in said)))
     content: dict[str, Any] = {
         "data_set": tested[0].settings.data_set,
-        "conditions": plan._asdict(),
+        "conditions": {**plan._asdict(), "damages": [condition.kind for condition in plan.further]},
         "cells": [cell.to_dict() for cell in cells],
         "robustness": [r._asdict() for r in robustness],
+        "against_late": [each.to_dict() for each in late],
+        "against_best_peer": [each.to_dict() for each in rivals],
         "source_of_published": SOURCE,
         "notes": said,
     }

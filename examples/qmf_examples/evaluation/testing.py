@@ -1,36 +1,24 @@
 """Trained runs on clean and corrupted test data: one record per run, kind of noise and level."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ..corruption.conditions import TABLES_PROTOCOL, Condition, paper_conditions
-from ..corruption.images import ImageCorruption
-from ..corruption.released_streams import ReleasedStreams
-from ..corruption.texts import TextCorruption
-from ..data.catalogue import DATA_SETS
+from ..corruption.conditions import PAPER_KINDS, Condition
 from ..errors import CommandError
+from ..frozen.heads import check_encoders, features_folder
 from ..models.divergence import DivergenceWatch, check_probabilities
 from ..models.learners import Learner
-from ..training.run import FINISHED, load_learner, loader_of, quieten
-from ..training.settings import FILE, METHODS, Settings, differences, load_run
-from .reliability import calibration_error, risk_coverage_area
+from ..training.run import FINISHED, load_learner, quieten
+from ..training.settings import FILE, Settings, differences, load_run, methods_of
+from .damaged_tests import Features, NoisePlan, Samples, TestData
+from .reliability import calibration_error, damage_detection, risk_coverage_area
 from .statistics import correlation
-
-
-class NoisePlan(NamedTuple):
-    """What the test data undergo: each kind of noise at each level."""
-
-    kinds: tuple[str, ...]
-    levels: tuple[float, ...]
-    protocol: str = TABLES_PROTOCOL
-    seed: int = 0
 
 
 class Tested(NamedTuple):
@@ -49,6 +37,8 @@ class Tested(NamedTuple):
     losses: Tensor | None
     right: bytes
     """Whether each sample's answer is right, a byte of 1 or 0, for paired tests."""
+    detection: float | None = None
+    """Area under the ROC curve of "this modality is damaged" from the weights; None where none is, or has weights."""
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -76,7 +66,8 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
         different = [text for text in differences(settings, other) if not text.startswith("seed ")]
         if different or settings.data_set != next(iter(first.values())).data_set:
             raise CommandError(f"{folder} does not belong to the others: {'; '.join(different) or settings.data_set}")
-    order = METHODS[next(iter(first.values())).data_set]
+    one = next(iter(first.values()))
+    order = methods_of(one.data_set, one.frozen)
     return [folder for (method, _), folder in sorted(seen.items(), key=lambda run: (order.index(run[0][0]), run[0][1]))]
 
 
@@ -105,55 +96,47 @@ def evaluate_runs(
     """
     quieten()
     tested: list[Tested] = []
+    encoded: dict[str, Features] = {}
     for folder in folders:
         settings, learner, numbering = load_learner(folder, data_root)
         learner.to(device)
-        module = loader_of(settings.data_set)
-        samples = module.load_test(settings, numbering, say=say)
+        data: TestData
+        if settings.frozen:
+            # One and the same for all methods and seeds, which the encoders do not know of.
+            key, cache = repr(replace(settings, method="", seed=0)), features_folder(folder)
+            if key not in encoded:
+                encoded[key] = Features(settings, plan, cache, batch_size, say)
+            check_encoders(folder, settings, encoded[key].split)
+            data = encoded[key]
+        elif plan.further:
+            raise CommandError(f"--damage is for runs on frozen encoders (train --frozen), got {folder}")
+        else:
+            data = Samples(settings, numbering, plan, batch_size, workers, say)
         clean: Tested | None = None
-        conditions = paper_conditions(plan.kinds, plan.levels)
-        for condition in conditions:
-            if condition.level == 0 and clean is not None:
+        for condition in plan.conditions:
+            if condition.kind in PAPER_KINDS and condition.level == 0 and clean is not None:
                 tested.append(clean._replace(condition=condition))
                 continue
-            damaged = _damage(samples, settings, condition, plan)
-            loader = DataLoader(
-                damaged,
-                batch_size,
-                num_workers=workers if plan.protocol == "clean" else 0,
-                collate_fn=module.collate,
-            )
-            record = _test(learner, loader, settings, condition, device)
-            clean = record if condition.level == 0 else clean
+            record = _test(learner, data.batches(condition), settings, condition, device)
+            clean = record if clean is None and condition.level == 0 else clean
             tested.append(record)
-        shown = ", ".join(f"{100 * t.accuracy:.1f}" for t in tested[-len(conditions) :])
+        shown = ", ".join(f"{100 * t.accuracy:.1f}" for t in tested[-len(plan.conditions) :])
         say(f"{folder}: {settings.method}, seed {settings.seed}: {shown} %")
     return tested
 
 
-def _damage(samples: Any, settings: Settings, condition: Condition, plan: NoisePlan) -> Any:
-    """The same samples, read and checked once, under a corruption."""
-    streams = None if plan.protocol == "clean" else ReleasedStreams(plan.seed)
-    options: dict[str, Any] = {"protocol": plan.protocol, "seed": plan.seed, "streams": streams}
-    damaged = copy.copy(samples)
-    try:
-        damaged.corrupt = ImageCorruption(*condition, settings.data_set, **options)
-        if not DATA_SETS[settings.data_set].paired:
-            damaged.corrupt_text = TextCorruption(condition.level, **options)
-    except ValueError as error:
-        raise CommandError(f"--levels: {error}") from error
-    return damaged
-
-
 @torch.no_grad()
-def _test(learner: Learner, loader: Any, settings: Settings, condition: Condition, device: str) -> Tested:
-    scores, targets, weights, unimodal = [], [], [], []
+def _test(
+    learner: Learner, batches: Iterable[dict[str, Any]], settings: Settings, condition: Condition, device: str
+) -> Tested:
+    scores, targets, weights, unimodal, damaged = [], [], [], [], []
     watch, run = DivergenceWatch(), f"{settings.method}, seed {settings.seed}, {condition.name}"
-    for batch in loader:
+    for batch in batches:
         answer = learner(_to(batch["inputs"], device))
         watch.add(answer)
         scores.append(answer.scores.float().cpu())
         targets.append(batch["label"])
+        damaged.append(batch["damaged"])
         if answer.weights is not None:
             weights.append(answer.weights.float().cpu())
             unimodal.append(torch.stack([x.float().cpu() for x in answer.unimodal_logits]))
@@ -163,11 +146,13 @@ def _test(learner: Learner, loader: Any, settings: Settings, condition: Conditio
     probabilities, target = torch.cat(scores).softmax(-1), torch.cat(targets)
     check_probabilities(probabilities, run)
     correct = probabilities.argmax(-1) == target
-    w = x = r = None
+    w = x = r = found = None
     if weights:
         w = torch.cat(weights, 1)
         x = torch.stack([F.cross_entropy(logits, target, reduction="none") for logits in torch.cat(unimodal, 1)])
         r = correlation(w, x)
+        # A view beyond the modalities, such as ETMC's joint one, is neither damaged nor whole.
+        found = damage_detection(w[: len(damaged[0])], torch.cat(damaged, 1))
     return Tested(
         settings,
         condition,
@@ -178,6 +163,7 @@ def _test(learner: Learner, loader: Any, settings: Settings, condition: Conditio
         w,
         x,
         correct.to(torch.uint8).numpy().tobytes(),
+        found,
     )
 
 

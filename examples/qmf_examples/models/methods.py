@@ -289,7 +289,12 @@ METHODS = {
             "energy of LogitNorm",
             Training("logitnorm", _quality_aware(_UNRANKED, normalize_logits=0.1, combine="probabilities")),
         ),
-        Method("robust, logits alone", Training("robust-logits", _robust(features=False)), role="variant"),
+        Method(
+            "robust-logits",
+            Training("robust-logits", _robust(features=False)),
+            role="variant",
+            title="robust, logits alone",
+        ),
         Method("robust, no modality dropout", Training("robust-no-dropout", _robust(0.0)), role="variant"),
         # What modality dropout does for others.
         Method("energy + modality dropout", DROPPED),
@@ -330,7 +335,7 @@ _AVERAGES = ("mean of logits", "mean of probabilities")
 _ORACLE = "oracle: clean views only"
 _QMF = ("QMF, paper", "QMF, margin", "QMF, released", "energy of LogitNorm", "robust")
 _PROBABILITIES = ("MSP, probabilities", "entropy, probabilities", "evidence, probabilities")
-_VARIANTS = ("robust, logits alone", "robust, no modality dropout")
+_VARIANTS = ("robust-logits", "robust, no modality dropout")
 
 
 def digits_table(views: tuple[str, ...]) -> Table:
@@ -360,7 +365,7 @@ ABLATION = Table(
         _without("the size of logits", typicality_norm=False),
         _without("the distance of logits", typicality_distance=False),
         _without("either", typicality_norm=False, typicality_distance=False),
-        *_pick("robust, logits alone", "robust, no modality dropout"),
+        *_pick("robust-logits", "robust, no modality dropout"),
         _without("the evidential likelihood", evidential=False),
         _without("distances as evidence", distance_evidence=0.0),
         _without("bounded votes", agreement=False),

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..errors import CommandError
 from ..models.divergence import DivergenceWatch, diverged
+from ..models.evidential import ANNEALED_BY
 from ..models.learners import Learner, keep_trajectories, trajectories
 from .checkpoints import unlike
 from .settings import Settings
@@ -32,6 +33,7 @@ class TrainingModule(L.LightningModule):
         num_classes: K.
         num_samples: N, saved with K, so that a run can be rebuilt without its training data.
         digests: of the data, by name; saved too.
+        widths: of features that frozen encoders have made, by modality; saved too.
     """
 
     def __init__(
@@ -41,14 +43,18 @@ class TrainingModule(L.LightningModule):
         num_classes: int,
         num_samples: int,
         digests: Mapping[str, str] | None = None,
+        widths: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.learner = learner
         self.settings = settings
-        self.sizes = {"num_classes": num_classes, "num_samples": num_samples}
+        self.sizes: dict[str, Any] = {"num_classes": num_classes, "num_samples": num_samples}
+        if widths is not None:
+            self.sizes["widths"] = dict(widths)
         self.digests = dict(digests or {})
         self.watch = DivergenceWatch()
         self.resumed: dict[str, Any] | None = None
+        self.annealed_in = max(1.0, ANNEALED_BY * settings.epochs) if settings.frozen else ANNEALING_EPOCHS
         self.started = False
         """Whether all is restored of the checkpoint that is gone on from, if any."""
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -76,7 +82,7 @@ class TrainingModule(L.LightningModule):
                 f"a batch of one sample cannot be trained on here ({error}): take --batch-size of 2 or more, and "
                 "a training set of 2 samples or more"
             ) from error
-        annealing = min(1.0, self.current_epoch / ANNEALING_EPOCHS)
+        annealing = min(1.0, self.current_epoch / self.annealed_in)
         loss = self.learner.loss(answer, batch["label"], batch["index"], annealing)
         self.watch.add(answer, loss)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)

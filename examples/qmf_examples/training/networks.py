@@ -1,5 +1,6 @@
 """The networks that a run's method is built from: encoders and classifiers as its settings say."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..data.catalogue import DATA_SETS
+from ..models.feature_heads import Scaled, feature_heads
 from ..models.image_encoders import ImageEncoder
 from ..models.learners import Head, Learner, classifier
 from ..models.methods import METHODS, Objective, Parts
@@ -20,8 +22,9 @@ def build_learner(
     num_samples: int,
     numbering: Numbering | None = None,
     pretrained: bool = True,
+    widths: Mapping[str, int] | None = None,
 ) -> Learner:
-    """The method of ``settings``.
+    """The method of ``settings``; on frozen encoders, of heads for their features alone.
 
     Args:
         settings: of the run.
@@ -29,8 +32,16 @@ def build_learner(
         num_samples: N, of the whole training split.
         numbering: how texts become numbers; None where there are none.
         pretrained: False where a checkpoint will replace the weights.
+        widths: of the features that frozen encoders have made, by modality.
     """
     modalities = DATA_SETS[settings.data_set].modalities
+    objective = Objective(**{field.name: getattr(settings, field.name) for field in fields(Objective)})
+    training = METHODS[settings.method].training
+    assert training is not None
+    if settings.frozen:
+        assert widths is not None
+        made = settings.hidden, settings.seed, settings.dropout, objective, settings.joint_width
+        return Scaled(training.build(feature_heads(widths, num_classes, num_samples, *made)), widths)
 
     def encoder(name: str) -> Any:
         if name == "text":
@@ -49,9 +60,6 @@ def build_learner(
         encoders = {name: encoder(name) for name in modalities}
         return {name: Head(network, classify(network.width)) for name, network in encoders.items()}
 
-    objective = Objective(**{field.name: getattr(settings, field.name) for field in fields(Objective)})
-    training = METHODS[settings.method].training
-    assert training is not None
     return training.build(
         Parts(
             *(modalities, num_classes, num_samples, encoder, classify, heads, objective),

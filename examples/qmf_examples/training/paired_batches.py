@@ -42,18 +42,28 @@ def load_training(settings: Settings, say: Callable[[str], object] = lambda _: N
         select: Dataset[Any] = test
         rows = fingerprint(images.classes, _rows(images), _rows(test))
     else:
-        rest, held = stratified_split(images.labels, (1 - settings.validation, settings.validation), seed=0)
-        if not held or not rest:
-            raise CommandError(
-                f"--validation {settings.validation}: must hold out at least one sample of a class and leave one, got "
-                f"{len(held)} of {len(images)}"
-            )
+        rest, held = hold_out(settings, images.labels)
         same = copy.copy(images)
         same.transform, same.finish = as_tested(settings), _finish(settings)
         same.kept = same.keep(image_cache(settings, say), [images.names[index] for index in held])
         train, select = torch.utils.data.Subset(images, rest), torch.utils.data.Subset(same, held)
         rows = fingerprint(images.classes, _rows(images), rest, held)
     return TrainingData(train, select, tuple(images.classes), len(images), len(images.faults), rows)
+
+
+def hold_out(settings: Settings, labels: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Which samples are trained on, and which are kept from it to choose the epoch by.
+
+    Raises:
+        CommandError: so few of every class that none is kept, or none left.
+    """
+    rest, held = stratified_split(labels, (1 - settings.validation, settings.validation), seed=0)
+    if not held or not rest:
+        raise CommandError(
+            f"--validation {settings.validation}: must hold out at least one sample of a class and leave one, got "
+            f"{len(held)} of {len(labels)}"
+        )
+    return rest, held
 
 
 def _rows(images: PairedImages) -> list[tuple[str, int]]:

@@ -24,10 +24,11 @@ from ..data.catalogue import DATA_SETS
 from ..errors import CommandError
 from ..files import alone_in, write_atomically
 from ..models.divergence import weights_not_finite
+from ..models.feature_heads import Scaled
 from ..models.learners import Learner
 from ..models.text_encoders import WordNumbers
-from ..processes import launched, most_devices, together
-from . import paired_batches, text_batches
+from ..processes import launched, most_devices, one_thread, together
+from . import feature_rows, paired_batches, text_batches
 from .checkpoints import (
     BEST,
     LAST,
@@ -43,6 +44,7 @@ from .settings import FILE, Settings, differences, load_run, write_settings
 from .training_data import TrainingData, fingerprint
 
 FINISHED = "finished.json"
+Load = Callable[[Settings], TrainingData]
 
 
 class Finished(NamedTuple):
@@ -56,7 +58,11 @@ class Finished(NamedTuple):
 
 
 def train_run(
-    settings: Settings, folder: Path, resume: bool = False, say: Callable[[str], object] = lambda _: None
+    settings: Settings,
+    folder: Path,
+    resume: bool = False,
+    say: Callable[[str], object] = lambda _: None,
+    load: Load | None = None,
 ) -> Finished:
     """Train ``settings.method`` with ``settings.seed`` into ``folder``.
 
@@ -65,19 +71,25 @@ def train_run(
         folder: for settings.yaml, best.ckpt, last.ckpt, finished.json and TensorBoard's files.
         resume: go on from what is there, to the same numbers as without a stop (on CPUs, with as many processes).
         say: told where images are kept, and why nothing is trained, where nothing is.
+        load: of the data, of runs on frozen encoders, whose features it finds.
 
     Raises:
         CommandError: a run is there already and ``resume`` is False, or was made with other settings or data; another
             process trains it; its files cannot be used; the training diverges.
         DataError: data that cannot be used.
+        ValueError: frozen encoders, and no ``load``.
     """
+    if settings.frozen and load is None:
+        raise ValueError("load must be given for frozen encoders, as train_frozen does")
     folder.mkdir(parents=True, exist_ok=True)
     # Of several processes that train together, the first writes, and so is the one that must be alone.
     with alone_in(folder) if is_first_process() else contextlib.nullcontext():
-        return _train_alone(settings, folder, resume, say)
+        return _train_alone(settings, folder, resume, say, load)
 
 
-def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[str], object]) -> Finished:
+def _train_alone(
+    settings: Settings, folder: Path, resume: bool, say: Callable[[str], object], load: Load | None
+) -> Finished:
     last = folder / LAST
     if (folder / FILE).exists():
         # Of several processes, the first looks before it writes them, and may have by the time that the others do.
@@ -99,8 +111,7 @@ def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[
         check_checkpoint(state, last, resume=True)
     quieten()
     L.seed_everything(settings.seed, verbose=False)
-    loader = loader_of(settings.data_set)
-    data: TrainingData = loader.load_training(settings, say)
+    data = loader_of(settings.data_set).load_training(settings, say) if load is None else load(settings)
     if state is not None and state["fingerprint"] != data.fingerprint:
         raise CommandError(
             f"--resume: {settings.data_root} does not hold the samples that {folder} was trained on, or not in their "
@@ -126,14 +137,18 @@ def _train_alone(settings: Settings, folder: Path, resume: bool, say: Callable[[
 def _fit(settings: Settings, folder: Path, data: TrainingData, state: dict[str, Any] | None) -> dict[str, Any]:
     """Train, from the state of ``last.ckpt`` on where there is one, and give back that of the end."""
     num_classes, last = len(data.classes), folder / LAST
-    learner = build_learner(settings, num_classes, data.num_samples, data.numbering)
+    learner = build_learner(settings, num_classes, data.num_samples, data.numbering, widths=data.widths)
+    if isinstance(learner, Scaled) and data.features is not None:
+        learner.fit(data.features)
     stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
     trainer = make_trainer(settings, folder, stopping)
     digests = {"fingerprint": data.fingerprint, "names": _names(data.classes, data.numbering)}
-    module = TrainingModule(learner, settings, num_classes, data.num_samples, digests)
-    batches = Batches(data.train, data.select, loader_of(settings.data_set).collate, settings)
+    digests |= {"encoders": data.encoders} if data.encoders else {}
+    module = TrainingModule(learner, settings, num_classes, data.num_samples, digests, data.widths)
+    collate = feature_rows.collate if settings.frozen else loader_of(settings.data_set).collate
+    batches = Batches(data.train, data.select, collate, settings)
     try:
-        with together(trainer.world_size):
+        with together(trainer.world_size), one_thread() if settings.frozen else contextlib.nullcontext():
             trainer.fit(module, batches, ckpt_path=str(last) if state is not None else None)
     except SystemExit:  # what Lightning makes of an interrupt, without a word
         if not trainer.interrupted:
@@ -269,7 +284,8 @@ def load_learner(folder: Path, data_root: Path | None = None) -> tuple[Settings,
         settings = replace(settings, data_root=str(data_root))
     state = read_checkpoint(folder / BEST)
     weights = {key.removeprefix("learner."): x for key, x in state["state_dict"].items() if key.startswith("learner.")}
-    numbering = None if DATA_SETS[settings.data_set].paired else text_batches.load_texts_numbering(settings)
+    with_words = not DATA_SETS[settings.data_set].paired and not settings.frozen
+    numbering = text_batches.load_texts_numbering(settings) if with_words else None
     names = _names(loader_of(settings.data_set).load_classes(settings), numbering)
     if state.get("names", names) != names:
         raise CommandError(
@@ -277,8 +293,9 @@ def load_learner(folder: Path, data_root: Path | None = None) -> tuple[Settings,
             "taken for those of others"
         )
     sizes = state["sizes"]["num_classes"], state["sizes"]["num_samples"]
+    widths = _widths(state, folder / BEST) if settings.frozen else None
     try:
-        learner = build_learner(settings, *sizes, numbering, pretrained=False)
+        learner = build_learner(settings, *sizes, numbering, pretrained=False, widths=widths)
         learner.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
@@ -290,6 +307,14 @@ def load_learner(folder: Path, data_root: Path | None = None) -> tuple[Settings,
             "learning rate say"
         )
     return settings, learner.eval(), numbering
+
+
+def _widths(state: dict[str, Any], path: Path) -> dict[str, int]:
+    """How many features each modality has, as a run on frozen encoders has saved it."""
+    widths = state["sizes"].get("widths")
+    if not (isinstance(widths, dict) and widths and all(type(x) is int and 1 <= x < 2**24 for x in widths.values())):
+        raise CommandError(f"{path}: widths must be those of each modality's features, got {reprlib.repr(widths)}")
+    return widths
 
 
 def quieten() -> None:

@@ -4,7 +4,7 @@ import math
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,16 @@ TEXT_METHODS = ("bow", "image", "bert", "late", "concatbow", "concatbert", "mmbt
 METHODS = {"nyud2": RGBD_METHODS, "sunrgbd": RGBD_METHODS, "food101": TEXT_METHODS, "mvsa": TEXT_METHODS}
 """The rows of the paper's tables, in their order, the package's recommended rule, and the weightings of
 the paper's Figure 3 and Table 3."""
+NOT_FROZEN = {
+    "mmtm": "it joins the stages inside of the image encoders",
+    "mmbt": "it reads the image's regions into the text encoder",
+    "bow": "a bag of words is no encoder, and is learned with the method",
+    "concatbow": "a bag of words is no encoder, and is learned with the method",
+}
+"""Why these methods cannot work on what frozen encoders have seen."""
+LOGITS_ALONE = "robust-logits"
+"""The recommended rule, judging by logits alone, where ``robust`` judges by features too: with frozen encoders. Where
+encoders are trained, ``robust`` itself judges by logits alone."""
 ABLATION = ("late", "ranking-only", "energy", "qmf")
 """The rows of Table 2: neither part, the ranking loss alone, the weights alone, both."""
 
@@ -54,6 +64,10 @@ class Settings:
     """With ``transform="encoder"``, the encoder's own where not given."""
     max_tokens: int = 512
     # Networks
+    frozen: bool = False
+    """Whether encoders stay as they are: what they see is computed once, and heads are trained on that."""
+    copies: int = 0
+    """For frozen encoders: augmented ones of each training image, of which an epoch takes one, or the image itself."""
     image_encoder: str = "resnet18"
     """A model of timm, or ``tiny``."""
     weights: str = "imagenet"
@@ -173,6 +187,25 @@ mean nothing."""
 FROZEN: dict[str, Any] = {"regions": 1, "text_pooling": "mean"}
 """Of encoders that are not trained: what the image encoder itself hands to its classifier, and the mean of the tokens,
 since a pooler that is not trained along was made for another task."""
+HEADS: dict[str, Any] = {
+    "hidden": 64,
+    "dropout": 0.0,
+    "joint_width": 0,
+    "batch_size": 64,
+    "accumulate": 1,
+    "epochs": 40,
+    "patience": 40,
+    "optimizer": "adam",
+    "learning_rate": 5e-4,
+    "weight_decay": 1e-4,
+    "warmup": 0.0,
+    "plateau_patience": 40,
+    "freeze": {},
+    "workers": 0,
+    "accelerator": "cpu",
+}
+"""How heads on frozen encoders are trained, on every data set, in place of its own settings: `bench-robustness` trains
+heads on feature files so too. The rate stays, and no epoch is too many: the best one of all is kept."""
 
 
 def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
@@ -190,11 +223,49 @@ def resolve(data_set: str, *layers: Mapping[str, Any]) -> Settings:
         raise CommandError(f"no such setting: {', '.join(unknown):.200}; there are {', '.join(sorted(known))}")
     if given.get("data_set", data_set) != data_set:
         raise CommandError(f"data_set: the settings are for {brief(given['data_set'])}, the command for {data_set}")
-    method = given.get("method")
-    own = OF_METHOD.get(method, {}) if isinstance(method, str) and METHODS[data_set] is RGBD_METHODS else {}
-    settings = replace(DEFAULTS[data_set], **_typed({**own, **_own_transform(data_set, given), **given}))
+    own = {**_own(data_set, given), **_own_transform(data_set, given)}
+    settings = replace(DEFAULTS[data_set], **_typed({**own, **given}))
     _check(settings)
     return settings
+
+
+def _own(data_set: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What takes the place of the data set's defaults: of frozen encoders, or else of the method."""
+    if given.get("frozen") is True:
+        return {**FROZEN, **HEADS, "copies": int(METHODS[data_set] is RGBD_METHODS)}
+    method = given.get("method")
+    return OF_METHOD.get(method, {}) if isinstance(method, str) and METHODS[data_set] is RGBD_METHODS else {}
+
+
+def methods_of(data_set: str, frozen: bool = False) -> tuple[str, ...]:
+    """The methods that can be trained, in the order of the tables.
+
+    Example:
+        >>> [name for name in methods_of("mvsa", frozen=True) if name not in methods_of("mvsa")]
+        ['robust-logits']
+    """
+    names = METHODS[data_set]
+    if not frozen:
+        return names
+    able = [name for name in names if name not in NOT_FROZEN]
+    able.insert(able.index("robust") + 1, LOGITS_ALONE)
+    return tuple(able)
+
+
+def why_not_frozen(methods: Sequence[str]) -> str:
+    """Which of these methods need encoders that are trained, and why, in one line; "" where none does.
+
+    Example:
+        >>> why_not_frozen(["mmtm", "qmf"])
+        'mmtm cannot be trained on frozen encoders (it joins the stages inside of the image encoders)'
+    """
+    reasons: dict[str, list[str]] = {}
+    for name in methods:
+        if name in NOT_FROZEN:
+            reasons.setdefault(NOT_FROZEN[name], []).append(name)
+    return "; ".join(
+        f"{' and '.join(names)} cannot be trained on frozen encoders ({why})" for why, names in reasons.items()
+    )
 
 
 def _own_transform(data_set: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,8 +347,14 @@ def parse_freeze(text: str) -> dict[str, int]:
 
 def _check(settings: Settings) -> None:
     modalities = ("rgb", "depth") if settings.data_set in ("nyud2", "sunrgbd") else ("text", "image")
+    if settings.frozen and settings.method in NOT_FROZEN:
+        raise CommandError(f"method: {why_not_frozen([settings.method])}")
+    if settings.copies and not settings.frozen:
+        raise CommandError("copies are of frozen encoders' images (--frozen): else each epoch augments anew")
+    if settings.frozen and any(settings.freeze.values()):
+        raise CommandError("freeze is for encoders that are trained after so many epochs: frozen ones stay as they are")
     for name, allowed in (
-        ("method", METHODS[settings.data_set]),
+        ("method", methods_of(settings.data_set, settings.frozen)),
         ("selection", ("held-out", "test")),
         ("transform", ("released", "encoder")),
         ("text_pooling", POOLINGS),
@@ -293,6 +370,7 @@ def _check(settings: Settings) -> None:
         (("start_epoch", "sampling_count"), 1, MANY),
         (("image_size", "load_size"), 1, 8192),
         (("regions",), 1, 64),
+        (("copies",), 0, 1000),
         (("max_tokens",), 3, MANY),
         (("workers",), 0, 1024),
         (("hidden", "joint_width"), 0, 2**16),

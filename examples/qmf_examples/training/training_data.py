@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.image_cache import ImageCache, default_folder
@@ -29,6 +30,15 @@ class TrainingData:
     """Of the rows to train on and to select by: which they are, their labels and their order."""
     numbering: Numbering | None = None
     """How texts became numbers."""
+    features: Mapping[str, Tensor] | None = None
+    """What frozen encoders have seen of the samples to train on, ``[B, width]`` by modality."""
+    encoders: str = ""
+    """A digest of these encoders' weights."""
+
+    @property
+    def widths(self) -> dict[str, int] | None:
+        """Of these features."""
+        return None if self.features is None else {name: x.shape[1] for name, x in self.features.items()}
 
 
 def fingerprint(*parts: Iterable[Any]) -> str:

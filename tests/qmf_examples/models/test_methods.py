@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qmf_examples.comparison.heads import small_heads
+from qmf_examples.models.feature_heads import feature_heads
 from qmf_examples.models.methods import ABLATION, METHODS, ROBUSTNESS, Frozen, Fused, digits_table, oracle
 from qmf_examples.training.settings import ABLATION as ABLATION_ROWS
 from qmf_examples.training.settings import METHODS as ROWS
@@ -23,7 +23,7 @@ def test_every_method_trains_and_answers_from_its_heads(table, views):
     corrupted = torch.tensor([[True, False] * 3, [False, True] * 3])
     learners = {}
     for training in table.trainings:
-        learner = learners[training] = training.build(small_heads(WIDTHS, 3, 6, 8, seed=0))
+        learner = learners[training] = training.build(feature_heads(WIDTHS, 3, 6, 8, seed=0))
         learner.loss(learner(views), labels, index, annealing=0.5).backward()
         assert all(p.grad is not None for p in learner.parameters()), training.name
         learner.eval()
