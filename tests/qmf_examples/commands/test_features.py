@@ -1,5 +1,11 @@
 """The command `features`: a file that the bench reads, the same bytes every time, and one line of what is wrong."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from qmf_examples.cli import main
@@ -83,3 +89,23 @@ def test_a_damage_of_texts_needs_texts(sample, tmp_path, capsys):
     assert features(sample("nyud2"), tmp_path / "nyud2.npz", "nyud2", "--damage", "words:0.5") == 1
     assert "--damage words0.5: nyud2 has no texts, which it damages" in capsys.readouterr().err
     assert not (tmp_path / "nyud2.npz").exists()
+
+
+@pytest.mark.skipif("QMF_DATA_ROOT" not in os.environ, reason="QMF_DATA_ROOT is not set: no real pairs to encode")
+def test_sixty_real_pairs_of_each_split(tmp_path):
+    data, root = Path(os.environ["QMF_DATA_ROOT"]) / "mvsa_single", tmp_path / "data"
+    (root / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        lines = (data / f"{split}.jsonl").read_text().splitlines(True)[:60]
+        (root / f"{split}.jsonl").write_text("".join(lines))
+        for line in lines:
+            image = json.loads(line)["img"]
+            shutil.copy(data / image, root / image)
+    assert features(root, tmp_path / "mvsa.npz", "mvsa", "--damage", "gaussian:50+words:0.5", "blur") == 0
+    found = load_npz(tmp_path / "mvsa.npz")
+    for name, copies in found.test.items():
+        assert copies["clean"].shape == (60, 32)
+        assert np.isfinite(copies["gaussian50+words0.5"]).all()
+        # A text of words that the training texts do not have is the same without them.
+        changed = (copies["gaussian50+words0.5"] != copies["clean"]).any(1)
+        assert changed.mean() > (0.5 if name == "text" else 0.99)

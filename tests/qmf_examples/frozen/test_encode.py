@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -234,20 +233,3 @@ def test_what_cannot_be_asked_for(sample, tmp_path):
         encode_split(settings, "train", tmp_path, GAUSSIAN, copies=2)
     with pytest.raises(CommandError, match="gaussian60: level must be from 0 to 10"):
         encode_split(settings, "test", tmp_path, Damage((Condition("gaussian", 60.0),), "clean"))
-
-
-@pytest.mark.skipif("QMF_DATA_ROOT" not in os.environ, reason="QMF_DATA_ROOT is not set: no real images to encode")
-def test_real_images_of_every_size_have_features(tmp_path):
-    data = Path(os.environ["QMF_DATA_ROOT"]) / "mvsa_single"
-    root = tmp_path / "data"
-    root.mkdir()
-    (root / "data").mkdir()
-    for split in ("train", "test"):
-        lines = (data / f"{split}.jsonl").read_text().splitlines(True)[:60]
-        (root / f"{split}.jsonl").write_text("".join(lines))
-        for line in lines:
-            image = json.loads(line)["img"]
-            shutil.copy(data / image, root / image)
-    found = encode_split(settings_of("mvsa", root), "test", tmp_path / "cache")
-    assert found["image"].shape == found["text"].shape == (1, 60, 32)
-    assert all(torch.isfinite(x).all() for x in found.values())
