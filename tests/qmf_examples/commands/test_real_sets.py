@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -87,3 +88,22 @@ def test_a_command_takes_what_was_prepared(prepared, command, tmp_path, capfd):
         assert list(map(int, counts)) == ([40, 20] if name == "nyud2" else [36, 12, 12])
         assert said.endswith("training can run\n")
         assert all(label in said for label in DATA_SETS[name].classes)
+
+
+def test_heads_on_frozen_encoders_are_trained_and_tested(prepared, tmp_path, capfd):
+    name, root = prepared
+    runs = tmp_path / "runs"
+    encoders = ["--image-encoder", "tf_efficientnet_lite0", "--weights", "none", "--text-encoder", "tiny"]
+    train = ["train", name, "--frozen", "--method", "late,robust,robust-logits", "--seeds", "2", "--epochs", "4"]
+    arguments = [*train, *encoders, "--validation", "0.25", "--data-root", root, "--output", runs]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert len(re.findall(r"features of train, clean: \d+ rows", capfd.readouterr().out)) == 1
+    damage = "black" if name == "nyud2" else "black+blank"
+    evaluate = ["evaluate", str(runs), "--levels", "0,10", "--noise", "gaussian", "--damage", damage, "conflict"]
+    assert main(evaluate) == 0
+    assert "robust against late fusion: wins" in " ".join(capfd.readouterr().out.split())
+    cells = json.loads((runs / "evaluation" / "results.json").read_text())["cells"]
+    assert len(cells) == 3 * 4
+    found = {cell["noise"]: cell["detection"] for cell in cells if cell["method"] == "robust"}
+    # What is black, or says nothing, is told by its features; another sample's are whole.
+    assert found[damage] > found["conflict"]
