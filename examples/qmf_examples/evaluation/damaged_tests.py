@@ -49,7 +49,7 @@ class NoisePlan(NamedTuple):
         return [*paper_conditions(self.kinds, self.levels), *self.further]
 
 
-class TestData(Protocol):
+class UnderConditions(Protocol):
     """A test split under conditions."""
 
     def batches(self, condition: Condition) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from ..models.divergence import DivergenceWatch, check_probabilities
 from ..models.learners import Learner
 from ..training.run import FINISHED, load_learner, quieten
 from ..training.settings import FILE, Settings, differences, load_run, methods_of
-from .damaged_tests import Features, NoisePlan, Samples, TestData
+from .damaged_tests import Features, NoisePlan, Samples, UnderConditions
 from .reliability import calibration_error, damage_detection, risk_coverage_area
 from .statistics import correlation
 
@@ -100,7 +100,7 @@ def evaluate_runs(
     for folder in folders:
         settings, learner, numbering = load_learner(folder, data_root)
         learner.to(device)
-        data: TestData
+        data: UnderConditions
         if settings.frozen:
             # One and the same for all methods and seeds, which the encoders do not know of.
             key, cache = repr(replace(settings, method="", seed=0)), features_folder(folder)
