@@ -12,12 +12,16 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from qmf_kernels.eager.plain import is_transformed
+
 Logits = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether code may depend on the values of ``x``: no device to wait for, no graph being compiled or exported."""
-    return x.is_cpu and not torch.compiler.is_compiling()
+    """Whether code may depend on the values of ``x``: no device to wait for, no graph being compiled or exported, and
+    no transform of ``torch.func``, under which a tensor stands for many.
+    """
+    return x.is_cpu and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def modality_names(modalities: int | Iterable[str]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from .checks import (
     modality_names,
 )
 from .coefficients import Coefficient, Coefficients, own_coefficient
+from .exported import exportable
 from .logit_norm import normalize_rows
 from .mixture import ContaminatedProduct
 from .rows import Features
@@ -240,7 +241,7 @@ class QualityAwareFusion(nn.Module):
         if self.class_dim != -1:
             fused = fused.movedim(-1, self.class_dim)
             rows = [x.movedim(-1, self.class_dim) for x in rows]
-        return FusionOutput(fused, weights, energy, tuple(rows), mask)
+        return exportable(FusionOutput(fused, weights, energy, tuple(rows), mask))
 
     def observe(
         self,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmf_kernels.eager.plain import is_exporting
+
 from .checks import can_look
 
 
@@ -30,10 +32,7 @@ def fill_rows(given: Any, present: Tensor | None) -> tuple[Any, Tensor | None]:
     if present is not None and present.device == given.device and present.shape in ((), given.shape[:1]):
         whole = present.expand(given.shape[0])
     if given.is_floating_point() and given.numel() > 0 and not _all_finite(given):
-        finite = given.detach()
-        if given.dim() > 1:
-            finite = torch.linalg.vector_norm(finite, torch.inf, dim=tuple(range(1, given.dim())))
-        finite = finite.abs() < torch.inf
+        finite = _finite_samples(given.detach())
         whole = finite if whole is None else finite & whole
     if whole is None or (can_look(whole) and bool(whole.all())):
         return given, None
@@ -53,6 +52,15 @@ def break_rows(logits: Tensor, whole: Tensor) -> Tensor:
 def _all_finite(x: Tensor) -> bool:
     """Whether every value is known to be finite; False on a device, whose answer would have to be waited for."""
     return can_look(x) and math.isfinite(x.detach().sum().item())
+
+
+def _finite_samples(x: Tensor) -> Tensor:
+    """Which of the samples of ``x`` ``[B, ...]`` are finite throughout, ``[B]``."""
+    if x.dim() == 1:
+        return torch.isfinite(x)
+    if is_exporting():  # for ONNX Runtime, whose maximum leaves NaN out
+        return torch.isfinite(x).flatten(1).all(1)
+    return torch.linalg.vector_norm(x, torch.inf, dim=tuple(range(1, x.dim()))) < torch.inf
 
 
 def _stand_ins(whole: Tensor) -> Tensor:

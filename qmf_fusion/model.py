@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .checks import can_look, check_logits, check_present
 from .divergence import RowWatch
 from .dropout import ModalityDropout
+from .exported import exportable
 from .fusion import FusionOutput, QualityAwareFusion
 from .inputs import break_rows, fill_rows, rows_present
 
@@ -118,7 +119,7 @@ class FusionModel(nn.Module):
                 for there, x in zip(out.present, shown, strict=True)
             )
         # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
-        return FusionOutput(out.logits, out.weights, out.energy, shown, out.present, given)
+        return exportable(FusionOutput(out.logits, out.weights, out.energy, shown, out.present, given))
 
     def _watch_rows(self, out: FusionOutput) -> None:
         """Warn where no row of a modality counts though some should; on a device, the criterion does."""

@@ -7,11 +7,18 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from qmf_kernels.eager.plain import is_exporting
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Computing as if there were no autocast, on every device but meta, which has none."""
     # Not by torch.amp.is_autocast_available, which torch.compile of PyTorch 2.6 does not take.
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta":
+        return nullcontext()
+    # PyTorch 2.6 does not load a program with a region of its own for this.
+    if is_exporting() and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import secrets
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -179,6 +180,43 @@ class LossTrajectory(KeepsPrecision):
         self.synced.copy_(self.history)
         self._own_mark = 1 + secrets.randbits(62)
         self.mark.fill_(self._own_mark)
+        qmf_kernels.find_range(self.history, self.low, self.span)
+
+    @torch.no_grad()
+    def load_sums(self, sums: Any, visits: int | Tensor) -> None:
+        """Take over a history that was kept elsewhere, such as the released code's ``History.correctness``.
+
+        Args:
+            sums: each sample's losses so far, added up: ``[M, N]``, or M arrays ``[N]``, of NumPy too.
+            visits: how many losses that is: one number for every sample that has any, that is a sum other than 0; or
+                a tensor ``[N]`` or ``[M, N]``, where 0 is none.
+
+        Raises:
+            ValueError: sums or visits of another shape than this trajectory's, negative or not finite.
+
+        Example:
+            >>> trajectory = LossTrajectory(num_samples=3, num_modalities=2)
+            >>> trajectory.load_sums([[2.0, 0.0, 6.0], [4.0, 0.0, 1.0]], visits=2)
+            >>> trajectory.kappa(torch.arange(3), rescale=None)
+            tensor([[1.0000,    nan, 3.0000],
+                    [2.0000,    nan, 0.5000]], dtype=torch.float64)
+        """
+        shape = self.total.shape
+        rows = [torch.as_tensor(row, dtype=torch.float64) for row in sums]
+        total = torch.stack(rows) if rows and all(row.shape == rows[0].shape for row in rows) else torch.empty(0)
+        if total.shape != shape:
+            raise ValueError(f"sums must be {tuple(shape)}, got {[tuple(row.shape) for row in rows]}")
+        if not isinstance(visits, Tensor):
+            visits = torch.where(total != 0, check_count("visits", visits), 0)
+        if visits.shape not in (shape, shape[1:]):
+            raise ValueError(f"visits must be {tuple(shape)} or {tuple(shape[1:])}, got {tuple(visits.shape)}")
+        count = visits.to(total).expand(shape)
+        for name, x in (("sums", total), ("visits", count)):
+            if not bool(((x >= 0) & (x < torch.inf)).all()):
+                raise ValueError(f"{name} must be finite and at least 0")
+        self.history.copy_(torch.stack([torch.where(count > 0, total, 0), count]))
+        if self.visits is not None:
+            self.visits.copy_(count.amax(0) + self.start_epoch - 1)
         qmf_kernels.find_range(self.history, self.low, self.span)
 
     def resize(self, num_samples: int) -> None:

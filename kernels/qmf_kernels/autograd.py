@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eager import history
+from .eager import history, plain
 from .operators import below_autograd, ops, rule_takes_triton, triton_kernels
 from .rules import (
     NAMES,
@@ -32,13 +32,17 @@ def fuse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fused logits ``[*, K]``, weights and energies ``[M, *]`` (Eq. 13, 9, 11) of M tensors ``[*, K]``.
 
-    ``present`` is bool ``[M, *]`` or None. Arguments are not checked here.
+    ``present`` is bool ``[M, *]`` or None. Arguments are not checked here. Exported, and inside of ``torch.func``'s
+    transforms, it is plain PyTorch, whatever the backend.
     """
+    if plain.is_exporting() or plain.is_transformed():
+        return plain.fuse(logits, present, rule)
     return _Fuse.apply(*flatten(FuseOptions(present, rule, backend)), *logits)
 
 
 def rank(weights: Tensor, kappa: Tensor, form: str, pairs: str) -> Tensor:
     """The ranking loss (Eq. 15 to 17) of ``[M, B]`` and ``[M, B]``, a scalar, differentiable in the weights."""
+    _refuse_transforms()
     return _Rank.apply(weights, kappa, form, pairs)
 
 
@@ -60,6 +64,7 @@ def objective(
     but for torch.compile, whose graph may not write to a history inside of a differentiable operator.
     Arguments are not checked here.
     """
+    _refuse_transforms()
     # No operator's schema says that the kernels read and write the history too: only for plain tensors.
     inside = past is not None and rule_takes_triton(logits[0].device, weight_rule, backend) and _are_plain(logits)
     if past is not None and past.ranks and not inside:
@@ -70,6 +75,14 @@ def objective(
         tensors = (past.history, past.low, past.span, past.visits)
         ops.record.default(*tensors, past.start_epoch, out.sample_losses, past.samples)
     return out
+
+
+def _refuse_transforms() -> None:
+    if plain.is_transformed():
+        raise RuntimeError(
+            "the objective and the ranking loss can't be inside of torch.func's transforms (vmap, grad, ...): they are "
+            "differentiated by backward(), and a training step records. Take a loss of the fused logits there"
+        )
 
 
 def _are_plain(logits: Sequence[Tensor]) -> bool:

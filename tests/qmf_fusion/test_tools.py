@@ -194,57 +194,6 @@ def test_copies(model, way):
     train(other.train())
 
 
-class Positional(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, a, b):
-        out = self.model({"a": a, "b": b})
-        return out.logits, out.weights
-
-
-def test_export_saved_and_loaded(model, tmp_path):
-    program = torch.export.export(
-        Positional(model), tuple(batch(n=5)[0].values()), dynamic_shapes=({0: torch.export.Dim("batch")},) * 2
-    )
-    assert "qmf" not in str(program.graph)
-    torch.export.save(program, tmp_path / "model.pt2")
-    loaded = torch.export.load(tmp_path / "model.pt2").module()
-    for n in (2, 13):
-        inputs = tuple(batch(1, n)[0].values())
-        torch.testing.assert_close(loaded(*inputs), Positional(model)(*inputs))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_onnx(model):
-    pytest.importorskip("onnxscript", reason="exporting to ONNX takes onnx and onnxscript")
-    inputs = tuple(batch(n=5)[0].values())
-    program = torch.onnx.export(Positional(model), inputs, dynamo=True, verbose=False)
-    kinds = {node.op_type for node in program.model.graph}
-    assert "LogSoftmax" in kinds or "Exp" in kinds
-    try:
-        import onnx.reference as reference
-    except ImportError:
-        return
-    run = reference.ReferenceEvaluator(program.model_proto)
-    got = run.run(None, dict(zip(run.input_names, (x.numpy() for x in inputs), strict=True)))
-    for x, y in zip(got, Positional(model)(*inputs), strict=True):
-        torch.testing.assert_close(torch.from_numpy(x), y.detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_vmap(model):
-    logits, features = seen(model)
-    features = features and [f for f in features if f is not None]
-
-    def fuse(a, b, *given):
-        out = model.fusion([a, b], features=[*given, None] if given else None)
-        return out.logits, out.weights
-
-    got = torch.func.vmap(fuse, out_dims=(0, 1))(*logits, *(features or []))
-    torch.testing.assert_close([x.detach() for x in got], outputs(model)[:2])
-
-
 def test_bfloat16_autocast(model):
     expected = outputs(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):

