@@ -159,7 +159,7 @@ class QualityAwareFusion(nn.Module):
         normalize_logits: float | None = None,
         class_dim: int = -1,
         **switches: Any,
-    ) -> Self:
+    ) -> "QualityAwareFusion":  # by name, not Self: so that a configuration may name this method where one is wanted
         """The rule to start with where modalities may be broken: a contaminated product of experts.
 
         Weights are ``P(modality is clean | all)``, fused logits are log-probabilities. It measures how untypical a

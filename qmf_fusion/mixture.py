@@ -119,6 +119,7 @@ class ContaminatedProduct(Rule):
 
     num_classes: int
     takes_clean_statistics = True
+    gives_p_clean = True
 
     def __init__(
         self,

@@ -201,6 +201,8 @@ class LossTrajectory(KeepsPrecision):
 
     def _look(self) -> None:
         """Warn where another process has overwritten the buffers; waits for a device."""
+        if self.mark.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         self._rows = 0
         if self._agreed is None or self.mark.is_meta or int(self.mark) == 1 + place_of_process()[0]:
             return
@@ -216,9 +218,14 @@ class LossTrajectory(KeepsPrecision):
             warn_user(text)
 
     def train(self, mode: bool = True) -> Self:
-        """Leaving training mode looks whether another process has overwritten the history."""
+        """Leaving training mode looks whether another process has overwritten the history.
+
+        Training mode finds the history's range anew, which whoever averages buffers does not average rightly.
+        """
         if self.training and not mode:
             self._look()
+        if mode and not self.history.is_meta:
+            self._find_range()
         return super().train(mode)
 
     def resize(self, num_samples: int) -> None:

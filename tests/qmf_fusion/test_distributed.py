@@ -218,6 +218,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from qmf_fusion import FusionModel, QMFLoss
+from qmf_fusion.integrations import leave_history_out
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -248,14 +249,22 @@ def train(run, epochs, said):
 saved = []
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for wrapped in (True, False):
+    for wrap in (DistributedDataParallel, lambda both: both):
         both, said = Both(), []
-        run = DistributedDataParallel(both) if wrapped else both
+        run = wrap(both)
         train(run, 3, said)
         grads = {name: p.grad for name, p in both.named_parameters()}
         saved.append((said, grads))
         del run, both
         gc.collect()
+    both, said = Both(), []
+    run = DistributedDataParallel(leave_history_out(both))
+    for epoch in range(3):
+        train(run, 1, said)
+        both.criterion.ranking.sync()
+    saved.append((said, {"count": both.criterion.ranking.trajectory.count}))
+    del run, both
+    gc.collect()
 torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -290,3 +299,11 @@ def test_who_never_calls_sync_is_told(trained: list) -> None:
         assert first == second == []
         (text,) = third
         assert text.startswith("<string>: sync() was not called in two epochs")
+
+
+def test_a_history_that_is_left_out_of_ddp_is_kept(trained: list) -> None:
+    for found in trained:
+        said, state = found[2]
+        assert said == [[], [], []]
+        assert (state["count"][0] == 3).all()
+        assert state["count"][1].sum() == 3 * (16 - 4)  # the second process had no b for half of its samples
