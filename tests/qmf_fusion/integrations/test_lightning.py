@@ -38,6 +38,12 @@ class Lit(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class Wrapping(pl.LightningModule):
+    def __init__(self, model: FusionModel):
+        super().__init__()
+        self.model = model
+
+
 def data():
     g = torch.Generator().manual_seed(0)
     y = torch.arange(12) % 3
@@ -161,3 +167,17 @@ trainer:
     cli = LightningCLI(Lit, run=False, args=["--config", str(path)], save_config_callback=None)
     assert cli.model.model.fusion.rule.odds == 0.1
     assert any(isinstance(each, FusionCallback) for each in cli.trainer.callbacks)
+
+    linear = "{class_path: torch.nn.Linear, init_args: {in_features: 4, out_features: 3}}"
+    path.write_text(f"""
+model:
+  model:
+    class_path: qmf_fusion.FusionModel
+    init_args:
+      heads: {{a: {linear}, b: {linear}}}
+      fusion: robust
+      num_classes: 3
+trainer: {{accelerator: cpu, logger: false}}
+""")
+    cli = LightningCLI(Wrapping, run=False, args=["--config", str(path)], save_config_callback=None)
+    assert cli.model.model.fusion.rule.kind() == robust().rule.kind()
