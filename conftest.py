@@ -31,6 +31,10 @@ MISSING = [name for name in EXAMPLES if not find_spec(name)]
 if MISSING:
     LEFT_OUT += [f"the examples' tests are left out: no {', '.join(MISSING)} here"]
     collect_ignore_glob += ["examples/*", "tests/qmf_examples/*"]
+for name, needed in {"lightning": ["lightning"], "transformers": ["transformers", "accelerate"]}.items():
+    if not all(find_spec(each) for each in needed):
+        LEFT_OUT += [f"the tests of {name}'s integration are left out: they take {' and '.join(needed)}"]
+        collect_ignore_glob += [f"qmf_fusion/integrations/{name}.py", f"tests/qmf_fusion/integrations/test_{name}.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,17 @@ a device-side assertion.
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qmf_kernels.eager.plain import is_transformed
 
+from .warn import warn_user
+
 Logits = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
+Present = Tensor | Mapping[str, Tensor]
 
 
 def can_look(x: Tensor) -> bool:
@@ -41,16 +45,22 @@ def modality_names(modalities: int | Iterable[str]) -> tuple[str, ...]:
     return names
 
 
+def in_order(what: str, given: Any, names: Sequence[str] | None) -> Any:
+    """A mapping by modality's name as a list in the order of ``names``, which it must hold; all else as it is."""
+    if not isinstance(given, Mapping):
+        return given
+    if names is None:
+        return list(given.values())
+    if set(given) != set(names):
+        none = " (None for an absent one)" if what == "logits" else ""
+        raise ValueError(f"{what} must hold the modalities {list(names)} by name{none}, got {list(given)}")
+    return [given[name] for name in names]
+
+
 def unpack_logits(logits: Logits, names: Sequence[str] | None = None, what: str = "logits") -> list[Tensor | None]:
     """One entry per modality, in the order of ``names``, from a sequence, a mapping by name or a stacked tensor."""
     if isinstance(logits, Mapping):
-        if names is None:
-            return list(logits.values())
-        if set(logits) != set(names):
-            raise ValueError(
-                f"{what} must hold the modalities {list(names)} by name (None for an absent one), got {list(logits)}"
-            )
-        return [logits[name] for name in names]
+        return list(in_order(what, logits, names))
     if isinstance(logits, Tensor):
         if logits.dim() < 2:
             size, got = "K" if what == "logits" else "D", tuple(logits.shape)
@@ -163,24 +173,54 @@ def check_widths(features: Sequence[int | None] | None, num_modalities: int) -> 
 def check_batch(
     logits: Logits,
     target: Tensor,
-    present: Tensor | None,
+    present: Present | None,
     names: Sequence[str] | None = None,
     class_dim: int = -1,
     wanted: str = "[B, *, K]",
+    soft: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Rows, M of ``[B, *, K]``, targets int64 ``[B, *]``, and which modalities are present, ``[M, B, *]`` or None."""
+    """Rows, M of ``[B, *, K]``, targets int64 ``[B, *]``, and which modalities are present, ``[M, B, *]`` or None.
+
+    With ``soft``, targets may be probabilities, ``[B, *, K]`` floating point, laid out as the logits are when given.
+    """
     rows, there = check_logits(logits, names, class_dim)
     if rows[0].dim() < 2:
         raise ValueError(f"logits must be {wanted}, got {tuple(rows[0].shape)}")
+    if rows[0].shape[-1] == 1 and not torch.compiler.is_compiling():
+        warn_user(
+            "logits have one class, of which the softmax is always 1: every loss is 0, and nothing is learned. A head "
+            "with one logit for two classes needs two, such as torch.cat([torch.zeros_like(x), x], -1)"
+        )
     shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
-    target = check_target(target, shape[1:], device)
-    return rows, target, check_present(present, there, shape, device)
+    target = check_target(target, rows[0].shape, device, class_dim, soft)
+    return rows, target, check_present(present, there, shape, device, names)
+
+
+def stack_present(present: Mapping[str, Tensor], names: Sequence[str] | None) -> Tensor:
+    """Masks by modality's name, each bool ``[B]`` or ``[*]``, as one ``[M, *]``."""
+    given = in_order("present", present, names)
+    for name, mask in zip(present if names is None else names, given, strict=True):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"present[{name!r}] must be a bool tensor, [B] or of the logits' leading shape, got {got}")
+        if mask.shape != given[0].shape or mask.device != given[0].device:
+            got = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in given)
+            raise ValueError(f"present must hold masks of one shape on one device, got {got}")
+    return torch.stack(given)
 
 
 def check_present(
-    present: Tensor | None, there: Tensor | None, shape: Sequence[int], device: torch.device
+    present: Present | None,
+    there: Tensor | None,
+    shape: Sequence[int],
+    device: torch.device,
+    names: Sequence[str] | None = None,
 ) -> Tensor | None:
-    """``present`` (bool ``[M]``, ``[M, B]`` or ``[M, *]``) as ``[M, *]``, and only where the modality is ``there``."""
+    """``present`` (bool ``[M]``, ``[M, B]`` or ``[M, *]``, or by name) as ``[M, *]``, only where the modality is
+    ``there``.
+    """
+    if isinstance(present, Mapping):
+        present = stack_present(present, names)
     if present is not None:
         if not isinstance(present, Tensor) or present.dtype != torch.bool:
             got = present.dtype if isinstance(present, Tensor) else type(present).__name__
@@ -209,15 +249,52 @@ def check_integers(name: str, x: Tensor, kind: str) -> None:
         raise TypeError(f"{name} must hold {kind} indices (an integer dtype), got {x.dtype}")
 
 
-def check_target(target: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """``target`` as int64, of the logits' shape without their classes."""
+def check_target(
+    target: Tensor, shape: Sequence[int], device: torch.device, class_dim: int = -1, soft: bool = False
+) -> Tensor:
+    """Classes as int64 ``[*]`` for logits of the ``shape`` ``[*, K]``, or where ``soft`` probabilities ``[*, K]``."""
+    of_classes, got = tuple(shape[:-1]), tuple(target.shape) if isinstance(target, Tensor) else ()
+    laid_out = [*of_classes]
+    laid_out.insert(len(laid_out) if class_dim == -1 else class_dim % len(shape), shape[-1])
+    like_logits = got == tuple(laid_out)
+    floating = isinstance(target, Tensor) and target.dtype.is_floating_point
+    if like_logits and floating and soft:
+        return _check_probabilities(target.movedim(class_dim, -1), device)
+    if like_logits and floating:
+        raise TypeError(
+            f"target must hold class indices here, got {target.dtype} of the logits' shape: of probabilities give "
+            "target.argmax at their largest; several labels a sample (multi-hot) are out of scope"
+        )
+    if floating:
+        raise TypeError(
+            f"target must hold class indices (an integer dtype), got {target.dtype} of shape {got}: regression is out "
+            f"of scope, and probabilities must have the logits' shape {tuple(laid_out)}"
+        )
+    if like_logits and got != of_classes:
+        raise ValueError(
+            f"target must have the logits' shape without classes, {of_classes}, got {got} of {target.dtype}: give "
+            "target.argmax of what is one-hot; several labels a sample (multi-hot) are out of scope"
+        )
     check_integers("target", target, "class")
-    got = tuple(target.shape)
-    if got != tuple(shape):
-        raise ValueError(f"target must have the logits' shape without classes, {tuple(shape)}, got {got}")
+    if got != of_classes:
+        raise ValueError(f"target must have the logits' shape without classes, {of_classes}, got {got}")
     if target.device != device:
         raise ValueError(f"target must be on the logits' device {device}, got {target.device}")
     return target.long()
+
+
+def _check_probabilities(target: Tensor, device: torch.device) -> Tensor:
+    """``[*, K]``, not negative, of sum 1 to what float16 makes of it; on a device, an assertion there says so."""
+    if target.device != device:
+        raise ValueError(f"target must be on the logits' device {device}, got {target.device}")
+    message = "target must hold probabilities, at least 0 and of sum 1 over the classes (multi-hot is out of scope)"
+    values = target.detach().float()
+    held = ((values.sum(-1) - 1).abs() <= 0.01).all() & (values >= 0).all()
+    if target.is_cuda:
+        torch._assert_async(held, message)
+    elif can_look(target) and not bool(held):
+        raise ValueError(f"{message}, got sums from {values.sum(-1).min():.4g} to {values.sum(-1).max():.4g}")
+    return target
 
 
 def check_class_weight(weight: Tensor | None, num_classes: int | None = None, once: bool = False) -> None:

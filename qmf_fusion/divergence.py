@@ -1,12 +1,12 @@
 """Modalities of which no row counts though some should: said once, where a loss would only fall to 0 in silence."""
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .trajectory import LossTrajectory
+from .warn import warn_user
 
 LOOK_EVERY = 1024  # steps between two looks at what has to be waited for
 
@@ -43,7 +43,7 @@ class RowWatch:
         for name, there, number in zip(self.names, some, rows, strict=True):
             if number and not there:
                 text = f"0 of {number} rows of modality {name!r} count in training step {self.steps}"
-                self._say(name, text, stacklevel=7)  # who called the module, above forward and PyTorch's own calls
+                self._say(name, text)
 
     def look(self, trajectory: LossTrajectory) -> None:
         """What the history has gained; waits for a device."""
@@ -56,7 +56,7 @@ class RowWatch:
         for name, now, then in zip(self.names, recorded, before, strict=True):
             if now == then:
                 text = f"no row of modality {name!r} counts{since}, after {int(then)} that did"
-                self._say(name, text, stacklevel=5)  # who called eval, above it and train
+                self._say(name, text)
         self.recorded, self.looked, self.stepped = recorded, self.steps, False
 
     def count_step(self, trajectory: LossTrajectory) -> None:
@@ -67,7 +67,7 @@ class RowWatch:
         if not (trajectory.history.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.look(trajectory)
 
-    def _say(self, name: str, what: str, stacklevel: int) -> None:
+    def _say(self, name: str, what: str) -> None:
         if name not in self.said:
             self.said.add(name)
-            warnings.warn(f"{what}: {_ADVICE}", UserWarning, stacklevel=stacklevel)
+            warn_user(f"{what}: {_ADVICE}")

@@ -12,6 +12,7 @@ from qmf_kernels.eager.fusion import accumulate_dtype, per_modality
 from .affine import AffineOptions, weigh_rows
 from .checks import (
     Logits,
+    Present,
     check_batch,
     check_choice,
     check_class_weight,
@@ -23,6 +24,7 @@ from .checks import (
 from .coefficients import Coefficient, check_coefficient, unless_one
 from .logit_norm import normalize_rows
 from .rule import ready_rule
+from .soft_targets import soft_objective
 from .uncertainty import UNCERTAINTIES, energy_score
 
 __all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_loss"]
@@ -150,7 +152,7 @@ def qmf_objective(
     beta: Coefficient | None = None,
     temperature: Coefficient = 1.0,
     uncertainty: str = "energy",
-    present: Tensor | None = None,
+    present: Present | None = None,
     normalize: bool = False,
     nonnegative: bool = False,
     detach_weights: bool = False,
@@ -168,7 +170,7 @@ def qmf_objective(
 
     Args:
         logits: M tensors ``[B, *, K]``: a sequence, a mapping or stacked; None for an absent modality.
-        target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``.
+        target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``; or probabilities ``[B, *, K]``, see ``QMFLoss``.
         kappa: ``[M, B]``, already scaled, NaN where a sample has no history; None for no ranking.
         ranking_weight: lambda.
         form: see ``ranking_loss``.
@@ -203,7 +205,7 @@ def qmf_objective(
     check_choice("uncertainty", uncertainty, list(UNCERTAINTIES))
     options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
     losses = LossRule(class_weight, label_smoothing, ignore_index, ranking_weight, form, pairs)
-    rows, target, mask = check_batch(logits, target, present)
+    rows, target, mask = check_batch(logits, target, present, soft=True)
     if not (kappa is None or isinstance(kappa, Tensor)):
         raise TypeError(f"kappa must be a tensor or None, got {type(kappa).__name__}")
     if kappa is not None and kappa.device != target.device:
@@ -221,7 +223,8 @@ def qmf_objective(
     check_choice("backend", backend, BACKENDS)
     rows = normalize_rows(rows, check_logit_norm(normalize_logits))
     weighed = weigh_rows(rows, mask, options, constants[0], constants[1], unless_one(constants[2]))
-    return qmf_kernels.objective(
+    objective = soft_objective if target.is_floating_point() else qmf_kernels.objective
+    return objective(
         *(weighed.rows, target, kappa, weighed.present, weighed.weights, losses),
         backend=backend,
         return_logits=return_logits,

@@ -2,8 +2,7 @@
 
 import copy
 import json
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -13,6 +12,7 @@ from .affine import AffineOptions, AffineRule
 from .calibration import FITTABLE, Calibration, CleanData, clean_data
 from .checks import (
     Logits,
+    Present,
     check_batch,
     check_confidence,
     check_features,
@@ -20,6 +20,7 @@ from .checks import (
     check_logit_norm,
     check_logits,
     check_present,
+    in_order,
     modality_names,
 )
 from .coefficients import Coefficient, Coefficients, own_coefficient
@@ -29,6 +30,7 @@ from .mixture import ContaminatedProduct
 from .rows import Features
 from .rule import Rule
 from .uncertainty import Uncertainty
+from .warn import warn_user
 
 
 class FusionOutput(NamedTuple):
@@ -48,6 +50,20 @@ class FusionOutput(NamedTuple):
     """What ``FusionModel``'s heads returned beside their logits, ``[*, D]`` each or None, if the rule judges by it."""
 
 
+Heads = Logits | FusionOutput
+"""What is taken for the M heads' logits; a whole output brings what is present, and the features, along."""
+
+
+def parts_of(
+    given: Heads, present: Present | None, features: Logits | None
+) -> tuple[Logits, Present | None, Logits | None]:
+    """Logits, what is present, and features: of a whole output its own, where none are given beside it."""
+    if not isinstance(given, FusionOutput):
+        return given, present, features
+    present = given.present if present is None else present
+    return given.unimodal_logits, present, given.features if features is None else features
+
+
 class QualityAwareFusion(nn.Module):
     """Fuse the logits of M modalities, each weighted per sample by its certainty.
 
@@ -56,8 +72,8 @@ class QualityAwareFusion(nn.Module):
 
     Args:
         modalities: how many, from 1 up, or their names.
-        alpha: negative; a number or one per modality. Default: -0.1 for the energy, as published, and -1 for the other
-            uncertainties, which lie in [0, 1].
+        alpha: negative; a number or one per modality, in order or by name. Default: -0.1 for the energy, as published,
+            and -1 for the other uncertainties, which lie in [0, 1].
         beta: not negative; a number or one per modality. Default: 0 for the energy, 1 for the others.
         temperature: positive; a number or one per modality. Divides the logits that the uncertainty sees.
         uncertainty: ``"energy"``, ``"msp"``, ``"entropy"``, ``"evidence"`` (see ``qmf_fusion.uncertainty``), or a
@@ -105,9 +121,9 @@ class QualityAwareFusion(nn.Module):
         self,
         modalities: int | Iterable[str],
         *,
-        alpha: Coefficient | None = None,
-        beta: Coefficient | None = None,
-        temperature: Coefficient = 1.0,
+        alpha: Coefficient | Mapping[str, float] | None = None,
+        beta: Coefficient | Mapping[str, float] | None = None,
+        temperature: Coefficient | Mapping[str, float] = 1.0,
         uncertainty: str | Uncertainty = "energy",
         learnable: bool = False,
         normalize: bool = False,
@@ -124,7 +140,9 @@ class QualityAwareFusion(nn.Module):
         if isinstance(combine, str):
             options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
             options.check()
-            constants = Coefficients(len(self.names), *options.defaults(alpha, beta), temperature, learnable)
+            given = {"alpha": alpha, "beta": beta, "temperature": temperature}
+            a, b, t = (in_order(name, value, self.names) for name, value in given.items())
+            constants = Coefficients(len(self.names), *options.defaults(a, b), t, learnable)
             combine = AffineRule(len(self.names), options, constants)
         elif not isinstance(combine, Rule):
             raise TypeError(f"combine must be a string or a Rule, got {type(combine).__name__}")
@@ -138,11 +156,11 @@ class QualityAwareFusion(nn.Module):
         modalities: int | Iterable[str],
         num_classes: int,
         *,
-        features: Sequence[int | None] | None = None,
+        features: Sequence[int | None] | Mapping[str, int | None] | None = None,
         normalize_logits: float | None = None,
         class_dim: int = -1,
         **switches: Any,
-    ) -> Self:
+    ) -> "QualityAwareFusion":  # by name, not Self: so that a configuration may name this method where one is wanted
         """The rule to start with where modalities may be broken: a contaminated product of experts.
 
         Weights are ``P(modality is clean | all)``, fused logits are log-probabilities. It measures how untypical a
@@ -155,7 +173,7 @@ class QualityAwareFusion(nn.Module):
             modalities: how many, or their names.
             num_classes: K.
             features: the width D of each modality's features, None for one without; None for none at all. They are what
-                the head's last layers see, ``[*, D]``, such as an encoder's pooled output.
+                the head's last layers see, ``[*, D]``, such as an encoder's pooled output. In order or by name.
             normalize_logits: see ``QualityAwareFusion``.
             class_dim: see ``QualityAwareFusion``.
             switches: the ingredients, each to be switched off or tuned; see ``qmf_fusion.mixture.ContaminatedProduct``.
@@ -171,7 +189,7 @@ class QualityAwareFusion(nn.Module):
             (tensor([0]), tensor([0.7681, 0.7681, 0.6898]))
         """
         names = modality_names(modalities)
-        rule = ContaminatedProduct(len(names), num_classes, features=features, **switches)
+        rule = ContaminatedProduct(len(names), num_classes, features=in_order("features", features, names), **switches)
         return cls(names, combine=rule, normalize_logits=normalize_logits, class_dim=class_dim)
 
     @property
@@ -198,11 +216,12 @@ class QualityAwareFusion(nn.Module):
         """``[M]``, positive (Eq. 13). Not of ``robust``."""
         return self.rule.constants().temperature
 
-    def uncertainties(self, logits: Logits, features: Logits | None = None) -> Tensor:
+    def uncertainties(self, logits: Heads, features: Logits | None = None) -> Tensor:
         """The ``u`` of Eq. 9 for each modality, ``[M, *]``; NaN or infinite where a row's logits are not finite.
 
         For ``robust`` the untypicality, which its odds rise with: 0 everywhere without statistics.
         """
+        logits, _, features = parts_of(logits, None, features)
         rows, _ = check_logits(logits, self.names, self.class_dim)
         return self.rule.uncertainties(self.prepare(rows), self.check_features(features, rows))
 
@@ -219,13 +238,14 @@ class QualityAwareFusion(nn.Module):
         """Rows ``[*, K]`` as the rule sees them: LogitNorm where asked, a second time without effect."""
         return normalize_rows(rows, self.normalize_logits)
 
-    def forward(self, logits: Logits, present: Tensor | None = None, features: Logits | None = None) -> FusionOutput:
+    def forward(self, logits: Heads, present: Present | None = None, features: Logits | None = None) -> FusionOutput:
         """Fuse.
 
         Args:
             logits: M tensors ``[*, K]`` as a sequence, a mapping by name or stacked ``[M, *, K]``; None in a sequence
-                or a mapping for a modality that is absent from the whole batch.
-            present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
+                or a mapping for a modality that is absent from the whole batch. A ``FusionOutput`` is its unimodal
+                logits, with what is present and the features.
+            present: bool ``[M]``, ``[M, B]`` or ``[M, *]``, or masks by name; False where a modality is absent.
             features: what the heads see, as a sequence or a mapping by name, where the rule was built with widths: each
                 is laid out as the logits, with D in place of the classes. None for a modality whose features are not
                 known, which is judged by its logits alone. A row with features that are not finite is absent, as its
@@ -234,8 +254,9 @@ class QualityAwareFusion(nn.Module):
         Raises:
             TypeError, ValueError: arguments of the wrong kind, count, shape, dtype or device, naming them.
         """
+        logits, present, features = parts_of(logits, present, features)
         rows, there = check_logits(logits, self.names, self.class_dim)
-        mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device)
+        mask = check_present(present, there, (len(rows), *rows[0].shape[:-1]), rows[0].device, self.names)
         seen = self.check_features(features, rows)
         fused, weights, energy = self.rule.fuse(self.prepare(rows), mask, seen)
         if self.class_dim != -1:
@@ -256,13 +277,14 @@ class QualityAwareFusion(nn.Module):
 
     def clean_data(
         self,
-        logits: Logits,
+        logits: Heads,
         target: Tensor,
-        present: Tensor | None = None,
+        present: Present | None = None,
         ignore_index: int = -100,
         features: Logits | None = None,
     ) -> CleanData:
         """Check held-out data, as ``calibrate`` takes it, and see it as the rule does."""
+        logits, present, features = parts_of(logits, present, features)
         rows, target, mask = check_batch(logits, target, present, self.names, self.class_dim, "[N, *, K]")
         seen = self.check_features(features, rows)
         ways = (self.normalize_logits, self.rule.likelihood, seen, self.rule.read)
@@ -273,11 +295,11 @@ class QualityAwareFusion(nn.Module):
     @torch.no_grad()
     def calibrate(
         self,
-        logits: Logits,
+        logits: Heads,
         target: Tensor,
-        static_weights: Coefficient | None = None,
+        static_weights: Coefficient | Mapping[str, float] | None = None,
         *,
-        present: Tensor | None = None,
+        present: Present | None = None,
         features: Logits | None = None,
         fit: Sequence[str] = (),
         confidence: float = 0.95,
@@ -299,9 +321,9 @@ class QualityAwareFusion(nn.Module):
         Args:
             logits: as ``forward`` takes them.
             target: int ``[*]``.
-            static_weights: positive; a number or one per modality. With ``normalize`` they sum to 1. Default: the same
-                for all, at the mean of all weights (a plain mean of logits at the present scale); for ``robust`` its
-                mean weights, as they are probabilities, not coefficients, and cannot be set.
+            static_weights: positive; a number or one per modality, in order or by name. With ``normalize`` they sum to
+                1. Default: the same for all, at the mean of all weights (a plain mean of logits at the present scale);
+                for ``robust`` its mean weights, as they are probabilities, not coefficients, and cannot be set.
             present: as ``forward`` takes it.
             features: as ``forward`` takes them; of modalities without, ``robust`` keeps what was gathered in training.
             fit: also ``"temperature"`` (each modality's, by its likelihood; Guo et al., ICML 2017) and ``"alpha"`` (one
@@ -326,16 +348,16 @@ class QualityAwareFusion(nn.Module):
             raise ValueError(f"fit must hold some of {list(FITTABLE)}, got {fit!r}")
         check_confidence(confidence)
         if static_weights is not None:
-            static_weights = own_coefficient("static_weights", static_weights, self.num_modalities)
+            static_weights = own_coefficient(
+                "static_weights", in_order("static_weights", static_weights, self.names), self.num_modalities
+            )
         data = self.clean_data(logits, target, present, ignore_index, features)
         data.check_every_modality(self.names)
         fitted = data.fitted(self.names) if self.rule.takes_clean_statistics else []
         if fitted:
-            warnings.warn(
+            warn_user(
                 f"the heads of {fitted} are right on every row, as on data that they were trained on: statistics of "
-                "such data describe no other; calibrate on held-out data",
-                UserWarning,
-                stacklevel=3,  # no_grad's wrapper lies between this and the caller
+                "such data describe no other; calibrate on held-out data"
             )
         before = copy.deepcopy(self.rule.state_dict())
         try:
@@ -343,19 +365,15 @@ class QualityAwareFusion(nn.Module):
             cut = self.rule.calibrate(data, static_weights, fit, confidence)
             if cut is not None and bool((cut < 1).any()):
                 less = {name: round(c, 4) for name, c in zip(self.names, cut.tolist(), strict=True) if c < 1}
-                warnings.warn(
+                warn_user(
                     f"alpha is multiplied by {less}: at these static weights some sample's weight would be negative. "
-                    "Larger static weights leave more of it; nonnegative=True clamps those samples' weights instead",
-                    UserWarning,
-                    stacklevel=3,
+                    "Larger static weights leave more of it; nonnegative=True clamps those samples' weights instead"
                 )
             held = [name for name, value in zip(self.names, self.calibration.held.tolist(), strict=True) if value]
             if held:
-                warnings.warn(
+                warn_user(
                     f"the weights of {held} correlate positively with their loss (Eq. 6 fails at confidence "
-                    f"{confidence}): held at their static weights",
-                    UserWarning,
-                    stacklevel=3,  # no_grad's wrapper lies between this and the caller
+                    f"{confidence}): held at their static weights"
                 )
         except BaseException:
             self.rule.load_state_dict(before)

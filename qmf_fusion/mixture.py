@@ -13,7 +13,6 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,6 +38,7 @@ from .typicality import (
     class_distances,
     untypicality,
 )
+from .warn import warn_user
 
 
 class Stacked(NamedTuple):
@@ -119,6 +119,7 @@ class ContaminatedProduct(Rule):
 
     num_classes: int
     takes_clean_statistics = True
+    gives_p_clean = True
 
     def __init__(
         self,
@@ -336,11 +337,9 @@ class ContaminatedProduct(Rule):
         unknown = (self.fitted.classes[:, 0, 0] == 0).any(0).nonzero().flatten().tolist()
         if unknown:
             shown = f"{unknown[:10]}".replace("]", ", ...]" if len(unknown) > 10 else "]")
-            warnings.warn(
+            warn_user(
                 f"target has no row of the classes {shown} for some modality, nor had training: each vote for them "
-                "will be taken for untypical",
-                UserWarning,
-                stacklevel=4,  # calibrate and no_grad's wrapper lie between this and the caller
+                "will be taken for untypical"
             )
         self.fitted.keep_features(self.running, [f is None for f in batch.features])
         # To hold one modality moves the posteriors of the others, their means and their correlations.

@@ -1,36 +1,41 @@
 """Wrapping the heads one already has: a model from named inputs to fused logits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .checks import can_look, check_logits, check_present
+from .checks import Present, can_look, check_logits, check_present, stack_present
 from .divergence import RowWatch
 from .dropout import ModalityDropout
 from .exported import exportable
 from .fusion import FusionOutput, QualityAwareFusion
 from .inputs import break_rows, fill_rows, rows_present
+from .processes import place_of_process
 
 
 class FusionModel(nn.Module):
     """Run each modality's own network and fuse what they say.
 
     Args:
-        heads: by modality's name, modules that return logits ``[B, *, K]``, or an object with ``.logits``, as
-            Transformers' models do. What the head's last layers see, ``[B, *, D]``, goes to a fusion that takes
-            features where the object has ``.features`` too, or the head returns a tuple of both tensors.
-        fusion: the layer; by default ``QualityAwareFusion(list(heads), **options)``.
+        heads: by modality's name (or a list, whose names are then the fusion's, or their numbers), modules that return
+            logits ``[B, *, K]``, or an object with ``.logits``, as Transformers' models do. What the head's last layers
+            see, ``[B, *, D]``, goes to a fusion that takes features where the object has ``.features`` too, or the head
+            returns a tuple of both tensors.
+        fusion: the layer; by default ``QualityAwareFusion(list(heads), **options)``, and with ``"robust"``
+            ``QualityAwareFusion.robust(list(heads), **options)``, which takes ``num_classes``.
         modality_dropout: in training, leave out each modality of each sample with this probability, never all of a
             sample's; below 1.
         dropout_seed: of those draws, which continue from ``state_dict``.
-        options: passed to that default layer.
+        options: passed to that layer.
 
     A head's input may be a tensor, a tuple of positional or a mapping of keyword arguments. A head whose input is
     missing or None is an absent modality for the whole batch and is not run; its ``unimodal_logits`` are NaN, which
-    count in no loss. Where ``present`` is False they are NaN too.
+    count in no loss. Where ``present`` is False they are NaN too. Where ``torch.distributed`` is initialised, the
+    parameters of a head that is not run in training get gradients of 0, so that ``DistributedDataParallel`` does not
+    wait for them for ever while another process runs it.
 
     A tensor's first dimension is the samples. One whose row holds NaN or an infinity is absent there, whatever its head
     would make of it, and so learns nothing of it: the head sees another sample's row in its place, as it does where
@@ -42,7 +47,8 @@ class FusionModel(nn.Module):
     ``QMFLoss`` does.
 
     Raises:
-        TypeError, ValueError: no heads, something that is no module, or a fusion of other modalities.
+        TypeError, ValueError: no heads, something that is no module, or a fusion of other modalities. An exception in a
+            head says in a note whose it is.
 
     Example:
         >>> model = FusionModel({"rgb": nn.Linear(8, 3), "depth": nn.Linear(4, 3)})
@@ -54,24 +60,34 @@ class FusionModel(nn.Module):
 
     def __init__(
         self,
-        heads: Mapping[str, nn.Module],
-        fusion: QualityAwareFusion | None = None,
+        heads: Mapping[str, nn.Module] | Sequence[nn.Module],
+        fusion: QualityAwareFusion | str | None = None,
         *,
         modality_dropout: float = 0.0,
         dropout_seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(heads, Mapping) or not heads:
-            raise TypeError(f"heads must be a mapping from names to modules, at least one, got {heads!r}")
+        heads = _named(heads, fusion)
         for name, head in heads.items():
             if not isinstance(head, nn.Module):
                 raise TypeError(f"heads[{name!r}] must be a module, got {type(head).__name__}")
             if not isinstance(name, str) or name in ("", "fusion") or "." in name or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"heads must have names, other than 'fusion', that a ModuleDict takes, got {name!r}")
-        if fusion is not None and options:
+        if isinstance(fusion, str):
+            if fusion != "robust":
+                raise ValueError(f"fusion must be a QualityAwareFusion, 'robust' or None, got {fusion!r}")
+            if "num_classes" not in options:
+                raise TypeError(
+                    "num_classes must be given with fusion='robust': FusionModel(heads, ..., num_classes=K)"
+                )
+            fusion = QualityAwareFusion.robust(list(heads), **options)
+        elif fusion is None:
+            fusion = QualityAwareFusion(list(heads), **options)
+        elif not isinstance(fusion, QualityAwareFusion):
+            raise TypeError(f"fusion must be a QualityAwareFusion, 'robust' or None, got {type(fusion).__name__}")
+        elif options:
             raise ValueError(f"options go to the default fusion; with fusion given, got {sorted(options)}")
-        fusion = QualityAwareFusion(list(heads), **options) if fusion is None else fusion
         if fusion.names != tuple(heads) and fusion.names != tuple(str(m) for m in range(len(heads))):
             raise ValueError(f"fusion must be of the modalities {list(heads)}, in this order, got {list(fusion.names)}")
         self.heads = nn.ModuleDict(heads)
@@ -85,19 +101,24 @@ class FusionModel(nn.Module):
     def names(self) -> tuple[str, ...]:
         return tuple(self.heads)
 
-    def forward(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> FusionOutput:
+    def forward(self, inputs: Mapping[str, Any] | Sequence[Any], present: Present | None = None) -> FusionOutput:
         """Fuse the heads' logits.
 
         Args:
-            inputs: by modality's name; missing or None for one that is absent from the whole batch.
-            present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
+            inputs: by modality's name, missing or None for one that is absent from the whole batch; or a list of all.
+            present: bool ``[M]``, ``[M, B]`` or ``[M, *]``, or masks by name; False where a modality is absent.
 
         Raises:
-            TypeError, ValueError: inputs that are no mapping, hold an unknown name or no modality at all; a head that
-                returns no logits; whatever ``QualityAwareFusion`` raises.
+            TypeError, ValueError: inputs that are no mapping and no list of M, hold an unknown name or no modality at
+                all; a head that returns no logits; whatever ``QualityAwareFusion`` raises.
         """
+        if isinstance(inputs, (list, tuple)) and len(inputs) == len(self.heads):
+            inputs = dict(zip(self.heads, inputs, strict=True))
         if not isinstance(inputs, Mapping):
-            raise TypeError(f"inputs must be a mapping from modalities' names, got {type(inputs).__name__}")
+            got = type(inputs).__name__ + (f" of {len(inputs)}" if isinstance(inputs, (list, tuple)) else "")
+            raise TypeError(f"inputs must be a mapping from modalities' names {list(self.heads)}, got {got}")
+        if isinstance(present, Mapping):
+            present = stack_present(present, self.names)
         unknown = [name for name in inputs if name not in self.heads]
         if unknown:
             raise ValueError(f"inputs must be named {list(self.heads)}, got also {unknown}")
@@ -106,6 +127,8 @@ class FusionModel(nn.Module):
             for m, (name, head) in enumerate(self.heads.items())
         ]
         logits, features = [x for x, _ in ran], tuple(f for _, f in ran)
+        if self.training and torch.is_grad_enabled() and place_of_process()[1] > 1:
+            self._touch_heads_not_run(logits)
         given = features if self.fusion.rule.feature_widths and any(f is not None for f in features) else None
         if self.dropout is not None and self.training:
             present = self._drop(self.dropout, logits, present)
@@ -120,6 +143,18 @@ class FusionModel(nn.Module):
             )
         # Not by _replace, which torch.compile of PyTorch 2.11 does not take.
         return exportable(FusionOutput(out.logits, out.weights, out.energy, shown, out.present, given))
+
+    def _touch_heads_not_run(self, logits: list[Tensor | None]) -> None:
+        """Give their parameters gradients of 0, by way of another head's logits: some process may wait for them."""
+        idle = [head for x, head in zip(logits, self.heads.values(), strict=True) if x is None]
+        run = [m for m, x in enumerate(logits) if x is not None]
+        for head in idle if run else []:
+            x = logits[run[0]]
+            assert x is not None
+            for p in head.parameters():
+                if p.requires_grad and type(p) is nn.Parameter:
+                    x = x + p.flatten()[:0].sum().to(x)  # 0 whatever the parameter holds, NaN too
+            logits[run[0]] = x
 
     def _watch_rows(self, out: FusionOutput) -> None:
         """Warn where no row of a modality counts though some should; on a device, the criterion does."""
@@ -144,12 +179,7 @@ class FusionModel(nn.Module):
         if given is None:
             return None, None
         given, whole = fill_rows(given, present)
-        if isinstance(given, Mapping):
-            out = head(**given)
-        elif isinstance(given, tuple):
-            out = head(*given)
-        else:
-            out = head(given)
+        out = _call(head, given) if torch.compiler.is_compiling() else _call_by_name(name, head, given)
         logits, features = out, None
         if not isinstance(out, Tensor):
             both = type(out) is tuple and len(out) == 2
@@ -237,3 +267,31 @@ class FusionModel(nn.Module):
             if name not in self.heads:
                 raise ValueError(f"names must be among the heads {list(self.heads)}, got {name!r}")
         return names
+
+
+def _named(heads: Any, fusion: Any) -> dict[str, nn.Module]:
+    """Heads by name."""
+    if isinstance(heads, nn.ModuleDict):
+        heads = dict(heads.items())
+    elif isinstance(heads, (list, tuple, nn.ModuleList)):
+        names = fusion.names if isinstance(fusion, QualityAwareFusion) else [str(m) for m in range(len(heads))]
+        if len(names) != len(heads):
+            raise ValueError(f"heads must be {len(names)}, of the fusion's modalities {list(names)}, got {len(heads)}")
+        heads = dict(zip(names, heads, strict=True))
+    if not isinstance(heads, Mapping) or not heads:
+        raise TypeError(f"heads must be a mapping from names to modules, or a list, at least one, got {heads!r}")
+    return dict(heads)
+
+
+def _call(head: nn.Module, given: Any) -> Any:
+    if isinstance(given, Mapping):
+        return head(**given)
+    return head(*given) if isinstance(given, tuple) else head(given)
+
+
+def _call_by_name(name: str, head: nn.Module, given: Any) -> Any:
+    try:
+        return _call(head, given)
+    except Exception as error:
+        error.add_note(f"in FusionModel's heads[{name!r}]")
+        raise

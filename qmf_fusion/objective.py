@@ -1,7 +1,6 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
 import math
-import warnings
 from typing import Self
 
 import torch
@@ -10,12 +9,20 @@ from torch import Tensor
 import qmf_kernels
 from qmf_kernels import BACKENDS, LossRule
 
-from .checks import Logits, can_look, check_batch, check_choice, check_class_weight
+from .checks import Logits, Present, can_look, check_batch, check_choice, check_class_weight
 from .divergence import RowWatch
 from .functional import ObjectiveOutput, check_loss_rule
-from .fusion import QualityAwareFusion
+from .fusion import Heads, QualityAwareFusion, parts_of
 from .precision import KeepsPrecision, widened
 from .ranking import TrajectoryRankingLoss
+from .rule import Weighed
+from .soft_targets import soft_objective
+from .warn import warn_user
+
+_NEEDS_SAMPLES = (
+    "num_samples must be given, the size of the training set, where ranking_weight is not 0: the ranking compares each "
+    "sample's past losses"
+)
 
 
 class QMFLoss(KeepsPrecision):
@@ -27,7 +34,8 @@ class QMFLoss(KeepsPrecision):
 
     Args:
         fusion: the layer whose weights are to be trained; its options (uncertainty, normalisation, ...) hold here too.
-        num_samples: N, the size of the training set.
+        num_samples: N, the size of the training set. May be None where ``ranking_weight`` is 0: then no history is
+            kept, and no index is looked at.
         ranking_weight: lambda, at least 0; 0 leaves the ranking out.
         form, pairs, rescale, start_epoch, sampling_count, update: see ``TrajectoryRankingLoss``. ``update="before"``
             takes the cross-entropies twice.
@@ -48,6 +56,9 @@ class QMFLoss(KeepsPrecision):
     In dense prediction (``[B, *, K]``), a sample's weight and loss in the ranking are their means over its positions.
     The trajectory records plain cross-entropies, without class weights and smoothing.
 
+    A criterion in evaluation mode learns nothing, as one whose fusion is in evaluation mode; where only one of the two
+    is and gradients are on, a warning says so once.
+
     Raises:
         TypeError, ValueError: an argument out of the above, naming it.
 
@@ -67,7 +78,7 @@ class QMFLoss(KeepsPrecision):
     def __init__(
         self,
         fusion: QualityAwareFusion,
-        num_samples: int,
+        num_samples: int | None = None,
         ranking_weight: float = 0.1,
         *,
         form: str = "paper",
@@ -86,6 +97,8 @@ class QMFLoss(KeepsPrecision):
         if not isinstance(fusion, QualityAwareFusion):
             raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
         check_choice("backend", backend, BACKENDS)
+        if num_samples is None and ranking_weight:
+            raise ValueError(_NEEDS_SAMPLES)
         # In a tuple, where nn.Module does not take it for a part of its own.
         self._fusion = (fusion,)
         self.ranking = TrajectoryRankingLoss(
@@ -94,7 +107,7 @@ class QMFLoss(KeepsPrecision):
         self.ranking_weight, self.label_smoothing, self.ignore_index = ranking_weight, label_smoothing, ignore_index
         self.return_logits, self.backend = return_logits, backend
         self.watch = RowWatch(fusion.names)
-        self._told_of_features = False
+        self._told: set[str] = set()
         check_class_weight(weight, once=True)
         self.register_buffer("weight", None if weight is None else widened(weight))
         check_loss_rule(self._options())
@@ -112,10 +125,10 @@ class QMFLoss(KeepsPrecision):
 
     def forward(
         self,
-        logits: Logits,
+        logits: Heads,
         target: Tensor,
         index: Tensor | None = None,
-        present: Tensor | None = None,
+        present: Present | None = None,
         features: Logits | None = None,
     ) -> ObjectiveOutput:
         """The objective of a batch, its fused logits laid out as the inputs are.
@@ -124,59 +137,40 @@ class QMFLoss(KeepsPrecision):
         are recorded, and the rule may observe it.
 
         Args:
-            logits: the M heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
-            target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``.
+            logits: what the model returned, a ``FusionOutput`` with all that is needed beside the target; or the M
+                heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
+            target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``; or probabilities, floating point of the
+                logits' shape, as ``torch.nn.CrossEntropyLoss`` takes them (``qmf_fusion.soft_targets``): there
+                ``ignore_index`` does not apply, and a rule that observes takes the likeliest class.
             index: int ``[B]``, the dataset index of each sample. May be None outside of training or where
                 ``ranking_weight`` is 0: no ranking then, and nothing is recorded.
-            present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; False where a modality is absent.
+            present: bool ``[M]``, ``[M, B]`` or ``[M, *]``, or masks by name; False where a modality is absent.
             features: what the heads see, as ``QualityAwareFusion`` takes them.
 
         Raises:
             TypeError, ValueError, IndexError: arguments of the wrong kind, count, shape, dtype, device or range.
         """
-        fusion, options, trajectory = self.fusion, self._options(), self.ranking.trajectory
-        rows, target, mask = check_batch(logits, target, present, fusion.names, fusion.class_dim)
+        fusion, options = self.fusion, self._options()
+        logits, present, features = parts_of(logits, present, features)
+        rows, target, mask = check_batch(logits, target, present, fusion.names, fusion.class_dim, soft=True)
         seen = fusion.check_features(features, rows)
         self._check_devices(rows[0].device)
         if options.class_weight is not None and len(options.class_weight) != rows[0].shape[-1]:
             check_loss_rule(options, rows[0].shape[-1])
-
         training = self.training and fusion.training
-        if index is not None:
-            index = trajectory.check_index(index, len(target))
-        elif training and self.ranking_weight:
-            raise ValueError("index must be given in training: the dataset index of each sample, [B]")
+        index = self._check_index(index, len(target), training)
         # Not under torch.no_grad, nor when reentrant checkpointing computes the first of its two times.
         learns = training and torch.is_grad_enabled()
-        if learns and features is None and fusion.rule.feature_widths and not self._told_of_features:
-            self._told_of_features = True
-            if not torch.compiler.is_compiling():
-                warnings.warn(
-                    "features are not given, though the rule has widths for some: it learns what is typical of the "
-                    "logits alone. Pass features=out.features",
-                    UserWarning,
-                    stacklevel=4,  # PyTorch's own calls lie between this and the caller
-                )
+        self._tell_of_modes(learns and features is None and fusion.rule.feature_widths is not None)
         rows = fusion.prepare(rows)
         weighed = fusion.rule.weigh(rows, mask, seen, plain=training)
-        given = weighed.rows, target, None, weighed.present, weighed.weights, options
-        past = None
-        # The operators record after they rank, and every visit; all else is recorded here.
-        first = self.ranking.update == "before"
-        apart = first or trajectory.sampling_count is not None
-        if index is not None:
-            if learns and first:
-                with torch.no_grad():
-                    losses = qmf_kernels.objective(*given, backend=self.backend, return_logits=False).sample_losses
-                trajectory.record_checked(losses, index)
-            ranks = bool(self.ranking_weight)
-            past = trajectory.past(index, self.ranking.rescale, ranks=ranks, records=learns and not apart)
-        out = qmf_kernels.objective(*given, past=past, backend=self.backend, return_logits=self.return_logits)
-        if index is not None and learns and apart and not first:
-            trajectory.record_checked(out.sample_losses.detach(), index)
+        out = self._objective(weighed, target, index, learns)
         if learns:
-            fusion.rule.observe(rows, target, mask, self.ignore_index, seen)
-            self._watch_rows(out.sample_losses, target, mask, recorded=past is not None)
+            classes, ignored = target, self.ignore_index
+            if target.is_floating_point():
+                classes, ignored = target.detach().argmax(-1), -100
+            fusion.rule.observe(rows, classes, mask, ignored, seen)
+            self._watch_rows(out.sample_losses, classes != ignored, mask, recorded=index is not None)
         # Spelled out: torch.compile takes no _replace in PyTorch 2.11, and no slices of a NamedTuple in 2.6.
         loss, fused_loss, unimodal_losses, ranking_loss, fused, weights, energy, sample_losses = out
         if weighed.energy is not None:
@@ -185,12 +179,77 @@ class QMFLoss(KeepsPrecision):
             fused = fused.movedim(-1, fusion.class_dim)
         return ObjectiveOutput(loss, fused_loss, unimodal_losses, ranking_loss, fused, weights, energy, sample_losses)
 
-    def _watch_rows(self, losses: Tensor, target: Tensor, mask: Tensor | None, *, recorded: bool) -> None:
-        """Warn where none of a modality's losses ``[M, B]`` is one though some should be."""
+    def _check_index(self, index: Tensor | None, batch: int, training: bool) -> Tensor | None:
+        trajectory = self.ranking.trajectory
+        if trajectory.num_samples == 0:
+            if self.ranking_weight:
+                raise ValueError(_NEEDS_SAMPLES)
+            return None
+        if index is not None:
+            return trajectory.check_index(index, batch)
+        if training and self.ranking_weight:
+            raise ValueError(
+                "index must be given in training: the dataset index of each sample, [B]; "
+                "qmf_fusion.integrations.IndexedDataset adds it to any data set"
+            )
+        return None
+
+    def _objective(self, weighed: Weighed, target: Tensor, index: Tensor | None, learns: bool) -> ObjectiveOutput:
+        """Eq. 18, with the batch recorded if it ``learns``."""
+        trajectory, soft = self.ranking.trajectory, target.is_floating_point()
+        objective = soft_objective if soft else qmf_kernels.objective
+        parts = weighed.present, weighed.weights, self._options()
+        if index is None:
+            return objective(weighed.rows, target, None, *parts, backend=self.backend, return_logits=self.return_logits)
+        first, rescale, ranks = self.ranking.update == "before", self.ranking.rescale, bool(self.ranking_weight)
+        # The operators record after they rank, and every visit; all else is recorded here.
+        apart = first or trajectory.sampling_count is not None or soft
+        if learns and first:
+            with torch.no_grad():
+                before = objective(weighed.rows, target, None, *parts, backend=self.backend, return_logits=False)
+            trajectory.record_checked(before.sample_losses, index)
+        if soft:
+            kappa = trajectory.kappa_checked(index, rescale) if ranks else None
+            out = soft_objective(
+                weighed.rows, target, kappa, *parts, backend=self.backend, return_logits=self.return_logits
+            )
+        else:
+            past = trajectory.past(index, rescale, ranks=ranks, records=learns and not apart)
+            out = qmf_kernels.objective(
+                weighed.rows, target, None, *parts, past=past, backend=self.backend, return_logits=self.return_logits
+            )
+        if learns and apart and not first:
+            trajectory.record_checked(out.sample_losses.detach(), index)
+        return out
+
+    def _tell_of_modes(self, lacks_features: bool) -> None:
+        """Warn once where the criterion and its fusion disagree in their mode, and of features that are not given."""
+        if torch.compiler.is_compiling():
+            return
+        if lacks_features:
+            self._tell(
+                "features are not given, though the rule has widths for some: it learns what is typical of the logits "
+                "alone. Pass the model's whole output, or features=out.features"
+            )
+        if self.training != self.fusion.training and torch.is_grad_enabled():
+            modes = {True: "training", False: "evaluation"}
+            self._tell(
+                f"the criterion is in {modes[self.training]} mode and its fusion in {modes[self.fusion.training]} "
+                "mode, with gradients on: nothing is recorded or learned from this batch. Call criterion.train() and "
+                "criterion.eval() beside the model's, and validate under torch.no_grad()"
+            )
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warn_user(text)
+
+    def _watch_rows(self, losses: Tensor, valid: Tensor, mask: Tensor | None, *, recorded: bool) -> None:
+        """Warn where none of a modality's losses ``[M, B]`` is one though some should be: of ``valid`` targets."""
         if not torch.compiler.is_compiling():
             self.watch.steps += 1
         if can_look(losses) and math.isnan(losses.sum().item()):
-            valid = (target != self.ignore_index).view(len(target), -1)
+            valid = valid.view(len(valid), -1)
             if mask is not None:
                 valid = mask.view(*mask.shape[:2], -1) & valid
             self.watch.see(~losses.isnan(), valid.any(-1), sure=mask is not None)

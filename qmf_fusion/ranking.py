@@ -17,7 +17,7 @@ class TrajectoryRankingLoss(nn.Module):
     """Score a batch's weights against the losses of past visits, and remember this batch's losses.
 
     Args:
-        num_samples: N, the size of the training set.
+        num_samples: N, the size of the training set; None for none, to ``resize``.
         num_modalities: M.
         form: ``"paper"``, ``"margin"`` or ``"released"``; see ``functional.ranking_loss``.
         pairs: ``"adjacent"`` or ``"all"``.
@@ -44,7 +44,7 @@ class TrajectoryRankingLoss(nn.Module):
 
     def __init__(
         self,
-        num_samples: int,
+        num_samples: int | None,
         num_modalities: int,
         form: str = "paper",
         pairs: str = "adjacent",

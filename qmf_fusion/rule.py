@@ -45,6 +45,9 @@ class Rule(nn.Module):
     takes_clean_statistics: bool = False
     """Whether ``calibrate`` measures what is typical of clean rows, for which no head may have fitted them."""
 
+    gives_p_clean: bool = False
+    """Whether its weights are P(clean)."""
+
     @property
     def judged_by(self) -> str:
         """What ``fusion_report`` judges the rule by, in words."""

@@ -14,20 +14,21 @@ loss: the report starts from what is measured. ``WeightLossCorrelation`` accumul
 ``QualityAwareFusion.calibrate`` makes the conditions hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .calibration import CleanData, excess
-from .checks import Logits, check_confidence, check_count
+from .checks import Logits, Present, check_confidence, check_count, in_order
 from .coefficients import Coefficient, own_coefficient
 from .correlation import Correlation, WeightLossCorrelation, spearman
 from .correlation_test import FEWEST, CorrelationTest, judge_correlations
-from .fusion import QualityAwareFusion
+from .fusion import FusionOutput, Heads, QualityAwareFusion
 from .measured import clean_reliability, interval, measure, per_sample, resample_means
+from .model import FusionModel
 from .report import FusionReport, ModalityReport
 from .theorem_1 import Bounds, Terms, bound_both, split_into_terms
 from .wording import describe, explain, recommend
@@ -49,11 +50,11 @@ class Intervals(NamedTuple):
 
 @torch.no_grad()
 def fusion_report(
-    fusion: QualityAwareFusion,
-    logits: Logits,
+    fusion: QualityAwareFusion | FusionModel,
+    logits: Heads | Mapping[str, Any],
     target: Tensor,
-    static_weights: Coefficient | None = None,
-    present: Tensor | None = None,
+    static_weights: Coefficient | Mapping[str, float] | None = None,
+    present: Present | None = None,
     *,
     features: Logits | None = None,
     confidence: float = 0.95,
@@ -76,11 +77,12 @@ def fusion_report(
     however many positions each has. Fewer than 4 samples decide nothing.
 
     Args:
-        fusion: the layer, calibrated or not.
-        logits: as ``fusion`` takes them, ``[N, *, K]`` each.
+        fusion: the layer, calibrated or not; or a ``FusionModel``.
+        logits: as ``fusion`` takes them, ``[N, *, K]`` each, or a ``FusionOutput``; for a model its inputs, which it is
+            run on in evaluation mode, all at once.
         target: int ``[N, *]``.
-        static_weights: positive; a number or one per modality. Default: what the layer was calibrated to; else, for
-            ``robust``, its own mean weights; else the mean of all weights, the same for all modalities.
+        static_weights: positive; a number or one per modality, in order or by name. Default: what the layer was
+            calibrated to; else, for ``robust``, its own mean weights; else the mean of all weights, the same for all.
         present: as ``fusion`` takes it.
         features: as ``fusion`` takes them.
         confidence: of the intervals (loss and accuracy together); ``1 - confidence`` is the tests' family-wise level.
@@ -103,12 +105,16 @@ def fusion_report(
     """
     check_confidence(confidence)
     check_count("resamples", resamples)
+    if isinstance(fusion, FusionModel):
+        logits = logits if isinstance(logits, FusionOutput) else _run(fusion, logits, present)
+        fusion, present = fusion.fusion, None
     rule, data = fusion.rule, fusion.clean_data(logits, target, present, ignore_index, features)
     some = data.counted.any(0)
     if not bool(some.any()):
         raise ValueError("logits and target must hold a row that counts: a modality that is there, and a class")
     fused, weights, _ = rule.fuse(data.rows, data.counted, data.features)
-    static = _static_weights(fusion, static_weights, data, weights).to(weights)
+    given = in_order("static_weights", static_weights, fusion.names)
+    static = _static_weights(fusion, given, data, weights).to(weights)
     fused_static, constant = rule.static_fusion(data.rows, data.counted, static)
     intervals = Intervals(confidence, resamples, seed)
     measured = measure(fused, fused_static, data.target, some, *intervals)
@@ -138,6 +144,17 @@ def fusion_report(
         sentence=f"{recommend(measured, confidence)} {explain(verdict, bounds, modalities, measured)}",
         _points=[_thin(*each) for each in zip(weights, data.losses, data.counted, strict=True)],
     )
+
+
+def _run(model: FusionModel, inputs: Any, present: Present | None) -> FusionOutput:
+    """In evaluation mode, which is left as it was."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        out: FusionOutput = model.eval()(inputs, present)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return out
 
 
 def _thin(weights: Tensor, losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,6 @@
 """The loss trajectory ``kappa`` (Eq. 14): the mean of each sample's past unimodal losses, kept with the model."""
 
-import secrets
-import warnings
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -13,6 +11,7 @@ import qmf_kernels
 from .checks import can_look, check_choice, check_count, check_integers
 from .precision import KeepsPrecision
 from .processes import place_of_process
+from .warn import warn_user
 
 RESCALES = ("minmax", None)
 
@@ -24,7 +23,7 @@ class LossTrajectory(KeepsPrecision):
     with ``.to()``.
 
     Args:
-        num_samples: N, the size of the training set, at least 1.
+        num_samples: N, the size of the training set, at least 1; None for a history of nothing, to ``resize``.
         num_modalities: M, at least 1.
         start_epoch: ``T_s`` of Eq. 14, counted from 1. A sample's own visits stand for epochs: the losses of its first
             ``start_epoch - 1`` visits are not recorded. One that stands in a batch twice has visited twice.
@@ -45,14 +44,13 @@ class LossTrajectory(KeepsPrecision):
     low: Tensor
     span: Tensor
     visits: Tensor | None
-    synced: Tensor
     mark: Tensor
 
     def __init__(
-        self, num_samples: int, num_modalities: int, start_epoch: int = 1, sampling_count: int | None = None
+        self, num_samples: int | None, num_modalities: int, start_epoch: int = 1, sampling_count: int | None = None
     ) -> None:
         super().__init__()
-        num_samples = check_count("num_samples", num_samples)
+        num_samples = 0 if num_samples is None else check_count("num_samples", num_samples)
         num_modalities = check_count("num_modalities", num_modalities)
         self.start_epoch = start_epoch = check_count("start_epoch", start_epoch)
         self.sampling_count = None if sampling_count is None else check_count("sampling_count", sampling_count)
@@ -61,13 +59,15 @@ class LossTrajectory(KeepsPrecision):
         # The smallest mean loss per modality, over the samples that have one, and the largest's distance from it.
         self.register_buffer("low", torch.full((num_modalities, 1), torch.inf, dtype=torch.float64))
         self.register_buffer("span", torch.ones(num_modalities, 1, dtype=torch.float64))
-        qmf_kernels.find_range(self.history, self.low, self.span)
+        self._find_range()
         self.register_buffer("visits", torch.zeros(num_samples, dtype=torch.int64) if start_epoch > 1 else None)
-        # What all processes agreed on last; each one's own records since are the difference.
-        self.register_buffer("synced", torch.zeros_like(self.history), persistent=False)
-        # Each process's own number, 0 before the first sync: a buffer that another process overwrites shows by it.
+        # What all processes agreed on last, None while that is all there is; each one's own records are the difference.
+        # No buffer: a loader that fills buffers without load_state_dict could not know of it.
+        self._agreed: Tensor | None = None
+        # Of a process that has records of its own, its rank + 1: a buffer that another process overwrites shows by it.
         self.register_buffer("mark", torch.zeros((), dtype=torch.int64), persistent=False)
-        self._own_mark = 0
+        self._rows = self._rows_since_sync = 0  # recorded by this process: since it last looked, and since sync()
+        self._told: set[str] = set()
         self.register_load_state_dict_post_hook(_after_load)
 
     @property
@@ -120,6 +120,7 @@ class LossTrajectory(KeepsPrecision):
 
     def record_checked(self, losses: Tensor, index: Tensor) -> None:
         """``record`` without its checks."""
+        self._begin(len(index))
         if self.sampling_count is not None:
             # What is not finite is left out.
             losses = torch.where(self.history[1][:, index] >= self.sampling_count, torch.nan, losses)
@@ -146,6 +147,8 @@ class LossTrajectory(KeepsPrecision):
 
         Such a step knows no ``sampling_count``: with one, it must not record.
         """
+        if records:
+            self._begin(len(index))
         tensors = (self.history, self.low, self.span, self.visits, index)
         return qmf_kernels.Past(*tensors, self.start_epoch, rescale is not None, ranks, records)
 
@@ -160,27 +163,70 @@ class LossTrajectory(KeepsPrecision):
         ``DistributedDataParallel`` copies the buffers of what it wraps from its first process into all others at every
         forward, and what those have recorded is lost: leave the history out of it, or pass ``broadcast_buffers=False``.
 
-        A process that finds its buffers overwritten since its last call warns of it.
+        A process that finds its buffers overwritten warns of it: here, when the history leaves training mode, or when
+        an epoch's samples have been recorded. One that never calls this is told after two such epochs.
         """
         if place_of_process(group)[1] == 1:
             return
-        if self._own_mark not in (0, int(self.mark)):
-            # One copy, when the model is wrapped anew, would do no harm; it looks the same from here.
-            warnings.warn(
-                "the loss history was overwritten by another process's since the last sync(): leave QMFLoss out of "
-                "DistributedDataParallel, or pass broadcast_buffers=False (unless that was constructed anew since)",
-                UserWarning,
-                stacklevel=3,  # no_grad's wrapper lies between this and the caller
-            )
-        added = self.history - self.synced
+        self._look()
+        agreed = self.history if self._agreed is None else self._agreed.to(self.history.device)
+        added = self.history - agreed
         dist.all_reduce(added, group=group)
-        self.history.copy_(self.synced + added)
+        self.history.copy_(agreed + added)
         if self.visits is not None:
             dist.all_reduce(self.visits, op=dist.ReduceOp.MAX, group=group)
-        self.synced.copy_(self.history)
-        self._own_mark = 1 + secrets.randbits(62)
-        self.mark.fill_(self._own_mark)
-        qmf_kernels.find_range(self.history, self.low, self.span)
+        self._agreed, self._rows_since_sync = self.history.clone(), 0
+        self.mark.fill_(1 + place_of_process()[0])
+        self._find_range()
+
+    def _begin(self, rows: int) -> None:
+        """Before this process records ``rows``."""
+        rank, processes = place_of_process()
+        if processes == 1:
+            return
+        if self._agreed is None:
+            self._agreed = self.history.clone()
+            self.mark.fill_(1 + rank)
+        if torch.compiler.is_compiling():
+            return
+        self._rows += rows
+        self._rows_since_sync += rows
+        if self._rows * processes >= self.num_samples:
+            self._look()
+        if self._rows_since_sync * processes > 2 * self.num_samples:
+            self._tell(
+                "sync() was not called in two epochs: each process ranks by the losses that it has seen itself. Call "
+                "criterion.ranking.sync() at the end of every epoch, in every process"
+            )
+
+    def _look(self) -> None:
+        """Warn where another process has overwritten the buffers; waits for a device."""
+        if self.mark.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._rows = 0
+        if self._agreed is None or self.mark.is_meta or int(self.mark) == 1 + place_of_process()[0]:
+            return
+        # One copy, when the model is wrapped anew, would do no harm; it looks the same from here.
+        self._tell(
+            "the loss history was overwritten by another process's: leave QMFLoss out of DistributedDataParallel, or "
+            "pass broadcast_buffers=False (unless that was constructed anew since)"
+        )
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warn_user(text)
+
+    def train(self, mode: bool = True) -> Self:
+        """Leaving training mode looks whether another process has overwritten the history.
+
+        Training mode finds the history's range anew, which whoever averages buffers does not average rightly.
+        """
+        if self.training and not mode:
+            self._look()
+        if mode and not self.history.is_meta:
+            self._find_range()
+        return super().train(mode)
 
     @torch.no_grad()
     def load_sums(self, sums: Any, visits: int | Tensor) -> None:
@@ -217,7 +263,8 @@ class LossTrajectory(KeepsPrecision):
         self.history.copy_(torch.stack([torch.where(count > 0, total, 0), count]))
         if self.visits is not None:
             self.visits.copy_(count.amax(0) + self.start_epoch - 1)
-        qmf_kernels.find_range(self.history, self.low, self.span)
+        self._agreed = None
+        self._find_range()
 
     def resize(self, num_samples: int) -> None:
         """Grow to ``num_samples``, with no history for the new ones; a ValueError for fewer than there are."""
@@ -225,11 +272,15 @@ class LossTrajectory(KeepsPrecision):
         added = num_samples - self.num_samples
         if added < 0:
             raise ValueError(f"num_samples must be at least the present {self.num_samples}, got {num_samples}")
-        for name in ("history", "visits", "synced"):
+        for name in ("history", "visits", "_agreed"):
             old = getattr(self, name)
             if old is not None:
                 setattr(self, name, torch.cat([old, old.new_zeros(*old.shape[:-1], added)], -1))
-        qmf_kernels.find_range(self.history, self.low, self.span)
+        self._find_range()
+
+    def _find_range(self) -> None:
+        if self.num_samples:
+            qmf_kernels.find_range(self.history, self.low, self.span)
 
     def extra_repr(self) -> str:
         sizes = f"num_samples={self.num_samples}, num_modalities={self.num_modalities}"
@@ -238,8 +289,7 @@ class LossTrajectory(KeepsPrecision):
 
 def _after_load(trajectory: LossTrajectory, _: object) -> None:
     """A checkpoint holds what all processes agreed on; its range may have been another device's or release's."""
-    qmf_kernels.find_range(trajectory.history, trajectory.low, trajectory.span)
-    if trajectory.synced.is_meta:  # where the module was built; no checkpoint holds these two
-        trajectory.synced = torch.empty_like(trajectory.history)
+    trajectory._find_range()
+    if trajectory.mark.is_meta:  # where the module was built; no checkpoint holds it
         trajectory.mark = torch.zeros_like(trajectory.mark, device=trajectory.history.device)
-    trajectory.synced.copy_(trajectory.history)
+    trajectory._agreed = None

@@ -209,3 +209,101 @@ def test_a_history_that_ddp_overwrites_is_told(tmp_path: Path) -> None:
         assert len(some) == rank
         assert all("broadcast_buffers=False" in message for message in some)
         assert not any("_contextlib.py" in message for message in some), "the warning points at the caller"
+
+
+TRAINING_WORKER = """
+import gc, sys, warnings
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from qmf_fusion import FusionModel, QMFLoss
+from qmf_fusion.integrations import leave_history_out
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = FusionModel({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)})
+        self.criterion = QMFLoss(self.model.fusion, 16)
+
+    def forward(self, inputs, target, index):
+        return self.criterion(self.model(inputs), target, index).loss
+
+
+def train(run, epochs, said):
+    for epoch in range(epochs):
+        for start in range(rank, 16, 4):
+            index = torch.tensor([start, start + 2])
+            x = torch.randn(2, 2, 4)
+            b = None if rank and start < 8 else x[1]  # which one process has and the other has not
+            run({"a": x[0], "b": b}, index % 3, index).backward()
+        said.append([f"{w.filename}: {w.message}" for w in caught])
+        caught.clear()
+
+
+saved = []
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for wrap in (DistributedDataParallel, lambda both: both):
+        both, said = Both(), []
+        run = wrap(both)
+        train(run, 3, said)
+        grads = {name: p.grad for name, p in both.named_parameters()}
+        saved.append((said, grads))
+        del run, both
+        gc.collect()
+    both, said = Both(), []
+    run = DistributedDataParallel(leave_history_out(both))
+    for epoch in range(3):
+        train(run, 1, said)
+        both.criterion.ranking.sync()
+    saved.append((said, {"count": both.criterion.ranking.trajectory.count}))
+    del run, both
+    gc.collect()
+torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[list[list[str]], dict[str, torch.Tensor]]]]:
+    folder = tmp_path_factory.mktemp("training")
+    run_two(TRAINING_WORKER, folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_a_modality_that_one_process_lacks_does_not_stop_the_others(trained: list) -> None:
+    (_, first), (_, second) = (found[0] for found in trained)
+    assert set(first) == {f"model.heads.{name}.{part}" for name in "ab" for part in ("weight", "bias")}
+    torch.testing.assert_close(first, second, rtol=0, atol=0)  # what DDP promises
+    assert all(grad.abs().sum() > 0 for grad in first.values())
+
+
+def test_the_first_epochs_end_tells_of_a_history_that_ddp_overwrites(trained: list) -> None:
+    for rank, found in enumerate(trained):
+        first, *later = found[0][0]
+        told = [text for text in first if "the loss history was overwritten by another process's" in text]
+        assert len(told) == rank
+        assert all(text.startswith("<string>: ") for text in told), "it points at the line that called the criterion"
+        assert not any("overwritten" in text for epoch in later for text in epoch)
+
+
+def test_who_never_calls_sync_is_told(trained: list) -> None:
+    for found in trained:
+        first, second, third = found[1][0]
+        assert first == second == []
+        (text,) = third
+        assert text.startswith("<string>: sync() was not called in two epochs")
+
+
+def test_a_history_that_is_left_out_of_ddp_is_kept(trained: list) -> None:
+    for found in trained:
+        said, state = found[2]
+        assert said == [[], [], []]
+        assert (state["count"][0] == 3).all()
+        assert state["count"][1].sum() == 3 * (16 - 4)  # the second process had no b for half of its samples

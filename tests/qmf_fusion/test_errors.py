@@ -315,7 +315,11 @@ CASES = {
     "trajectory float": (lambda: LossTrajectory(5.0, 1), ValueError, r"num_samples must be an integer .* got 5\.0"),
     # FusionModel
     "no heads": (lambda: FusionModel({}), TypeError, r"heads must be a mapping .* at least one, got \{\}"),
-    "heads kind": (lambda: FusionModel([nn.Identity()]), TypeError, r"heads must be a mapping from names to modules"),
+    "heads kind": (
+        lambda: FusionModel(nn.Identity()),
+        TypeError,
+        r"heads must be a mapping from names to modules, or a list",
+    ),
     "head kind": (lambda: FusionModel({"a": len}), TypeError, r"heads\['a'\] must be a module, got builtin"),
     "fusion's names": (
         lambda: FusionModel({"a": nn.Identity()}, QualityAwareFusion(["b"])),
@@ -327,7 +331,7 @@ CASES = {
         ValueError,
         r"options go to the default fusion; with fusion given, got \['normalize'\]",
     ),
-    "inputs kind": (model([X, X]), TypeError, r"inputs must be a mapping .* got list"),
+    "inputs kind": (model(X), TypeError, r"inputs must be a mapping .* got Tensor"),
     "inputs names": (model({"a": X, "c": X}), ValueError, r"inputs must be named \['a', 'b'\], got also \['c'\]"),
     "inputs empty": (model({}), ValueError, r"at least one modality"),
     "freeze": (

@@ -286,7 +286,7 @@ def test_a_criterion_built_on_the_meta_device_loads():
         other = QMFLoss(both.model.fusion, 8)
     other.load_state_dict(criterion.state_dict(), assign=True)
     assert not any(x.is_meta for x in other.buffers())
-    assert torch.equal(other.ranking.trajectory.synced, criterion.ranking.trajectory.history)
+    assert torch.equal(other.ranking.trajectory.history, criterion.ranking.trajectory.history)
 
 
 def test_copies_keep_model_and_criterion_together():
@@ -309,3 +309,23 @@ def test_a_criterion_on_another_device_says_so():
     criterion.fusion.to("meta")
     with pytest.raises(ValueError, match="logits must be on the device of criterion and fusion, meta, got cpu"):
         criterion(x, target, target)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fresh"])
+@pytest.mark.filterwarnings("ignore:the weights of")
+def test_timms_average_keeps_everything(kind):
+    ema = pytest.importorskip("timm.utils").ModelEmaV3
+    both = nn.ModuleDict({"model": KINDS[kind]()})
+    both["criterion"] = QMFLoss(both["model"].fusion, 60, start_epoch=2)
+    average = ema(both, decay=0.5)
+    assert average.module["criterion"].fusion is average.module["model"].fusion
+    logits, target = clean_data(m=2, n=60, dtype=torch.float32)
+    for _ in range(3):
+        both["criterion"](list(logits), target, torch.arange(60))
+        average.update(both)
+    torch.testing.assert_close(outputs(average.module["model"]), outputs(both["model"]), rtol=0.1, atol=0.1)
+    kept, own = (x["model"].fusion.calibration.state_dict() for x in (average.module, both))
+    torch.testing.assert_close(dict(kept), dict(own))
+    kappa = average.module.train()["criterion"].ranking.kappa(torch.arange(60))
+    assert torch.isfinite(kappa).all()
+    assert (kappa.min(), kappa.max()) == (0, 1)

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+from qmf_fusion.integrations import leave_history_out
+
 from ..errors import CommandError
 from ..files import load_checkpoint, save_checkpoint
 from ..models.divergence import DivergenceWatch, diverged
 from ..models.evidential import ANNEALED_BY
 from ..models.feature_heads import feature_heads
-from ..models.learners import Learner, keep_trajectories, trajectories
+from ..models.learners import Learner, trajectories
 from ..models.methods import Training
 from ..processes import place, sum_of_all
 from .prepared import Prepared
@@ -124,7 +126,7 @@ def train_heads(
         if report is not None:
             report(seed, training.name, done)
 
-    keep_trajectories(learner)
+    leave_history_out(learner)
     answer = learner if size == 1 else DistributedDataParallel(learner)
     watch = DivergenceWatch()
     last, in_epoch = config.all_steps(len(labels)), config.steps_of_epoch(len(labels))

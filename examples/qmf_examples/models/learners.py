@@ -229,14 +229,3 @@ class QualityAware(Learner):
 def trajectories(learner: nn.Module) -> dict[str, LossTrajectory]:
     """The trajectories in it, by name."""
     return {name: module for name, module in learner.named_modules() if isinstance(module, LossTrajectory)}
-
-
-def keep_trajectories(learner: nn.Module) -> None:
-    """Let ``DistributedDataParallel`` leave the trajectories of ``learner`` alone.
-
-    At every step it copies the first process's buffers into all others, and would so undo what they record of samples
-    of their own. It looks for the names of those to leave out in an attribute of the module that it wraps.
-    """
-    learner._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-        f"{name}.{buffer}" for name, module in trajectories(learner).items() for buffer, _ in module.named_buffers()
-    ]

@@ -12,10 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
+from qmf_fusion.integrations import leave_history_out
+
 from ..errors import CommandError
 from ..models.divergence import DivergenceWatch, diverged
 from ..models.evidential import ANNEALED_BY
-from ..models.learners import Learner, keep_trajectories, trajectories
+from ..models.learners import Learner, trajectories
 from .checkpoints import unlike
 from .settings import Settings
 
@@ -59,7 +61,7 @@ class TrainingModule(L.LightningModule):
         """Whether all is restored of the checkpoint that is gone on from, if any."""
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
-        keep_trajectories(self)
+        leave_history_out(self)
 
     def on_train_epoch_start(self) -> None:
         # Dropout and crops draw from generators that depend on the seed, the epoch and the process alone, so that a
