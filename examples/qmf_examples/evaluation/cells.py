@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .paired_difference import Difference, difference, right_less_right
+from .paired_difference import Difference, as_fraction, difference, right_less_right
 from .published import Published, published_accuracy, published_correlation
 from .reliability import effective_robustness, relative_robustness
 from .statistics import mean_or_none, over_seeds
@@ -33,9 +33,13 @@ class Cell(NamedTuple):
     itself, and where there is no such seed, or the two were tested on other samples."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        published = None if self.published is None else self.published._asdict()
-        behind = None if self.behind is None else {**self.behind._asdict(), "verdict": self.behind.verdict}
+        """As JSON takes it, all of it shares in [0, 1]."""
+        published = None
+        if self.published is not None:
+            table, *shares = self.published
+            names = Published._fields[1:]
+            published = {"table": table, **{n: as_fraction(x) for n, x in zip(names, shares, strict=True)}}
+        behind = None if self.behind is None else self.behind.to_dict()
         return {**self._asdict(), "published": published, "behind": behind}
 
 

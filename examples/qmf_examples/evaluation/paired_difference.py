@@ -31,6 +31,21 @@ class Difference(NamedTuple):
     def interval(self) -> str:
         return f"[{self.low:+.1f}, {self.high:+.1f}]"
 
+    def to_dict(self) -> dict[str, object]:
+        """As JSON takes it, in fractions."""
+        ends = {"low": as_fraction(self.low), "high": as_fraction(self.high)}
+        return {"difference": as_fraction(self.points), **ends, "verdict": self.verdict}
+
+
+def as_fraction(points: float | None) -> float | None:
+    """Of percent, without the digits that the division adds.
+
+    Example:
+        >>> as_fraction(55.6)
+        0.556
+    """
+    return None if points is None else round(points / 100, 12)
+
 
 def difference(sets: Sequence[Array]) -> Difference:
     """The mean difference over seeds, samples and, of several sets, over sets.
