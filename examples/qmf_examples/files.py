@@ -9,7 +9,6 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -69,12 +68,11 @@ of 100, the published ones too. Tables and pictures show percent."""
 
 def results_header(kind: str) -> dict[str, object]:
     """What every file of results begins with: which kind it is, and what made it."""
-    versions = {}
-    for package in ("qmf-fusion", "torch"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # a clone on the path, not installed
-            versions[package] = "unknown"
+    import torch
+
+    import qmf_fusion
+
+    versions = {"qmf-fusion": qmf_fusion.__version__, "torch": torch.__version__}
     return {"schema": SCHEMA, "kind": kind, "unit": UNIT, "versions": versions}
 
 

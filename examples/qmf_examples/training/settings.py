@@ -93,7 +93,8 @@ class Settings:
     # The machine
     workers: int = 4
     precision: str = "32-true"
-    accelerator: str = "auto"
+    device: str = "auto"
+    """Lightning's accelerator (``auto``, ``cpu``, ``cuda``, ``mps``, ...), or one device of it, such as ``cuda:1``."""
     devices: str = "1"
     strategy: str = "auto"
     limit_batches: int | None = None
@@ -102,7 +103,7 @@ class Settings:
     @property
     def machine(self) -> frozenset[str]:
         """Settings that may change when a run is resumed."""
-        return frozenset({"data_root", "workers", "accelerator", "devices", "strategy", "epochs"})
+        return frozenset({"data_root", "workers", "device", "devices", "strategy", "epochs"})
 
 
 RGBD = Settings("nyud2", "")
@@ -151,7 +152,7 @@ QUICK: dict[str, Any] = {
     "learning_rate": 3e-3,
     "freeze": {},
     "workers": 0,
-    "accelerator": "cpu",
+    "device": "cpu",
     "limit_batches": 6,
 }
 """A run of seconds on a CPU, to see that everything works; its figures mean nothing."""
