@@ -131,27 +131,40 @@ class FusionReport:
             lines.append(f"{name}: {bound.total:.4f} ({parts}), a limit of the loss {bound.loss:.4f}")
         return [*lines, NOT_COMPUTED]
 
-    def plot(self, path: str | None = None) -> Any:
+    def plot(self, path: str | None = None, title: str | None = None) -> Any:
         """Weight against loss, one panel a modality, Eq. 6's verdict in its title; a matplotlib figure.
 
-        It is saved at ``path`` too, if one is given. An ImportError says where matplotlib is not installed.
+        As wide as a page, with ``title`` over the panels: say there which data, damaged how, these are. It is saved at
+        ``path`` too, if one is given. An ImportError says where matplotlib is not installed.
         """
         try:
             figures = importlib.import_module("matplotlib.figure")
         except ImportError as error:
             raise ImportError("plot() needs matplotlib: pip install 'qmf-fusion[examples]'") from error
         num = len(self.modalities)
-        figure = figures.Figure(figsize=(3.2 * num, 3.2), layout="constrained")
-        colours = {"holds": "tab:green", "undecided": "tab:gray", "fails": "tab:red"}
+        columns = min(num, 2 if num == 4 else 3)
+        rows = -(-num // columns)
+        figure = figures.Figure(figsize=(7.2, 0.3 + 2.6 * rows), layout="constrained")
+        colours = {"holds": "#0072b2", "undecided": "#5c5c5c", "fails": "#b3001b"}
         for i, (m, (w, loss)) in enumerate(zip(self.modalities, self._points, strict=True)):
-            axes = figure.add_subplot(1, num, i + 1)
+            axes = figure.add_subplot(rows, columns, i + 1)
             axes.scatter(loss.tolist(), w.tolist(), s=5, alpha=0.4, linewidths=0, color=colours[m.eq6])
             axes.axhline(m.static_weight, color="black", linewidth=0.8, linestyle="--")
-            axes.set_title(f"{m.name}: r = {m.pearson:+.2f}, Eq. 6 {m.eq6}", fontsize=9)
-            axes.set_xlabel("loss")
-            axes.set_ylabel("weight (dashed: static)" if i == 0 else "")
+            axes.set_title(f"{m.name}: r = {m.pearson:+.2f}\nEq. 6 {m.eq6}", fontsize=9)
+            axes.set_xlabel("loss", fontsize=9)
+            axes.set_ylabel("weight (dashed: static)" if i % columns == 0 else "", fontsize=9)
+            axes.tick_params(labelsize=8)
+            low, high = axes.get_ylim()
+            missing = 1e-3 * max(abs(low), abs(high)) - (high - low)
+            if missing > 0:  # weights that hardly vary would have ticks that differ in the seventh digit
+                axes.set_ylim(low - missing / 2, high + missing / 2)
+            # Written out: an offset of an axis is printed over its title.
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
+        if title is not None:
+            figure.suptitle(title, fontsize=11)
         if path is not None:
-            figure.savefig(path, dpi=80)
+            figure.savefig(path, dpi=120)
         return figure
 
 

@@ -1,9 +1,11 @@
 """A wheel and an sdist build, hold what they should, and import from an empty folder."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -59,8 +61,40 @@ def test_sdist_contents(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "tests/test_packaging.py"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "RELEASING.md",
+        "tests/test_packaging.py",
+    ):
         assert name in names
+    for name in ("benchmarks/results/robustness-inputs.json", "tools/griffe_examples.py"):
+        assert name in names
+
+
+def test_the_package_index_takes_both(built: Path) -> None:
+    """README is rendered, and every field of the metadata is one that the index knows."""
+    pytest.importorskip("twine")
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *sorted(built.iterdir()), cwd=built)
+    assert said.count("PASSED") == 2
+
+
+def test_a_release_agrees_on_its_version_day_and_address() -> None:
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "qmf_fusion" / "version.py").read_text())
+    assert version is not None
+    citation = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert citation["version"] == version[1]
+    assert f"## [{version[1]}] - {citation['date-released']}" in (ROOT / "CHANGELOG.md").read_text()
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls["Repository"] == citation["repository-code"]
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    assert f"repo_url: {urls['Repository']}\n" in (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        addresses = set(re.findall(r"https://github\.com/qmf-fusion/[\w-]+", page.read_text()))
+        assert addresses <= {urls["Repository"]}, page.name
 
 
 def test_wheel_imports_from_an_empty_folder(built: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .commands.version import package_version
 from .errors import EXTRAS, CommandError, ResumableError, missing_extra
 
 
@@ -19,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line on standard error.
     """
     _print_anything()
+    if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+        print(f"qmf-fusion {package_version()}")  # without the extra too
+        return 0
     try:
         # Outside of this block nothing of the extra is needed, so that its absence can be told in one line too.
         from .commands import app as commands

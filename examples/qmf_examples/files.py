@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -56,6 +57,33 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if refused is None or not isinstance(error, Exception):
             raise
         raise OSError(refused.errno, refused.strerror or str(refused), str(path)) from error
+
+
+SCHEMA = 1
+"""Of every file of results: it grows when what stands in one moves, or changes its meaning."""
+UNIT = "fraction"
+"""Of accuracies and their differences, errors of calibration and areas under curves in every file of results: of 1, not
+of 100, the published ones too. Tables and pictures show percent."""
+
+
+def results_header(kind: str) -> dict[str, object]:
+    """What every file of results begins with: which kind it is, and what made it."""
+    import torch
+
+    import qmf_fusion
+
+    versions = {"qmf-fusion": qmf_fusion.__version__, "torch": torch.__version__}
+    return {"schema": SCHEMA, "kind": kind, "unit": UNIT, "versions": versions}
+
+
+def write_results_file(path: Path, kind: str, content: Mapping[str, object]) -> None:
+    """Write ``content`` as JSON behind ``results_header(kind)``, atomically.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    text = json.dumps({**results_header(kind), **content}, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 _held: set[io.FileIO] = set()

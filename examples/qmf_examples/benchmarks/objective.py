@@ -7,7 +7,6 @@ released one takes. It stands with the examples, as it times ``qmf_fusion``, of 
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
+
+from ..files import write_results_file
 
 # M, B, K, N: MVSA, NYUD2, SUN RGB-D and FOOD101 with the released batch sizes, six views, and a large one.
 SHAPES = (
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append({"shape": list(shape), "seconds": seconds, "ratios": ratios})
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**where, "repeats": options.repeats, "rows": rows}, indent=2) + "\n")
+        write_results_file(options.json, "objective", {"environment": where, "repeats": options.repeats, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The run behind ``qmf-fusion bench-trainers``: each set's loading and training step, tables and results.json."""
 
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from ..data.catalogue import DATA_SETS
 from ..evaluation.display import bare_table, console
-from ..files import write_atomically
+from ..files import write_results_file
 from ..prepare.sample import write_sample
 from ..training.settings import QUICK, Settings, resolve
 from .loading import Loading, measure_loading
@@ -128,7 +127,6 @@ def run_and_report(bench: Bench, folder: Path) -> None:
         "steps": [row._asdict() for row in steps],
         "notes": said[1:],
     }
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path = folder / "results.json"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_results_file(path, "trainers", content)
     shown.print(f"Wrote {path}.", soft_wrap=True)

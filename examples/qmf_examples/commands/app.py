@@ -1,14 +1,12 @@
 """The subcommands and their options. The jobs themselves are imported when one runs."""
 
-import importlib.util
-import runpy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import bench_robustness, bench_trainers, data, digits, evaluate, features, report, train_sets
+from .version import package_version
 
 # Some versions of Typer bring click along and others carry their own: its errors are found from the one it exports.
 UsageError: Any = typer.BadParameter.__mro__[2]
@@ -18,7 +16,7 @@ app = typer.Typer(
     name="qmf-fusion",
     help="Quality-aware Multimodal Fusion: weight each modality per sample by how certain it is.",
     invoke_without_command=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 train = typer.Typer(help="Train and compare fusions on a data set.", invoke_without_command=True)
@@ -44,12 +42,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        # The file on its own, for importing the package would import torch.
-        package = importlib.util.find_spec("qmf_fusion")
-        assert package is not None
-        assert package.origin is not None
-        version = runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"]
-        typer.echo(f"qmf-fusion {version}")
+        typer.echo(f"qmf-fusion {package_version()}")
         raise typer.Exit
 
 

@@ -13,6 +13,7 @@ from ..data.catalogue import DATA_SETS
 from ..data.faults import DataError, Fault, summary
 from ..data.progress import progress_bar
 from ..errors import require_extras, resumable
+from ..files import results_header
 
 
 class Name(StrEnum):
@@ -77,7 +78,12 @@ def inspect(
     with progress_bar(f"reading {data_root}", None) as done:
         report = inspect_data(known, data_root, images=not text_only, done=done)
     if as_json:
-        typer.echo(json.dumps({**dataclasses.asdict(report), "can_train": report.can_train(skip_bad)}, indent=1))
+        typer.echo(
+            json.dumps(
+                {**results_header("inspection"), **dataclasses.asdict(report), "can_train": report.can_train(skip_bad)},
+                indent=1,
+            )
+        )
     else:
         _print_report(known.title, report, skip_bad)
     if not report.can_train(skip_bad):

@@ -7,6 +7,7 @@ import typer
 
 from ..errors import CommandError, require_extras
 from ..files import alone_in
+from .device import check_device
 from .features import ManyDamages
 from .output_folder import disk_errors, prepare_output
 from .train_sets import PACKAGES
@@ -38,7 +39,7 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for results. [default: evaluation in the first RUN]")
+        Path | None, typer.Option(help="Folder for results.", show_default="evaluation in the first RUN")
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="The data set's folder, where it has moved.")] = None,
     noise_seed: Annotated[int, typer.Option(min=0, help="Of the corruption; the same for all runs.")] = 0,
@@ -55,6 +56,7 @@ def evaluate(
         protocol = named_protocol(protocol)
     except ValueError as error:
         raise CommandError(f"--{error}") from error
+    check_device(device)
     missing = [str(run) for run in runs if not run.is_dir()]
     if missing:
         raise CommandError(f"no folder {', '.join(missing)}")

@@ -1,7 +1,10 @@
 """The commands `train nyud2`, `sunrgbd`, `food101`, `mvsa`; ``attach(train)`` adds them to the typer app of `train`."""
 
+import copy
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -11,6 +14,7 @@ from ..training.settings import (
     DEFAULTS,
     HEADS,
     METHODS,
+    OF_METHOD,
     QUICK,
     Settings,
     brief,
@@ -24,6 +28,14 @@ from .output_folder import disk_errors, prepare_output
 PAPER_SEEDS = {"nyud2": 10, "sunrgbd": 10, "food101": 3, "mvsa": 5}
 MOST_RUNS = 1000
 """Of a method; more are a slip."""
+UNSET = {
+    "word_vectors": "learned",
+    "alpha": "-0.1, the energy's",
+    "beta": "0, the energy's",
+    "sampling_count": "every visit",
+    "limit_batches": "all",
+}
+"""What leaving an option out means where the setting is None."""
 PACKAGES = (
     "numpy",
     "PIL",
@@ -53,20 +65,55 @@ def attach(train: typer.Typer) -> None:
             f"Methods: {methods}; all; ablation (Table 2: {', '.join(ABLATION)}). "
             "Defaults are the paper's settings, and where it has none, the released code's."
         )
-        train.command(name, help=f"{title}\n\n{about}")(train_set)
+        train.command(name, help=f"{title}\n\n{about}")(_with_defaults(name))
+
+
+def _with_defaults(data_set: str) -> Callable[..., None]:
+    """``train_set``, whose help shows what each option is for this data set where it is not given."""
+    defaults: dict[str, Any] = {
+        **{name: _shown(data_set, name) for name in Settings.__dataclass_fields__},
+        "data_root": False,  # there is none
+        "output": f"runs/{data_set}",
+        "seeds": f"{PAPER_SEEDS[data_set]}, 1 with --quick",
+    }
+    signature, parameters = inspect.signature(train_set), []
+    for parameter in signature.parameters.values():
+        if parameter.name in defaults:
+            kind, option = get_args(parameter.annotation)
+            option = copy.copy(option)
+            option.show_default = defaults[parameter.name]
+            parameter = parameter.replace(annotation=Annotated[kind, option])
+        parameters.append(parameter)
+
+    def command(**given: Any) -> None:
+        train_set(**given)
+
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _shown(data_set: str, name: str) -> str:
+    """The default of a setting in words, with those of the methods that have their own."""
+    value = getattr(DEFAULTS[data_set], name)
+    if value is None:
+        text = UNSET.get(name, "none")
+    elif isinstance(value, Mapping):
+        text = ",".join(f"{key}={item}" for key, item in value.items()) or "none"
+    else:
+        text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    own = {m: resolve(data_set, {"method": m}) for m in OF_METHOD if m in METHODS[data_set]}
+    others = [f"{m}: {getattr(settings, name)}" for m, settings in own.items() if getattr(settings, name) != value]
+    return "; ".join([text, *(others if name != "method" else [])])
 
 
 def train_set(
     context: typer.Context,
     data_root: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the runs. [default: runs/SET]")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="A method, several with commas, all, or ablation. [default: qmf]")
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, max=MOST_RUNS, help="How many seeds; the paper's number if not given.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**31, help="The first seed. [default: 1]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the runs.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method, several with commas, all, or ablation.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=MOST_RUNS, help="How many seeds.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31, help="The first seed.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings, which options override.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed of tiny networks, in seconds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of a run that was killed.")] = (
@@ -118,11 +165,11 @@ def train_set(
         int | None, typer.Option(help="Features of each modality for concat and align; 0 for the encoders' own.")
     ] = None,
     ranking_weight: Annotated[float | None, typer.Option(help="Lambda of Eq. 18, for qmf.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of Eq. 9, below 0. [default: -0.1, the energy's]")] = None,
-    beta: Annotated[float | None, typer.Option(help="Of Eq. 9, at least 0. [default: 0, the energy's]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of Eq. 9, below 0.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Of Eq. 9, at least 0.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the energy, Eq. 13.")] = None,
     start_epoch: Annotated[int | None, typer.Option(help="T_s of Eq. 14.")] = None,
-    sampling_count: Annotated[int | None, typer.Option(help="T of Eq. 14. [default: every visit]")] = None,
+    sampling_count: Annotated[int | None, typer.Option(help="T of Eq. 14.")] = None,
     update: Annotated[
         str | None, typer.Option(help="Losses enter Eq. 14 before they are ranked (Algorithm 1), or after.")
     ] = None,
@@ -138,7 +185,7 @@ def train_set(
         str | None, typer.Option(help="Where decoded images are kept: on (the user's cache folder), off, or a folder.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Lightning's: 32-true, 16-mixed, bf16-mixed, ...")] = None,
-    accelerator: Annotated[str | None, typer.Option(help="Lightning's: auto, cpu, gpu, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1, mps, ...")] = None,
     devices: Annotated[str | None, typer.Option(help="Lightning's: how many, or which.")] = None,
     strategy: Annotated[str | None, typer.Option(help="Lightning's: auto, ddp, ...")] = None,
     limit_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an epoch.")] = None,

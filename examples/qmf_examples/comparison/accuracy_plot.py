@@ -1,10 +1,11 @@
 """Accuracy against corruption strength, one panel per kind of damage."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from ..evaluation.display import COLORS, MARKERS, accuracy_line, accuracy_panels, legend_below, save_figure
+from ..evaluation.display import accuracy_line, legend_below, panels, put_title, save_figure
+from ..evaluation.styles import style_of
 from ..models.methods import Method
 from .results import Row
 
@@ -17,12 +18,11 @@ def plot_accuracy(
     Args:
         path: the file.
         rows: of every method, "clean" and each condition in ``units``.
-        methods: how to draw whom: single views thin and grey, averages dashed, the oracle dotted.
+        methods: whom to draw.
         units: by condition, what its levels measure; a panel each.
         title: over the panels.
     """
-    figure, axes = accuracy_panels(list(units), 4.6, 5.6)
-    styles = _styles(methods)
+    figure, axes = panels(list(units), 4.6)
     for axis, (condition, unit) in zip(axes, units.items(), strict=True):
         for nth, method in enumerate(methods):
             points = sorted(
@@ -32,31 +32,10 @@ def plot_accuracy(
             # A little to the side, so that bars of methods that tie stay apart.
             nudge = (nth - len(methods) / 2) * 0.004 * points[-1].level
             levels = [row.level + nudge for row in points]
-            accuracy_line(axis, levels, points, label=method.label, elinewidth=0.8, **styles[method.label])
-        axis.set_xlabel(f"strength: {unit}")
+            accuracy_line(axis, levels, points, **style_of(method.label).options())
+        axis.set_xlabel(textwrap.fill(f"strength: {unit}", 32), fontsize=8)
         axis.set_xticks(sorted({row.level for row in rows if row.condition in ("clean", condition)}))
     axes[0].set_ylabel("test accuracy (%), mean ± std over seeds")
-    figure.suptitle(title)
-    legend_below(figure, axes[0], 4)
-    save_figure(figure, path, 120)
-
-
-def _styles(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
-    styles: dict[str, dict[str, Any]] = {}
-    singles = other = 0
-    for method in methods:
-        if method.role == "single":
-            lines = ("-", "--", "-.", ":")
-            styles[method.label] = {"color": "#a0a0a0", "linewidth": 1.2, "linestyle": lines[singles % len(lines)]}
-            singles += 1
-            continue
-        line = {"average": "--", "oracle": ":"}.get(method.role, "-")
-        color, marker = COLORS[other % len(COLORS)], MARKERS[other % len(MARKERS)]
-        styles[method.label] = {
-            "color": "black" if method.role == "oracle" else color,
-            "marker": marker,
-            "linewidth": 1.6,
-            "linestyle": line,
-        }
-        other += 1
-    return styles
+    put_title(figure, title)
+    legend_below(figure, {method.label: style_of(method.label).options() for method in methods})
+    save_figure(figure, path)

@@ -54,7 +54,8 @@ def _run_and_report_alone(config: Config, output: Path, checkpoints: Path, resum
     verdicts = judge(scores, TABLE.methods)
     write_results(output / "results.json", config.describe(), rows, [verdict.sentence() for verdict in verdicts])
     units = {kind: corruption.unit for kind, corruption in CORRUPTIONS.items()}
-    title = f"Digits, {len(VIEWS)} views, half of them damaged per test image ({len(config.seeds)} seeds)"
+    title = f"Digits, {len(VIEWS)} views, half of them damaged per test image ({config.length}, "
+    title += f"{len(config.seeds)} seed{'' if len(config.seeds) == 1 else 's'})"
     plot_accuracy(output / "accuracy.png", rows, TABLE.methods, units, title)
 
     shown = console()

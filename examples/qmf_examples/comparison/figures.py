@@ -2,8 +2,9 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
+from ..evaluation.paired_difference import as_fraction
 from ..evaluation.statistics import mean_or_none
 from ..models.methods import Method
 from .results import Score
@@ -26,6 +27,18 @@ class Measures(NamedTuple):
     auroc: float | None
     """How well the weights tell damaged modalities; None of rules without weights, and of the oracle, which is told."""
 
+    def to_dict(self) -> dict[str, object]:
+        """As JSON takes it, in fractions."""
+        return {n: as_fraction(x) if n != "shortfall_in" else x for n, x in self._asdict().items()}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
+        """The measures that ``to_dict`` has made this of, other entries aside."""
+        found: dict[str, Any] = {}
+        for name in cls._fields:
+            found[name] = 100 * given[name] if isinstance(given[name], float) else given[name]
+        return cls(**found)
+
 
 class Line(NamedTuple):
     """One rule in one table, in points."""
@@ -41,10 +54,26 @@ class Line(NamedTuple):
     """Of weight and loss by condition, means over views, sets and seeds; None where nothing is weighted."""
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON takes it, the measures of all sets beside the rest."""
-        rest = {**self._asdict(), "sets": {name: measures._asdict() for name, measures in self.sets.items()}}
-        del rest["all"]
-        return {**self.all._asdict(), **rest}
+        """As JSON takes it, in fractions, the measures of all sets beside the rest."""
+        rest = {
+            "worst": as_fraction(self.worst),
+            "conditions": {name: as_fraction(value) for name, value in self.conditions.items()},
+            "sets": {name: measures.to_dict() for name, measures in self.sets.items()},
+            "correlations": self.correlations,
+        }
+        return {"rule": self.rule, **self.all.to_dict(), **rest}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
+        """The line that ``to_dict`` has made this of.
+
+        Raises:
+            KeyError, TypeError: it has not.
+        """
+        percent = {name: 100 * value for name, value in given["conditions"].items()}
+        sets = {name: Measures.from_dict(measures) for name, measures in given["sets"].items()}
+        own = Measures.from_dict(given)
+        return cls(given["rule"], own, 100 * given["worst"], percent, sets, given["correlations"])
 
 
 def tabulate(results: Scores, methods: Sequence[Method]) -> list[Line]:

@@ -49,6 +49,12 @@ class Config:
     checkpoint_every: int = 10
     """Epochs."""
 
+    @property
+    def length(self) -> str:
+        """Of a training, in words: a picture says so, for after a few steps it shows only that everything runs."""
+        name, count = ("step", self.steps) if self.steps is not None else ("epoch", self.epochs)
+        return f"{count} {name}{'' if count == 1 else 's'}"
+
     def describe(self) -> dict[str, Any]:
         """The settings as results record them: all that the numbers depend on."""
         settings = {name: value for name, value in asdict(self).items() if value is not None}

@@ -40,8 +40,7 @@ class Paired(NamedTuple):
     def to_dict(self) -> dict[str, object]:
         """As JSON takes it."""
         rest = {name: value for name, value in self._asdict().items() if name != "difference"}
-        gap = self.difference
-        return {**rest, "difference": gap.points, "low": gap.low, "high": gap.high, "verdict": self.verdict}
+        return {**rest, **self.difference.to_dict()}
 
 
 def compare_pairs(results: Scores, rule: str, methods: Sequence[Method]) -> list[Paired]:

@@ -1,6 +1,5 @@
 """From scores to rows: mean, standard deviation and worst over seeds, and `results.json`."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..corruption.conditions import Condition
 from ..evaluation.statistics import mean_or_none, over_seeds
-from ..files import write_atomically
+from ..files import write_results_file
 
 
 class Score(NamedTuple):
@@ -95,5 +94,4 @@ def write_results(path: Path, config: dict[str, Any], rows: Sequence[Row], verdi
     if not all(math.isfinite(row.mean) for row in rows):
         raise ValueError("rows must hold finite accuracies")
     content = {"config": config, "rows": [row._asdict() for row in rows], "verdicts": list(verdicts)}
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_results_file(path, "digits", content)

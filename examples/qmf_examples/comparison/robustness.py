@@ -1,6 +1,5 @@
 """The robustness bench: which sets under which settings, which conditions make a table, and what a run leaves."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..data.feature_files import FeatureFile
 from ..data.multiview import MultiView
 from ..evaluation.display import console
 from ..evaluation.paired_difference import TEST, TIE
-from ..files import write_atomically
+from ..files import write_results_file
 from ..models.methods import RECOMMENDED, Method, Table
 from ..models.methods import ROBUSTNESS as TABLE
 from .compare import compare
@@ -104,6 +103,14 @@ def run_and_report(
     found = groups(sets, results)
     tables = {name: tabulate(group.scores, table.methods) for name, group in found.items()}
     pairs = {name: compare_pairs(group.scores, RECOMMENDED, table.methods) for name, group in found.items()}
+    titles = {name: f"{group.title}, {_seeds(group)}" for name, group in found.items()}
+    pictures = {}
+    for name, group in found.items():
+        trained = dict.fromkeys(settings.of(data).length for data in sets if data.name in group.scores)
+        pictures[name] = {
+            "file": group.picture,
+            "title": ", ".join([titles[name], *trained, "half of the views damaged"]),
+        }
     kinds = {"views": MultiView, "files": FeatureFile}
     content = {
         "config": {
@@ -112,18 +119,16 @@ def run_and_report(
             if any(isinstance(data, of) for data in sets)
         },
         "sets": [_describe(data) for data in sets],
+        "pictures": pictures,
         "tables": {name: [line.to_dict() for line in lines] for name, lines in tables.items()},
         "pairs": {name: [pair.to_dict() for pair in every] for name, every in pairs.items()},
         "scores": {name: [score.to_dict() for score in scores] for name, scores in results.items()},
     }
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(output / "robustness.json", lambda file: file.write(text.encode()))
+    write_results_file(output / "robustness.json", "robustness", content)
     shown = console(180)
     for name, group in found.items():
-        count = len({score.seed for scores in group.scores.values() for score in scores})
-        title = f"{group.title}, {count} seed{'s' if count > 1 else ''}"
-        plot(output / group.picture, tables[name], f"{title}, half of the views damaged")
-        _print(shown, title, table.methods, tables[name], pairs[name])
+        plot(output / group.picture, tables[name], pictures[name]["title"])
+        _print(shown, titles[name], table.methods, tables[name], pairs[name])
     shown.print(
         "Half of each sample's views are damaged, of an odd number the smaller half. 'worst seed': its mean. "
         "'shortfall': the largest gap to the best rule of a condition, oracle aside. ECE, AURC and AUROC are means "
@@ -132,6 +137,11 @@ def run_and_report(
         soft_wrap=True,
     )
     return tables
+
+
+def _seeds(group: Group) -> str:
+    count = len({score.seed for scores in group.scores.values() for score in scores})
+    return f"{count} seed{'' if count == 1 else 's'}"
 
 
 def _print(

@@ -12,13 +12,13 @@ from rich.table import Table
 from qmf_fusion import FusionReport, QualityAwareFusion, fusion_report
 from qmf_fusion.measured import Difference
 
-from ..corruption.conditions import Condition
+from ..corruption.conditions import CLEAN, Condition
 from ..data.digits import VIEWS as DIGIT_VIEWS
 from ..data.digits import load_digits
 from ..data.feature_files import load_npz
 from ..errors import CommandError
 from ..evaluation.display import bare_table, save_figure
-from ..files import write_atomically
+from ..files import write_atomically, write_results_file
 from ..models.divergence import weights_not_finite
 from ..models.learners import Learner, QualityAware
 from ..models.methods import ROBUSTNESS, Training, digits_table
@@ -132,14 +132,12 @@ def write(reports: list[LevelReport], output: Path, training: str, seed: int) ->
     """
     levels = [{"condition": c.kind, "level": c.level, **report.to_dict()} for c, report in reports]
     content = {"training": training, "seed": seed, "split": "test", "reports": levels}
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path = output / f"theory-{training}-seed{seed}.json"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_results_file(path, "theory", content)
     said = "\n".join(f"{condition.name}, test split\n\n{report}\n\n" for condition, report in reports)
     write_atomically(path.with_suffix(".txt"), lambda file: file.write(said.encode()))
-    strongest = {condition.kind: report for condition, report in reports}
-    for condition, report in strongest.items():
-        figure = report.plot()
-        figure.suptitle(f"{training}, seed {seed}: {condition}")
-        save_figure(figure, path.with_name(f"{path.stem}-{condition}.png"), 80)
+    for condition, report in {condition.kind: each for each in reports for condition in each[:1]}.values():
+        damage = condition.name if condition == CLEAN else f"{condition.name}, half of the views damaged"
+        figure = report.plot(title=f"{training}, seed {seed}, test split: {damage}")
+        save_figure(figure, path.with_name(f"{path.stem}-{condition.kind}.png"))
     return path

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..corruption.conditions import PAPER_KINDS, Condition
-from .paired_difference import Difference
+from .paired_difference import Difference, as_fraction
 from .paired_tests import LATE, Pair, best_peer, mean_accuracy, pair_with
 from .published import Published, published_accuracy, published_correlation
 from .reliability import effective_robustness, relative_robustness
@@ -40,8 +40,12 @@ class Cell(NamedTuple):
     """The best of the others; for the recommended rule, but for its variants."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        published = None if self.published is None else self.published._asdict()
+        """As JSON takes it, all of it shares in [0, 1]."""
+        published = None
+        if self.published is not None:
+            table, *shares = self.published
+            names = Published._fields[1:]
+            published = {"table": table, **{n: as_fraction(x) for n, x in zip(names, shares, strict=True)}}
         behind = None if self.behind is None else self.behind.to_dict()
         pairs = {
             name: None if pair is None else pair.to_dict()

@@ -1,6 +1,5 @@
 """Tables of tested runs, with the paper's figures beside: terminal, JSON, Markdown and pictures."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.catalogue import DATA_SETS
-from ..files import write_atomically
+from ..files import write_atomically, write_results_file
 from ..training.settings import Settings
 from .cells import Cell, Robustness, measure_robustness, summarise_runs
 from .damaged_tests import NoisePlan
@@ -103,7 +102,7 @@ def notes(tested: Sequence[Tested], cells: Sequence[Cell], plan: NoisePlan) -> l
             "Epochs were chosen on the test set (--selection test, the released RGB-D scripts' procedure), which "
             f"flatters: {', '.join(flattered)}."
         )
-    if settings.image_encoder == "tiny" or settings.text_encoder == "tiny":
+    if _tiny(tested):
         said.append("Tiny networks: what they learn of a sample is shown, and nothing of real data.")
     if settings.skip_bad:
         said.append("Test samples that cannot be used were skipped.")
@@ -120,6 +119,10 @@ def frozen_note(settings: Settings) -> str:
         f"{paper}, so that its figures are of other networks; what can be compared is the order of the methods and how "
         "far each falls."
     )
+
+
+def _tiny(tested: Sequence[Tested]) -> bool:
+    return any("tiny" in (record.settings.image_encoder, record.settings.text_encoder) for record in tested)
 
 
 def write_report(tested: Sequence[Tested], plan: NoisePlan, folder: Path) -> None:
@@ -140,14 +143,14 @@ def write_report(tested: Sequence[Tested], plan: NoisePlan, folder: Path) -> Non
         "source_of_published": SOURCE,
         "notes": said,
     }
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
+    write_results_file(folder / "results.json", "evaluation", content)
     markdown = "\n\n".join([*(_markdown(sheet) for sheet in tables), *said]) + "\n"
     write_atomically(folder / "results.md", lambda file: file.write(markdown.encode()))
-    plot_noise(folder / "accuracy.png", cells, plan, tested[0].settings.data_set)
-    plot_weights(folder / "weights.png", tested, plan)
-    plot_gaps(folder / "gaps.png", cells, plan, tested[0].settings.data_set)
-    plot_correlations(folder / "correlations.png", cells, plan, tested[0].settings.data_set)
+    title = tested[0].settings.data_set + (", tiny networks" if _tiny(tested) else "")
+    plot_noise(folder / "accuracy.png", cells, plan, title)
+    plot_weights(folder / "weights.png", tested, plan, title)
+    plot_gaps(folder / "gaps.png", cells, plan, title)
+    plot_correlations(folder / "correlations.png", cells, plan, title)
 
 
 def _draw(sheet: Sheet) -> Table:

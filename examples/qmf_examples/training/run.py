@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -188,14 +189,33 @@ def check_machine(settings: Settings) -> None:
     number = int(devices) if devices.isdecimal() else None
     if there is not None and number != there:
         raise CommandError(f"--devices: torchrun has started {there} processes, got {devices!r}")
-    kind = settings.accelerator
+    kind, single = accelerator_of(settings)
+    if single is not None and devices != "1":
+        raise CommandError(f"--devices: must be 1 with the one device {settings.device}, got {devices!r}")
     if kind == "auto" and not torch.backends.mps.is_available():
         kind = "gpu" if torch.cuda.is_available() else "cpu"
     if kind not in ("cpu", "gpu", "cuda") or devices == "auto" or (kind != "cpu" and number is None):
         return  # Lightning knows of more devices, and of more ways to name them.
     most = most_devices("cpu" if kind == "cpu" else "cuda")
+    if kind != "cpu" and (single or 0) >= most:
+        raise CommandError(f"--device: there is no {settings.device} here, GPUs: {most}")
     if number is None or not 1 <= number <= (most if there is None else there):
         raise CommandError(f"--devices: must be from 1 to the {most} there are here ({kind}), got {devices!r}")
+
+
+def accelerator_of(settings: Settings) -> tuple[str, int | None]:
+    """Lightning's accelerator, and the one device of it where ``settings.device`` names one.
+
+    Raises:
+        CommandError: there is no such accelerator, or the number is none.
+    """
+    kind, colon, number = settings.device.partition(":")
+    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    if kind not in known or (colon and not number.isdecimal()):
+        raise CommandError(
+            f"--device: must be one of {', '.join(known)}, or one and a number, such as cuda:1, got {settings.device!r}"
+        )
+    return kind, int(number) if colon else None
 
 
 def loader_of(data_set: str) -> Any:
@@ -208,6 +228,7 @@ def make_trainer(settings: Settings, folder: Path, stopping: EarlyStopping) -> L
     options: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": True}
     best = KeptCheckpoint(filename="best", monitor=ACCURACY, mode="max", save_weights_only=True, **options)
     last = KeptCheckpoint(filename="last", save_top_k=1, **options)
+    accelerator, single = accelerator_of(settings)
     devices: Any = int(settings.devices) if settings.devices.lstrip("-").isdigit() else settings.devices
     # What is frozen at first has no gradients for the other processes to wait for.
     strategy = (
@@ -215,8 +236,8 @@ def make_trainer(settings: Settings, folder: Path, stopping: EarlyStopping) -> L
     )
     try:
         return L.Trainer(
-            accelerator=settings.accelerator,
-            devices=devices,
+            accelerator=accelerator,
+            devices=devices if single is None else [single],
             strategy=strategy,
             precision=settings.precision,  # type: ignore[arg-type]
             max_epochs=settings.epochs,

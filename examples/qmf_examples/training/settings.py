@@ -120,7 +120,8 @@ class Settings:
     cache: str = "on"
     """Where decoded and resized images are kept: ``"on"`` for the user's folder for caches, ``"off"``, or a folder."""
     precision: str = "32-true"
-    accelerator: str = "auto"
+    device: str = "auto"
+    """Lightning's accelerator (``auto``, ``cpu``, ``cuda``, ``mps``, ...), or one device of it, such as ``cuda:1``."""
     devices: str = "1"
     strategy: str = "auto"
     limit_batches: int | None = None
@@ -129,7 +130,7 @@ class Settings:
     @property
     def machine(self) -> frozenset[str]:
         """Settings that may change when a run is resumed."""
-        return frozenset({"data_root", "workers", "cache", "accelerator", "devices", "strategy", "epochs"})
+        return frozenset({"data_root", "workers", "cache", "device", "devices", "strategy", "epochs"})
 
 
 RGBD = Settings("nyud2", "")
@@ -178,7 +179,7 @@ QUICK: dict[str, Any] = {
     "learning_rate": 3e-3,
     "freeze": {},
     "workers": 0,
-    "accelerator": "cpu",
+    "device": "cpu",
     "limit_batches": 12,
 }
 """A run of seconds on a CPU, in which tiny networks learn what `qmf-fusion sample` writes. Its figures of real data
@@ -202,7 +203,7 @@ HEADS: dict[str, Any] = {
     "plateau_patience": 40,
     "freeze": {},
     "workers": 0,
-    "accelerator": "cpu",
+    "device": "cpu",
 }
 """How heads on frozen encoders are trained, on every data set, in place of its own settings: `bench-robustness` trains
 heads on feature files so too. The rate stays, and no epoch is too many: the best one of all is kept."""

@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", nargs="+", choices=list(contenders(None)), metavar="NAME", help="default: all")
     parser.add_argument("--repeats", type=_positive, default=50, help="timed steps per contender and case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("kernels/benchmarks/results"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
     options = parser.parse_args(arguments)
 
     device = torch.device(options.device)

@@ -7,6 +7,8 @@ from typing import Any
 from .contenders import COPY, OURS
 from .report import Outcome
 
+HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
+
 
 def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     """Write a PNG.
@@ -38,7 +40,9 @@ def _draw_bars(axis: Any, outcomes: Sequence[Outcome]) -> None:
     for place, name in enumerate(names):
         seconds = [outcome.seconds(name) for outcome in outcomes]
         at = [i + (place - (len(names) - 1) / 2) * width for i, s in enumerate(seconds) if s is not None]
-        axis.bar(at, [s * 1e6 for s in seconds if s is not None], width, label=name)
+        # Hatched, for print in black and white.
+        hatch, heights = HATCHES[place % len(HATCHES)], [s * 1e6 for s in seconds if s is not None]
+        axis.bar(at, heights, width, label=name, hatch=hatch, edgecolor="white", linewidth=0)
     axis.set_yscale("log")
     axis.set_ylabel("microseconds per step, on the device")
     axis.set_xticks(range(len(outcomes)), [outcome.case.name for outcome in outcomes], rotation=20, fontsize="small")
@@ -46,9 +50,9 @@ def _draw_bars(axis: Any, outcomes: Sequence[Outcome]) -> None:
 
 
 def _draw_growth(axis: Any, outcomes: Sequence[Outcome]) -> None:
-    for name in (OURS, COPY):
+    for name, line in ((OURS, "-o"), (COPY, "--s")):
         found = [(o.case.modalities, s * 1e6) for o in outcomes if (s := o.seconds(name)) is not None]
-        axis.plot([m for m, _ in found], [s for _, s in found], marker="o", label=name)
+        axis.plot([m for m, _ in found], [s for _, s in found], line, label=name)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("modalities")
     axis.set_ylabel("microseconds per step, on the device")

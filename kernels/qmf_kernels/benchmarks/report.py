@@ -181,4 +181,4 @@ def as_json(environment: dict[str, Any], repeats: int, outcomes: Sequence[Outcom
             rows.append(row._asdict() | {"launches": launches, "bytes_per_second": rate, **ratios})
         cases.append(case | {"least_bytes": least_bytes(outcome.case), "rows": rows, "replay": outcome.replay})
     judged = [verdict._asdict() for verdict in verdicts]
-    return {**environment, "repeats": repeats, "cases": cases, "targets": judged}
+    return {"schema": 1, "kind": "kernels", **environment, "repeats": repeats, "cases": cases, "targets": judged}

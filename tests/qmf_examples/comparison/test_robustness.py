@@ -12,10 +12,12 @@ from qmf_examples.comparison.figures import tabulate
 from qmf_examples.comparison.heads import Config
 from qmf_examples.comparison.results import Score
 from qmf_examples.comparison.robustness import FILES, METHODS, Settings, groups, run
+from qmf_examples.comparison.robustness_plot import redraw
 from qmf_examples.corruption.conditions import FEATURES, UNSEEN
 from qmf_examples.data.feature_files import load_npz
 from qmf_examples.data.multiview import MultiView
-from qmf_examples.models.methods import ABLATION
+from qmf_examples.errors import CommandError
+from qmf_examples.models.methods import ABLATION, RECOMMENDED
 
 scipy_io = pytest.importorskip("scipy.io")
 SMALL = {"epochs": None, "steps": 25, "hidden": 16, "learning_rate": 1e-3, "weight_decay": 1e-4}
@@ -173,6 +175,24 @@ def test_command(tmp_path, capsys):
     assert all(method.label in printed for method in METHODS)
     assert "Correlation of weight and loss" in printed
     content = json.loads((output / "robustness.json").read_text())
+    assert (content["schema"], content["kind"], content["unit"]) == (1, "robustness", "fraction")
+    for name, table in content["tables"].items():
+        for line in table:
+            every = [line, *line["sets"].values()]
+            assert all(0 <= each[of] <= 1 for each in every for of in ("accuracy", "shortfall", "ece", "aurc"))
+            assert line["accuracy"] == pytest.approx(np.mean(list(line["conditions"].values())))
+        accuracy = {line["rule"]: line["accuracy"] for line in table}
+        for pair in content["pairs"][name]:
+            assert pair["difference"] == pytest.approx(accuracy[RECOMMENDED] - accuracy[pair["other"]])
+        # The file is enough to draw the picture again, and to know what it was drawn from.
+        picture = content["pictures"][name]
+        assert "3 steps" in picture["title"] or "2 epochs" in picture["title"]
+        redraw(output / "robustness.json", name, tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == (output / picture["file"]).read_bytes()
+    with pytest.raises(CommandError, match="has no table 'nothing'; it has scenes"):
+        redraw(output / "robustness.json", "nothing", tmp_path / "again.png")
+    with pytest.raises(CommandError, match=r"is no robustness\.json of this version"):
+        redraw(tmp_path / "scenes.npz", "features", tmp_path / "again.png")
     assert content["sets"] == [
         {"name": "scenes", "samples": 150, "views": [12, 12]},
         {"name": "mine", "samples": 160, "views": [12] * 4},
@@ -293,6 +313,7 @@ def test_report_of_a_run(quick_run, tmp_path, capsys):
     written = path.read_bytes()
     found = json.loads(written)
     assert (found["training"], found["seed"]) == ("qmf-paper", 3)
+    assert (found["schema"], found["kind"], found["unit"]) == (1, "theory", "fraction")
     content = found["reports"]
     assert len(content) == 10
     assert content[0]["eq6"] in ("holds", "undecided", "fails")

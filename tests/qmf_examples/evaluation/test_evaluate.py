@@ -210,13 +210,14 @@ def test_evaluate_prints_and_writes(protocol, runs, tmp_path, capsys):
         results.append((tmp_path / place / "results.json").read_bytes())
     assert results[0] == results[1]
     content = json.loads(results[0])
+    assert (content["schema"], content["kind"], content["unit"]) == (1, "evaluation", "fraction")
     assert len(content["cells"]) == 4 * 2 * 2
     clean = {(c["method"], c["noise"]): c["mean"] for c in content["cells"] if c["level"] == 0}
     assert clean["qmf", "gaussian"] == clean["qmf", "salt-pepper"]
     by_method = {c["method"]: c for c in content["cells"]}
     assert by_method["bert"]["correlation"] is None
     assert -1 <= by_method["tmc"]["correlation"] <= 1
-    assert by_method["qmf"]["published"]["mean"] == 60.41
+    assert by_method["qmf"]["published"]["mean"] == 0.6041
     assert by_method["qmf"]["seeds"] == [1, 2]
     out = capsys.readouterr().out
     assert "Tiny networks" in out

@@ -316,6 +316,13 @@ def test_command_and_config_file(sample, tmp_path, capsys):
         (["train", "mvsa", "--data-root", ".", "--method", "rgb"], "--method: rgb is none of mvsa's: bow, image, bert"),
         (["train", "nyud2", "--data-root", "NYUD2", "--quick", "--validation", "0.05"], "must hold out at least one"),
         (["train", "nyud2", "--data-root", ".", "--quick", "--weights", "imagenet"], "/train. NYU Depth V2 lies as"),
+        (["train", "nyud2", "--data-root", "NYUD2", "--device", "abacus"], "--device: must be one of auto, gpu, "),
+        (["train", "nyud2", "--data-root", "NYUD2", "--device", "cuda:x"], "such as cuda:1, got 'cuda:x'"),
+        (["train", "nyud2", "--data-root", "NYUD2", "--device", "cuda:99"], "--device: there is no cuda:99 here"),
+        (
+            ["train", "nyud2", "--data-root", "NYUD2", "--device", "cuda:0", "--devices", "2"],
+            "--devices: must be 1 with the one device cuda:0, got '2'",
+        ),
         (["evaluate", "none"], "no folder none"),
         (["evaluate", "."], "no runs in ."),
     ],
