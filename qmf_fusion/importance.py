@@ -25,6 +25,7 @@ from torch import Tensor
 from .checks import Logits, check_confidence, check_count
 from .correlation_test import student_quantile
 from .fusion import QualityAwareFusion
+from .shown import plain
 from .subsets import EXACT, HeldOut, all_subsets, check_classes, check_held_out, subset_answers
 
 PERMUTATIONS = 200
@@ -65,11 +66,12 @@ class Importance:
     confidence: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the samples: fit for JSON."""
-        keys = ("mean", "interval", "sampling_error")
-        every = zip(self.names, self.mean, map(list, self.interval), self.sampling_error, strict=True)
-        modalities = [{"name": name, **dict(zip(keys, found, strict=True))} for name, *found in every]
-        return {"value": self.value, "confidence": self.confidence, "modalities": modalities}
+        """Without the samples, and None for an interval's open end: fit for JSON."""
+        keys = ("name", "mean", "interval", "sampling_error")
+        every = zip(self.names, self.mean, self.interval, self.sampling_error, strict=True)
+        modalities = [dict(zip(keys, found, strict=True)) for found in every]
+        found: dict[str, Any] = plain({"value": self.value, "confidence": self.confidence, "modalities": modalities})
+        return found
 
     def __str__(self) -> str:
         unit, digits = (100.0, 1) if self.value == "accuracy" else (1.0, 4)

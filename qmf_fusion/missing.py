@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from .checks import Logits, check_confidence
 from .fusion import QualityAwareFusion
 from .importance import accuracy, add_up, attribute, conditional_utilisation, log_likelihood, mean_intervals, of_target
+from .shown import plain, table
 from .subsets import EXACT, all_subsets, check_classes, check_held_out, subset_answers
 
 _MOST_SHOWN = 5  # modalities of which the table lists every subset
@@ -69,8 +69,8 @@ class MissingReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, and None for an interval's open end: fit for JSON."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        found: dict[str, Any] = plain(asdict(self))
+        return found
 
     def __str__(self) -> str:
         rows = [["modalities", "accuracy in %", "log-loss", "ECE in %"]]
@@ -78,7 +78,7 @@ class MissingReport:
             figures = [f"{100 * each.accuracy:.1f}", f"{each.log_loss:.4f}", f"{100 * each.ece:.1f}"]
             rows.append([" + ".join(each.modalities) or "none", *figures])
         lines = [f"Measured on {self.samples} samples, each with the modalities that are named and no others"]
-        lines += _table(rows)
+        lines += table(rows)
         if len(self._shown()) < len(self.subsets):
             lines.append(f"({len(self.subsets)} subsets in all; the others are in to_dict())")
         sure = f"[interval at {100 * self.confidence:g} %]"
@@ -95,7 +95,7 @@ class MissingReport:
             if name == "accuracy":
                 utilised = ["utilisation", *(f"{m.utilisation:.3f}" for m in self.modalities)]
                 rows = [[*row, cell] for row, cell in zip(rows, utilised, strict=True)]
-            lines += ["", *_table(rows)]
+            lines += ["", *table(rows)]
         return "\n".join(lines)
 
     def _shown(self) -> list[SubsetResult]:
@@ -253,20 +253,3 @@ def calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> 
 def _with_interval(value: float, ends: tuple[float, float], unit: float, digits: int) -> str:
     low, high = (f"{unit * end:+.{digits}f}" for end in ends)
     return f"{unit * value:+.{digits}f} [{low}, {high}]"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

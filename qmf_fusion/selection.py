@@ -44,6 +44,8 @@ class Selection:
     """What ``select_modalities`` found."""
 
     modalities: tuple[str, ...]
+    dropped: tuple[str, ...]
+    """The others."""
     guaranteed: bool
     """Whether the statement below holds; else all modalities are selected, for want of data."""
     mean: float
@@ -55,16 +57,14 @@ class Selection:
 
     def to_dict(self) -> dict[str, Any]:
         """Fit for JSON."""
-        return {**self.__dict__, "modalities": list(self.modalities)}
+        return {**self.__dict__, "modalities": list(self.modalities), "dropped": list(self.dropped)}
 
     def __str__(self) -> str:
-        names = " + ".join(self.modalities) or "no modality"
-        if not self.guaranteed:
-            return f"{names}: the data do not show that any subset is within {self.tolerance:g} of the best one"
-        return (
-            f"{names}: within {self.tolerance:g} of the best subset, at a confidence of {100 * self.confidence:g} % "
-            f"(measured {self.mean:.4f}, the best {self.best:.4f})"
-        )
+        names, sure = " + ".join(self.modalities) or "no modality", f"at a confidence of {100 * self.confidence:g} %"
+        if not self.dropped:
+            return f"{names}: no fewer are shown to be within {self.tolerance:g} of the best subset, {sure}"
+        figures = f"(measured {self.mean:.4f}, the best {self.best:.4f})"
+        return f"{names}: within {self.tolerance:g} of the best subset, {sure} {figures}"
 
 
 @torch.no_grad()
@@ -126,9 +126,10 @@ def select_modalities(
     if bool(rejected.any()):
         small = rejected & (sizes == sizes[rejected].min())
         chosen = int(torch.where(small, means, -1).argmax())
-    names = tuple(name for name, there in zip(fusion.names, subsets[chosen].tolist(), strict=True) if there)
+    there = dict(zip(fusion.names, subsets[chosen].tolist(), strict=True))
+    kept, dropped = (tuple(name for name in there if there[name] == wanted) for wanted in (True, False))
     figures = float(means[chosen]), float(means.max()), tolerance, confidence
-    return Selection(names, bool(rejected.any()), *figures)
+    return Selection(kept, dropped, bool(rejected.any()), *figures)
 
 
 def _p_values(values: Tensor, tolerance: float) -> Tensor:

@@ -44,12 +44,6 @@ class HeldOut(NamedTuple):
     def num_samples(self) -> int:
         return len(self.rows[0])
 
-    def only(self, chosen: Tensor) -> "HeldOut":
-        """Some of the samples, by bool ``[N]`` or indices."""
-        chosen = chosen.to(self.present.device)
-        features = None if self.features is None else [None if f is None else f[chosen] for f in self.features]
-        return HeldOut([x[chosen] for x in self.rows], self.present[:, chosen], features, self.log_prior)
-
 
 def all_subsets(num_modalities: int) -> Tensor:
     """Every subset, bool ``[2^M, M]``: row i has modality m where bit m of i is set, so that the first is empty.
@@ -81,7 +75,6 @@ def subset_number(present: Tensor) -> Tensor:
     return torch.tensordot(powers, present.long(), 1)
 
 
-@torch.no_grad()
 def fuse_subsets(
     fusion: QualityAwareFusion,
     logits: Logits,

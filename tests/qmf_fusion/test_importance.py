@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
@@ -141,6 +142,15 @@ def test_more_than_twelve_modalities_are_sampled():
     target = torch.arange(5) % 4
     gain = (full.logits.log_softmax(-1) - none.logits.log_softmax(-1))[torch.arange(5), target]
     torch.testing.assert_close(found.samples.sum(0), gain)
+
+
+def test_importance_is_shown():
+    found = shapley_importance(QualityAwareFusion(["rgb", "d"]), heads(2, 1), torch.tensor([0]), "accuracy")
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert [each["name"] for each in content["modalities"]] == ["rgb", "d"]
+    assert content["modalities"][0]["interval"] == [None, None]  # of one sample
+    assert "rgb  +" in str(found) or "rgb  -" in str(found)
+    assert "points of accuracy" in str(found)
 
 
 def test_utilisation_is_wu_s():

@@ -63,6 +63,7 @@ def test_the_smallest_of_the_good_ones():
     fusion = QualityAwareFusion(["good", "fair", "noise"], combine="probabilities")
     loose, tight = (select_modalities(fusion, three, target, tolerance) for tolerance in (0.3, 0.03))
     assert loose.modalities == ("good",)
+    assert loose.dropped == ("fair", "noise")
     assert "noise" not in tight.modalities
     assert tight.guaranteed
     assert tight.to_dict()["modalities"] == list(tight.modalities)
@@ -70,7 +71,10 @@ def test_the_smallest_of_the_good_ones():
     few = select_modalities(fusion, three[:, :20], target[:20], 0.01)
     assert not few.guaranteed
     assert few.modalities == fusion.names
-    assert "do not show" in str(few)
+    assert few.dropped == ()
+    assert str(few) == (
+        "good + fair + noise: no fewer are shown to be within 0.01 of the best subset, at a confidence of 90 %"
+    )
 
 
 def test_errors_name_the_argument():
