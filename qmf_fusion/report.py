@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from .measured import CleanReliability, Difference, Measured
+from .shown import plain as _plain
+from .shown import table as _table
 from .theorem_1 import Bound
 
 NOT_COMPUTED = (
@@ -188,20 +189,3 @@ def _signed(value: float) -> str:
 
 def _interval(ends: tuple[float, float], digits: int = 3) -> str:
     return f"[{ends[0]:+.{digits}f}, {ends[1]:+.{digits}f}]"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

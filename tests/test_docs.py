@@ -67,7 +67,7 @@ def test_the_interface_lists_what_is_public_once() -> None:
     assert len({id(found) for found in objects}) == len(listed), "listed twice"
     names = {name.rpartition(".")[2] for name in listed}
     hypothesis_is_there = importlib.util.find_spec("hypothesis") is not None
-    public = [qmf_fusion, qmf_fusion.functional, qmf_fusion.theory]
+    public = [qmf_fusion, qmf_fusion.functional, qmf_fusion.theory, importlib.import_module("qmf_fusion.integrations")]
     if hypothesis_is_there:
         public.append(importlib.import_module("qmf_fusion.testing"))
     for module in public:

@@ -49,6 +49,8 @@ def test_importing_the_package_imports_neither_hypothesis_nor_triton():
     assert "'hypothesis" not in loaded
     assert "'triton" not in loaded
     assert "'qmf_examples" not in loaded
+    for beside in ("subsets", "importance", "missing", "selection", "conformal", "consistency"):
+        assert f"'qmf_fusion.{beside}" not in loaded
 
 
 def test_testing_needs_hypothesis():

@@ -1,4 +1,7 @@
-"""``fusion_report`` under every kind and level of damage: for a run of the digits job, and for a file of features."""
+"""``fusion_report`` under every kind and level of damage, and what happens without some of the modalities.
+
+For a run of the digits job, and for a file of features.
+"""
 
 import json
 from collections.abc import Sequence
@@ -23,6 +26,7 @@ from ..models.divergence import weights_not_finite
 from ..models.learners import Learner, QualityAware
 from ..models.methods import ROBUSTNESS, Training, digits_table
 from .heads import train_heads, untrained_heads
+from .missing import Missing, examine
 from .prepared import DIGITS, Prepared, prepare, prepare_file
 from .robustness import FILES
 
@@ -34,7 +38,7 @@ class LevelReport(NamedTuple):
     report: FusionReport
 
 
-def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
+def report_run(run: Path, training: str, seed: int) -> tuple[list[LevelReport], Missing]:
     """Load the model of a run of the digits job, damage the test set as the run did, and report on every level.
 
     Raises:
@@ -62,10 +66,10 @@ def report_run(run: Path, training: str, seed: int) -> list[LevelReport]:
     broken = weights_not_finite(learner)
     if broken:
         raise CommandError(f"{path}: weights are not finite: {broken}; the training has diverged")
-    return _report_all(learner.eval(), data)
+    return _report_all(learner.eval(), data, seed)
 
 
-def report_file(path: Path, training: str, seed: int, epochs: int | None = None) -> list[LevelReport]:
+def report_file(path: Path, training: str, seed: int, epochs: int | None = None) -> tuple[list[LevelReport], Missing]:
     """Train heads on a file of features as the bench does, and report on its test split under every damage.
 
     Raises:
@@ -75,10 +79,11 @@ def report_file(path: Path, training: str, seed: int, epochs: int | None = None)
     known: dict[str, Training] = {each.name: each for each in ROBUSTNESS.trainings}
     if training not in known:
         raise CommandError(f"there is no training {training}; there are: {', '.join(known)}")
-    return _report_all(train_heads(known[training], data, replace(FILES, epochs=epochs or FILES.epochs), seed), data)
+    learner = train_heads(known[training], data, replace(FILES, epochs=epochs or FILES.epochs), seed)
+    return _report_all(learner, data, seed)
 
 
-def _report_all(learner: Learner, data: Prepared) -> list[LevelReport]:
+def _report_all(learner: Learner, data: Prepared, seed: int) -> tuple[list[LevelReport], Missing]:
     """On the test split, against each view's mean weight on the clean training data.
 
     That is the static rule that Lemma 1 matches, so that Eq. 5 shows how far the damage shifts the weights.
@@ -97,7 +102,7 @@ def _report_all(learner: Learner, data: Prepared) -> list[LevelReport]:
                 continue
             found = fusion_report(fusion, answer.unimodal_logits, data.test_labels, given, features=features)
             reports.append(LevelReport(condition, found))
-    return reports
+    return reports, examine(learner, fusion, data, seed)
 
 
 def table(reports: Sequence[LevelReport], title: str) -> Table:

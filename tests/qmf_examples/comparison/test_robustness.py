@@ -267,7 +267,8 @@ def test_a_disk_that_fails_later_is_one_line(command, tmp_path, capsys, monkeypa
         raise OSError(28, "No space left on device", "some.json")
 
     monkeypatch.setattr("qmf_examples.comparison.robustness.run_and_report", refuse)
-    monkeypatch.setattr("qmf_examples.comparison.theory.report_run", lambda *_: [])
+    monkeypatch.setattr("qmf_examples.comparison.theory.report_run", lambda *_: ([], None))
+    monkeypatch.setattr("qmf_examples.comparison.missing.show", lambda *_: None)
     monkeypatch.setattr("qmf_examples.comparison.theory.write", refuse)
     given = [str(tmp_path)] if command == "report" else ["--output", str(tmp_path)]
     assert main([command, *given]) == 1
