@@ -19,13 +19,13 @@ from torch import Tensor
 from qmf_fusion.consistency import consistency_terms
 from qmf_fusion.missing import calibration_error
 
-from ..comparison.compare import one_thread
 from ..comparison.heads import train_heads
 from ..comparison.prepared import Prepared, prepare_file
 from ..comparison.robustness import FILES
 from ..data.feature_files import load_npz
 from ..models.learners import Answer, Learner, QualityAware
 from ..models.methods import METHODS, Parts, Training
+from ..processes import one_thread
 
 RULES = ("QMF, paper", "robust")
 TERMS = {"neither": (0.0, 0.0), "rise": (1.0, 0.0), "disagreement": (0.0, 1.0)}
