@@ -29,6 +29,7 @@ PAPER_SEEDS = {"nyud2": 10, "sunrgbd": 10, "food101": 3, "mvsa": 5}
 MOST_RUNS = 1000
 """Of a method; more are a slip."""
 UNSET = {
+    "workers": "one a core, at most 4",
     "word_vectors": "learned",
     "alpha": "-0.1, the energy's",
     "beta": "0, the energy's",
@@ -129,9 +130,7 @@ def train_set(
     text_encoder: Annotated[
         str | None, typer.Option(help="Any encoder of Transformers, by name or folder, or tiny.")
     ] = None,
-    text_pooling: Annotated[
-        str | None, typer.Option(help="Of a text's tokens: mean, first, or BERT's pooler. [default: pooler]")
-    ] = None,
+    text_pooling: Annotated[str | None, typer.Option(help="Of a text's tokens: mean, first, or BERT's pooler.")] = None,
     transform: Annotated[
         str | None,
         typer.Option(help="Of images: released, or the encoder's own, the default of all but the paper's ResNets."),
@@ -178,9 +177,7 @@ def train_set(
     detach_weights: Annotated[
         bool | None, typer.Option("--detach-weights/--no-detach-weights", help="Stop gradients at the weights.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Loader processes. [default: one a core, at most 4]")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.")] = None,
     cache: Annotated[
         str | None, typer.Option(help="Where decoded images are kept: on (the user's cache folder), off, or a folder.")
     ] = None,
