@@ -87,7 +87,7 @@ STYLES = {
     "MSP, probabilities": Style(PURPLE, "o", "--"),
     "entropy, probabilities": Style(PURPLE, "d", "--"),
     "evidence, probabilities": Style(PURPLE, "p", "--"),
-    "robust, logits alone": Style(RED, "*", "--", size=6),
+    "robust-logits": Style(RED, "*", "--", size=6),
     "robust, no modality dropout": Style(RED, "*", "-.", size=6),
     "without the size of logits": Style(BLUE, "o"),
     "without the distance of logits": Style(GREEN, "s"),

@@ -71,7 +71,7 @@ def test_what_is_damaged_is_noticed_in_images_and_texts(sample):
         settings = resolve(data_set, QUICK, {"data_root": str(sample(data_set)), "method": "late"})
         numbering = None if data_set == "nyud2" else text_batches.load_texts_numbering(settings)
         plan = NoisePlan(("gaussian",), (0.0, 10.0), "clean", seed=3)
-        data = Samples(settings, numbering, plan, batch_size=4, workers=0)
+        data = Samples(settings, numbering, plan, batch_size=4, workers=0, say=print)
         clean, noisy = (
             np.concatenate([batch["damaged"].numpy() for batch in data.batches(condition)], 1)
             for condition in plan.conditions

@@ -14,13 +14,14 @@ from timm.data.config import resolve_data_config
 from torchvision.transforms import v2
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
+from qmf_examples.data.pixels import Normal, stack, to_pixels
 from qmf_examples.errors import CommandError
 from qmf_examples.models.image_encoders import ImageEncoder
 from qmf_examples.models.image_transforms import encoder_config, encoder_transform
 from qmf_examples.models.mmbt import MultimodalBert
 from qmf_examples.models.mmtm import TwoStreams
 from qmf_examples.models.text_encoders import TextEncoder, load_numbering, load_text_encoder, pad
-from qmf_examples.training.image_preparation import resize, to_tensors, transform_of
+from qmf_examples.training.image_preparation import resize, transform_of
 from qmf_examples.training.settings import resolve
 
 SMALL = "mobilenetv3_small_050"
@@ -78,7 +79,8 @@ def test_an_encoders_own_transform_is_timms(name):
     settings = resolve("mvsa", {"data_root": "x", "image_encoder": name, "transform": "encoder"})
     made = transform_of(settings)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 410, 3), np.uint8))
-    ours = v2.Compose([resize(made), v2.CenterCrop(made.image_size), *to_tensors(made)])(image)
+    cut = v2.Compose([resize(made), v2.CenterCrop(made.image_size)])(image)
+    ours = stack([Normal(to_pixels(cut), made.mean, made.std)])[0]
     config = resolve_data_config(pretrained_cfg=encoder_config(name))
     theirs = create_transform(**config, is_training=False)(image)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
