@@ -172,8 +172,8 @@ def check_classes(target: Tensor, held: HeldOut) -> Tensor:
     Raises:
         TypeError, ValueError, IndexError: it is no tensor of N classes.
     """
-    target = check_target(target, (held.num_samples,), held.present.device).cpu()
-    classes = held.rows[0].shape[-1]
+    shape = held.rows[0].shape
+    target, classes = check_target(target, shape, held.present.device).cpu(), shape[-1]
     wrong = (target < 0) | (target >= classes)
     if bool(wrong.any()):
         raise IndexError(f"target must hold classes 0 to {classes - 1}, got {int(target[wrong][0])}")
