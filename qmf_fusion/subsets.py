@@ -172,7 +172,7 @@ def check_classes(target: Tensor, held: HeldOut) -> Tensor:
     Raises:
         TypeError, ValueError, IndexError: it is no tensor of N classes.
     """
-    target = check_target(target, (held.num_samples,), held.present.device).cpu()
+    target = check_target(target, held.rows[0].shape, held.present.device).cpu()
     classes = held.rows[0].shape[-1]
     wrong = (target < 0) | (target >= classes)
     if bool(wrong.any()):
