@@ -9,7 +9,7 @@ With ``p_S`` the softmax of the fused logits by the modalities S:
 
 Beside ``QMFLoss``, in one line::
 
-    loss = criterion(out.unimodal_logits, target, index).loss + consistency_terms(fusion, out.unimodal_logits).rise
+    loss = criterion(out, target, index).loss + consistency_terms(fusion, out).rise
 
 docs/missing.md says what they brought on real sets before you pay for them: a fusion for each modality and step.
 """
