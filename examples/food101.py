@@ -139,7 +139,7 @@ def main() -> None:
         model.train()
         for number, (inputs, target, index) in enumerate(train_loader, start=1):
             out = model(to(args.device, inputs))
-            loss = criterion(out.unimodal_logits, target.to(args.device), index.to(args.device)).loss
+            loss = criterion(out, target.to(args.device), index.to(args.device)).loss
             (loss / args.accumulate).backward()
             if number % args.accumulate == 0 or number == len(train_loader):
                 optimizer.step()

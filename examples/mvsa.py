@@ -128,7 +128,7 @@ def main() -> None:
         model.train()
         for inputs, target, index in train_loader:
             out = model(to(args.device, inputs))
-            loss = criterion(out.unimodal_logits, target.to(args.device), index.to(args.device)).loss
+            loss = criterion(out, target.to(args.device), index.to(args.device)).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -92,9 +92,9 @@ def main() -> None:
         model.train()
         for inputs, target, index in train_loader:
             out = model({name: x.to(args.device) for name, x in inputs.items()})
-            # out.present says which modalities were left out; those count in no loss.
+            # The output says which modalities were left out; those count in no loss.
             target, index = target.to(args.device), index.to(args.device)
-            loss = criterion(out.unimodal_logits, target, index, out.present).loss
+            loss = criterion(out, target, index).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -193,7 +193,13 @@ def check_batch(
         )
     shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
     target = check_target(target, rows[0].shape, device, class_dim, soft)
+    names = named_by(logits) if names is None else names
     return rows, target, check_present(present, there, shape, device, names)
+
+
+def named_by(logits: Logits) -> list[str] | None:
+    """The modalities' names where logits come by name, in the order in which they are taken; else None."""
+    return list(logits) if isinstance(logits, Mapping) else None
 
 
 def stack_present(present: Mapping[str, Tensor], names: Sequence[str] | None) -> Tensor:

@@ -31,8 +31,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .checks import Logits, check_number
-from .fusion import QualityAwareFusion
+from .checks import Logits, Present, check_number
+from .fusion import Heads, QualityAwareFusion
 from .precision import KeepsPrecision
 from .subsets import EXACT, all_subsets, check_classes, check_held_out, check_prior, subset_answers, subset_number
 
@@ -123,7 +123,7 @@ class ConformalSets(KeepsPrecision):
 
     @torch.no_grad()
     def calibrate(
-        self, logits: Logits, target: Tensor, *, present: Tensor | None = None, features: Logits | None = None
+        self, logits: Heads, target: Tensor, *, present: Present | None = None, features: Logits | None = None
     ) -> Self:
         """Find the thresholds on data that neither the heads nor ``fusion.calibrate`` have seen.
 
@@ -152,7 +152,7 @@ class ConformalSets(KeepsPrecision):
         return self
 
     @torch.no_grad()
-    def forward(self, logits: Logits, present: Tensor | None = None, features: Logits | None = None) -> Tensor:
+    def forward(self, logits: Heads, present: Present | None = None, features: Logits | None = None) -> Tensor:
         """Which classes are in each sample's set, bool ``[N, K]``, on the logits' device.
 
         The most probable class always is, so that no set is empty. The pattern of a sample is what the fusion counts:

@@ -9,7 +9,7 @@ With ``p_S`` the softmax of the fused logits by the modalities S:
 
 Beside ``QMFLoss``, in one line::
 
-    loss = criterion(out.unimodal_logits, target, index).loss + consistency_terms(fusion, out.unimodal_logits).rise
+    loss = criterion(out, target, index).loss + consistency_terms(fusion, out).rise
 
 docs/missing.md says what they brought on real sets before you pay for them: a fusion for each modality and step.
 """
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Logits, check_logits, check_present
-from .fusion import QualityAwareFusion
+from .checks import Logits, Present, check_logits, check_present
+from .fusion import Heads, QualityAwareFusion, parts_of
 
 
 class ConsistencyTerms(NamedTuple):
@@ -33,7 +33,7 @@ class ConsistencyTerms(NamedTuple):
 
 
 def consistency_terms(
-    fusion: QualityAwareFusion, logits: Logits, present: Tensor | None = None, features: Logits | None = None
+    fusion: QualityAwareFusion, logits: Heads, present: Present | None = None, features: Logits | None = None
 ) -> ConsistencyTerms:
     """How far the fused answers of a batch by all modalities and by all but one are apart, differentiable.
 
@@ -55,15 +55,18 @@ def consistency_terms(
     """
     if not isinstance(fusion, QualityAwareFusion):
         raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
+    logits, present, features = parts_of(logits, present, features)
     rows, there = check_logits(logits, fusion.names, fusion.class_dim)
     shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device
-    mask = check_present(present, there, shape, device)
+    mask = check_present(present, there, shape, device, fusion.names)
     seen = fusion.check_features(features, rows)
     mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
     rows, num = fusion.prepare(rows), len(rows)
     full, _, energy = fusion.rule.fuse(rows, mask, seen)
-    counted = (energy != torch.inf) & mask
-    log_full = torch.log_softmax(full, -1)
+    # Nothing is said of a sample whose modalities rule every class out between them.
+    some = torch.isfinite(torch.logsumexp(full.detach(), -1))
+    counted = (energy != torch.inf) & mask & some
+    log_full = torch.log_softmax(torch.where(some.unsqueeze(-1), full, 0), -1)
     confidence, teacher = log_full.amax(-1).exp(), log_full.detach()
     rise, apart = full.new_zeros(shape[1:]), full.new_zeros(shape[1:])
     pairs = torch.zeros(shape[1:], dtype=torch.bool, device=device)
@@ -72,7 +75,8 @@ def consistency_terms(
         left[m] = False
         # Where the modality is not there to be taken away, or is the only one, the answer is left as it is.
         paired = counted[m] & (counted.sum(0) > 1)
-        partial = torch.log_softmax(fusion.rule.fuse(rows, torch.where(paired, left, mask), seen)[0], -1)
+        fused = fusion.rule.fuse(rows, torch.where(paired, left, mask), seen)[0]
+        partial = torch.log_softmax(torch.where(some.unsqueeze(-1), fused, 0), -1)
         rise = rise + torch.where(paired, (partial.amax(-1).exp() - confidence).clamp(min=0), 0)
         # A class that all modalities rule out adds nothing, where 0 * inf would be NaN.
         divergence = torch.where(teacher > -torch.inf, teacher.exp() * (teacher - partial), 0).sum(-1)

@@ -29,7 +29,7 @@ class RowWatch:
         self.steps = 0  # of those that were not compiled
         self.looked = 0  # how many of them, when the history was looked at last
         self.recorded = [0.0] * len(self.names)  # what it held then
-        self.stepped = False  # whether anything should have been recorded since
+        self.wanted = [False] * len(self.names)  # of which a loss should have been recorded since
 
     def see(self, counted: Tensor, wanted: Tensor, *, sure: bool = True) -> None:
         """A step's rows in the host's memory, bool ``[M, *]``: which count, and which should (``[*]``: of all).
@@ -47,27 +47,36 @@ class RowWatch:
 
     def look(self, trajectory: LossTrajectory) -> None:
         """What the history has gained; waits for a device."""
-        if not self.stepped or trajectory.history.is_meta:
+        if not any(self.wanted) or trajectory.history.is_meta:
             return
+        if trajectory.sampling_count is not None:
+            return  # a sample that has all of its losses records no more
         if trajectory.visits is not None and int(trajectory.visits.max()) < trajectory.start_epoch:
             return  # no visit has been one to record
         recorded, before, steps = trajectory.count.sum(1).tolist(), self.recorded, self.steps - self.looked
         since = f" of the last {steps} training steps" if steps else ""
-        for name, now, then in zip(self.names, recorded, before, strict=True):
-            if now == then:
+        for name, wanted, now, then in zip(self.names, self.wanted, recorded, before, strict=True):
+            if wanted and now == then:
                 text = f"no row of modality {name!r} counts{since}, after {int(then)} that did"
-                self._say(name, text)
-        self.recorded, self.looked, self.stepped = recorded, self.steps, False
+                self._say(name, text, " If it was absent from all of them, nothing is wrong")
+        self.forget(trajectory)
 
-    def count_step(self, trajectory: LossTrajectory) -> None:
-        """After a step whose losses are recorded."""
-        self.stepped = True
+    def forget(self, trajectory: LossTrajectory) -> None:
+        """Take the history as it is, such as after it was loaded, for what there was; waits for a device."""
+        if not trajectory.history.is_meta:
+            self.recorded = trajectory.count.sum(1).tolist()
+        self.looked, self.wanted = self.steps, [False] * len(self.names)
+
+    def count_step(self, trajectory: LossTrajectory, wanted: list[bool] | None = None) -> None:
+        """After a step whose losses are recorded, and should be of the modalities ``wanted``: None for all, unseen."""
+        every = [True] * len(self.names)
+        self.wanted = every if wanted is None else [a or b for a, b in zip(self.wanted, wanted, strict=True)]
         if torch.compiler.is_compiling() or self.steps - self.looked < LOOK_EVERY:
             return
         if not (trajectory.history.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.look(trajectory)
 
-    def _say(self, name: str, what: str) -> None:
+    def _say(self, name: str, what: str, doubt: str = "") -> None:
         if name not in self.said:
             self.said.add(name)
-            warn_user(f"{what}: {_ADVICE}")
+            warn_user(f"{what}: {_ADVICE}.{doubt}" if doubt else f"{what}: {_ADVICE}")

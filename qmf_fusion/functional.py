@@ -20,6 +20,7 @@ from .checks import (
     check_logit_norm,
     check_logits,
     check_present,
+    named_by,
 )
 from .coefficients import Coefficient, check_coefficient, unless_one
 from .logit_norm import normalize_rows
@@ -63,13 +64,13 @@ def fusion_weights(uncertainty: Tensor, alpha: Coefficient = -0.1, beta: Coeffic
     return affine_weights(uncertainty, a, b)
 
 
-def fuse(logits: Logits, weights: Tensor, present: Tensor | None = None) -> Tensor:
+def fuse(logits: Logits, weights: Tensor, present: Present | None = None) -> Tensor:
     """Fused logits ``f = sum_m w[m] * x[m]`` (Eq. 11).
 
     Args:
         logits: M tensors ``[*, K]``: a sequence, a mapping or stacked ``[M, *, K]``; None for an absent modality.
         weights: ``[M, *]``.
-        present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; None for all.
+        present: bool ``[M]``, ``[M, B]`` or ``[M, *]``, or masks by name; None for all.
 
     Returns:
         ``[*, K]``, float32, or float64 if any logits are.
@@ -87,7 +88,7 @@ def fuse(logits: Logits, weights: Tensor, present: Tensor | None = None) -> Tens
         raise TypeError(f"weights must be a tensor, got {type(weights).__name__}")
     if tuple(weights.shape) != shape:
         raise ValueError(f"weights must be {shape} for these logits, got {tuple(weights.shape)}")
-    mask = check_present(present, there, shape, rows[0].device)
+    mask = check_present(present, there, shape, rows[0].device, named_by(logits))
     return qmf_kernels.fuse(rows, mask, ready_rule(weights))[0]
 
 
@@ -179,7 +180,7 @@ def qmf_objective(
         beta: Eq. 9; the same.
         temperature: Eq. 13; the same.
         uncertainty: a name in ``qmf_fusion.uncertainty.UNCERTAINTIES``.
-        present: bool ``[M]``, ``[M, B]`` or ``[M, *]``; an absent modality counts in no loss.
+        present: bool ``[M]``, ``[M, B]`` or ``[M, *]``, or masks by name; an absent modality counts in no loss.
         normalize: see ``QualityAwareFusion``, as for the next four.
         nonnegative: clamps weights at 0.
         detach_weights: stops the fused logits' gradient at the weights.

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Logits, check_confidence, check_count
+from .checks import Logits, Present, check_confidence, check_count
 from .correlation_test import student_quantile
-from .fusion import QualityAwareFusion
+from .fusion import Heads, QualityAwareFusion
 from .shown import plain
 from .subsets import EXACT, HeldOut, all_subsets, check_classes, check_held_out, subset_answers
 
@@ -112,11 +112,11 @@ def shapley_coefficients(num_modalities: int) -> Tensor:
 @torch.no_grad()
 def shapley_importance(
     fusion: QualityAwareFusion,
-    logits: Logits,
+    logits: Heads,
     target: Tensor,
     value: str | Worth = "log_loss",
     *,
-    present: Tensor | None = None,
+    present: Present | None = None,
     features: Logits | None = None,
     prior: Tensor | None = None,
     permutations: int | None = None,

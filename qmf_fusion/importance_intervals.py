@@ -30,9 +30,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .checks import Logits
+from .checks import Logits, Present
 from .conformal import check_coverage, conformal_quantile
-from .fusion import QualityAwareFusion
+from .fusion import Heads, QualityAwareFusion
 from .importance import Worth, attribute, check_worth, of_target, worth_of
 from .precision import KeepsPrecision
 from .subsets import HeldOut, check_classes, check_held_out, check_prior, subset_answers
@@ -114,7 +114,7 @@ class ShapleyIntervals(KeepsPrecision):
 
     @torch.no_grad()
     def calibrate(
-        self, logits: Logits, target: Tensor, *, present: Tensor | None = None, features: Logits | None = None
+        self, logits: Heads, target: Tensor, *, present: Present | None = None, features: Logits | None = None
     ) -> Self:
         """Find the radius of each modality on data that neither the heads nor ``fusion.calibrate`` have seen.
 
@@ -139,7 +139,7 @@ class ShapleyIntervals(KeepsPrecision):
         return self
 
     @torch.no_grad()
-    def forward(self, logits: Logits, present: Tensor | None = None, features: Logits | None = None) -> ShapleyInterval:
+    def forward(self, logits: Heads, present: Present | None = None, features: Logits | None = None) -> ShapleyInterval:
         """The intervals of N samples; infinite where there were too few calibration samples.
 
         Raises:

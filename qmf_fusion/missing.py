@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Logits, check_confidence
-from .fusion import QualityAwareFusion
+from .checks import Logits, Present, check_confidence
+from .fusion import Heads, QualityAwareFusion
 from .importance import accuracy, add_up, attribute, conditional_utilisation, log_likelihood, mean_intervals, of_target
 from .shown import plain, table
 from .subsets import EXACT, all_subsets, check_classes, check_held_out, subset_answers
@@ -131,10 +131,10 @@ class MissingReport:
 @torch.no_grad()
 def missing_report(
     fusion: QualityAwareFusion,
-    logits: Logits,
+    logits: Heads,
     target: Tensor,
     *,
-    present: Tensor | None = None,
+    present: Present | None = None,
     features: Logits | None = None,
     prior: Tensor | None = None,
     confidence: float = 0.95,

@@ -129,7 +129,10 @@ class FusionModel(nn.Module):
         logits, features = [x for x, _ in ran], tuple(f for _, f in ran)
         if self.training and torch.is_grad_enabled() and place_of_process()[1] > 1:
             self._touch_heads_not_run(logits)
-        given = features if self.fusion.rule.feature_widths and any(f is not None for f in features) else None
+        # Where no head that could have features was run, there are none to miss, which a criterion would warn of.
+        widths = self.fusion.rule.feature_widths or (None,) * len(logits)
+        able = [x is not None for x, width in zip(logits, widths, strict=True) if width is not None]
+        given = features if able and (not any(able) or any(f is not None for f in features)) else None
         if self.dropout is not None and self.training:
             present = self._drop(self.dropout, logits, present)
         out = self.fusion(logits, present, given)

@@ -111,6 +111,7 @@ class QMFLoss(KeepsPrecision):
         check_class_weight(weight, once=True)
         self.register_buffer("weight", None if weight is None else widened(weight))
         check_loss_rule(self._options())
+        self.register_load_state_dict_post_hook(_after_load)
 
     @property
     def fusion(self) -> QualityAwareFusion:
@@ -248,13 +249,16 @@ class QMFLoss(KeepsPrecision):
         """Warn where none of a modality's losses ``[M, B]`` is one though some should be: of ``valid`` targets."""
         if not torch.compiler.is_compiling():
             self.watch.steps += 1
+        wanted = None
         if can_look(losses) and math.isnan(losses.sum().item()):
             valid = valid.view(len(valid), -1)
             if mask is not None:
                 valid = mask.view(*mask.shape[:2], -1) & valid
-            self.watch.see(~losses.isnan(), valid.any(-1), sure=mask is not None)
+            rows = valid.any(-1).expand(losses.shape)
+            self.watch.see(~losses.isnan(), rows, sure=mask is not None)
+            wanted = rows.any(1).tolist()
         if recorded:
-            self.watch.count_step(self.ranking.trajectory)
+            self.watch.count_step(self.ranking.trajectory, wanted)
 
     def train(self, mode: bool = True) -> Self:
         """Leaving training mode looks for modalities that no longer count, and warns of them once."""
@@ -273,3 +277,8 @@ class QMFLoss(KeepsPrecision):
 
     def extra_repr(self) -> str:
         return f"ranking_weight={self.ranking_weight}, label_smoothing={self.label_smoothing}"
+
+
+def _after_load(criterion: QMFLoss, _: object) -> None:
+    """What the loaded history holds is no gain."""
+    criterion.watch.forget(criterion.ranking.trajectory)

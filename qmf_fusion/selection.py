@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Logits, check_confidence, check_number
-from .fusion import QualityAwareFusion
+from .checks import Logits, Present, check_confidence, check_number
+from .fusion import Heads, QualityAwareFusion
 from .importance import Worth, check_worth, of_target, worth_of
 from .subsets import all_subsets, check_classes, check_held_out, subset_answers
 
@@ -70,12 +70,12 @@ class Selection:
 @torch.no_grad()
 def select_modalities(
     fusion: QualityAwareFusion,
-    logits: Logits,
+    logits: Heads,
     target: Tensor,
     tolerance: float,
     value: str | Worth = "accuracy",
     *,
-    present: Tensor | None = None,
+    present: Present | None = None,
     features: Logits | None = None,
     prior: Tensor | None = None,
     confidence: float = 0.9,

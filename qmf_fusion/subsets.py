@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Logits, check_count, check_logits, check_present, check_target
-from .fusion import QualityAwareFusion
+from .checks import Logits, Present, check_count, check_logits, check_present, check_target
+from .fusion import Heads, QualityAwareFusion, parts_of
 from .rows import Features
 
 EXACT = 12
@@ -77,10 +77,10 @@ def subset_number(present: Tensor) -> Tensor:
 
 def fuse_subsets(
     fusion: QualityAwareFusion,
-    logits: Logits,
+    logits: Heads,
     subsets: Tensor,
     *,
-    present: Tensor | None = None,
+    present: Present | None = None,
     features: Logits | None = None,
     prior: Tensor | None = None,
 ) -> Iterator[SubsetAnswer]:
@@ -138,8 +138,8 @@ def subset_answers(fusion: QualityAwareFusion, held: HeldOut, subsets: Tensor) -
 
 def check_held_out(
     fusion: QualityAwareFusion,
-    logits: Logits,
-    present: Tensor | None,
+    logits: Heads,
+    present: Present | None,
     features: Logits | None,
     prior: Tensor | None,
 ) -> HeldOut:
@@ -150,11 +150,12 @@ def check_held_out(
     """
     if not isinstance(fusion, QualityAwareFusion):
         raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
+    logits, present, features = parts_of(logits, present, features)
     rows, there = check_logits(logits, fusion.names, fusion.class_dim)
     if rows[0].dim() != 2:
         raise ValueError(f"logits must be [N, K] per modality, got {tuple(rows[0].shape)}")
     shape, device = (len(rows), len(rows[0])), rows[0].device
-    mask = check_present(present, there, shape, device)
+    mask = check_present(present, there, shape, device, fusion.names)
     seen = fusion.check_features(features, rows)
     mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
     rows = fusion.prepare([x.detach() for x in rows])
@@ -172,8 +173,8 @@ def check_classes(target: Tensor, held: HeldOut) -> Tensor:
     Raises:
         TypeError, ValueError, IndexError: it is no tensor of N classes.
     """
-    shape = held.rows[0].shape
-    target, classes = check_target(target, shape, held.present.device).cpu(), shape[-1]
+    target = check_target(target, held.rows[0].shape, held.present.device).cpu()
+    classes = held.rows[0].shape[-1]
     wrong = (target < 0) | (target >= classes)
     if bool(wrong.any()):
         raise IndexError(f"target must hold classes 0 to {classes - 1}, got {int(target[wrong][0])}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 
 class IndexedDataset(Dataset[Any]):
@@ -30,7 +30,10 @@ class IndexedDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, key: str = "index") -> None:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        # PyTorch's own streams inherit a __getitem__ that only raises.
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        ):
             raise TypeError(
                 f"dataset must have a length and samples by number, got {type(dataset).__name__}: let a stream's "
                 "samples carry indices of their own"

@@ -6,6 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from qmf_kernels.eager.plain import is_transformed
+
 from ..correlation import WeightLossCorrelation
 from ..fusion import FusionOutput, QualityAwareFusion
 from ..objective import QMFLoss
@@ -17,13 +19,13 @@ ROWS, PRESENT, COUNTED, WEIGHT, DOUBTED = range(5)
 class FusionMonitor:
     """Watch a fusion and its criterion, batch by batch, without waiting for a device, until ``compute``.
 
-    Training and evaluation are kept apart, by the mode of the fusion and of the criterion. What a compiled step does is
-    not seen. Of each modality:
+    Training and evaluation are kept apart, by the mode of the fusion and of the criterion. What a compiled step does,
+    or one inside of ``torch.func``'s transforms, is not seen. Of each modality:
 
     - ``weight``: the mean weight, where the modality counts; for ``robust``, P(clean);
     - ``r``: Pearson's correlation of weight and unimodal loss (Eq. 6), as the criterion sees them: below 0 is right;
     - ``absent``: the share of rows without it;
-    - ``broken``: the share of rows that have it, with logits or features that are not finite;
+    - ``broken``: the share of all rows that have it, but with logits or features that are not finite;
     - ``p_clean_below_half``: the share of rows, of those that count, in which the rule takes it for broken rather than
       clean; for a rule whose weights are P(clean).
 
@@ -102,7 +104,7 @@ class FusionMonitor:
 
     @torch.no_grad()
     def _see_fusion(self, fusion: nn.Module, _: Any, out: FusionOutput) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_transformed():
             return
         weights, counted = out.weights.detach().flatten(1), (out.energy < torch.inf).flatten(1)
         present = torch.ones_like(counted) if out.present is None else out.present.flatten(1)
@@ -119,7 +121,7 @@ class FusionMonitor:
 
     @torch.no_grad()
     def _see_losses(self, criterion: nn.Module, _: Any, out: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_transformed():
             return
         correlation = self._correlations.setdefault(criterion.training, self._no_correlation())
         correlation.update(out.weights.detach().flatten(2).mean(2) if out.weights.dim() > 2 else out.weights.detach(),

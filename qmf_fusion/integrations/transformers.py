@@ -44,6 +44,9 @@ class FusionForTrainer(nn.Module):
         torch.Size([2, 3])
     """
 
+    accepts_loss_kwargs = False
+    """Tells the Trainer to divide the loss, a batch's mean, by the steps that gradients are accumulated over."""
+
     def __init__(
         self, model: FusionModel, criterion: QMFLoss, columns: Mapping[str, str | Sequence[str]] | None = None
     ) -> None:
@@ -94,6 +97,8 @@ class FusionTrainer(Trainer):
         self.monitors = [FusionMonitor(criterion).attach() for criterion in criteria_of(model)]
         if isinstance(model, FusionForTrainer) and self.args.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: TrainingArguments(..., remove_unused_columns=False)")
+        if not hasattr(model, "accepts_loss_kwargs"):
+            self.model_accepts_loss_kwargs = False  # whatever its forward takes: QMFLoss is a mean over the batch
         leave_history_out(model)
         self.add_callback(_Sync(self.monitors))
 

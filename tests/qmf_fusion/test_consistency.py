@@ -100,3 +100,14 @@ def test_dense_logits_and_ruled_out_classes():
     assert all(bool(torch.isfinite(t)) for t in consistency_terms(QualityAwareFusion(2), ruled))
     with pytest.raises(TypeError, match="fusion must be"):
         consistency_terms(None, x)
+
+
+def test_a_sample_whose_modalities_rule_every_class_out_is_left_out():
+    inf = torch.inf
+    logits = [torch.tensor([[0.0, -inf], [0.0, 1.0]]), torch.tensor([[-inf, 0.0], [1.0, 0.0]]), torch.zeros(2, 2)]
+    logits = [x.requires_grad_() for x in logits]
+    fusion = QualityAwareFusion(3, alpha=-1.0, beta=1.0)
+    terms = consistency_terms(fusion, logits)
+    torch.testing.assert_close(terms, consistency_terms(fusion, [x[1:] for x in logits]))
+    sum(terms).backward()
+    assert all((x.grad[0] == 0).all() and x.grad.isfinite().all() for x in logits)

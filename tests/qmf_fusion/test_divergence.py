@@ -142,3 +142,25 @@ def test_compiled_steps_are_looked_at_when_training_stops():
         assert said(lambda broken=broken: compiled(rows(*broken), TARGET, INDEX)) == []
         messages.append(len(said(loss.eval)))
     assert messages == [0, 2, 0]
+
+
+@pytest.mark.parametrize("options", [{"sampling_count": 1}, {}])
+def test_what_need_not_be_recorded_is_not_missed(options):
+    loss, fresh = criterion(**options), copy.deepcopy(criterion(**options).state_dict())
+    absent = torch.tensor([True, False])
+    ignored = torch.full((4,), -100)
+    for given in ((rows(), TARGET, INDEX), (rows(), TARGET, INDEX, absent), (rows(), ignored, INDEX)):
+        for _ in range(2):
+            assert said(lambda given=given: loss.train()(*given)) == said(loss.eval) == []
+    loss = criterion(**options)
+    for _ in range(2):  # as many losses each time, of a history that begins anew
+        loss.load_state_dict(fresh)
+        assert said(lambda: loss.train()(rows(), TARGET, INDEX)) == said(loss.eval) == []
+
+
+def test_what_a_device_has_not_seen_is_said_with_a_doubt(monkeypatch):
+    loss = on_a_device(criterion(), monkeypatch)
+    loss(rows(), TARGET, INDEX, torch.tensor([True, False]))
+    (text,) = said(loss.eval)
+    assert "'depth'" in text
+    assert text.endswith("If it was absent from all of them, nothing is wrong")

@@ -268,3 +268,16 @@ def test_training_without_the_features_that_the_rule_has_widths_for_is_told_once
         QMFLoss(QualityAwareFusion.robust(3, 5), 240)(logits, target, torch.arange(240))
         with torch.no_grad():
             QMFLoss(QualityAwareFusion.robust(3, 5, features=WIDTHS), 240).eval()(logits, target)
+
+
+def test_a_batch_without_the_modality_that_has_features_lacks_none():
+    class Head(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = FusionModel({"a": Head(8, 5), "b": nn.Linear(4, 5)}, "robust", num_classes=5, features=[8, None])
+    criterion = QMFLoss(model.fusion, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for a in (torch.randn(6, 8), None):
+            criterion(model({"a": a, "b": torch.randn(6, 4)}), torch.arange(6) % 5, torch.arange(6))

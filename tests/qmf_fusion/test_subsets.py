@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qmf_fusion import QualityAwareFusion, subsets
+from qmf_fusion import QualityAwareFusion, functional, subsets
+from qmf_fusion.consistency import consistency_terms
 from qmf_fusion.importance import shapley_importance
 from qmf_fusion.subsets import all_subsets, fuse_subsets, subset_number
 
@@ -111,3 +112,22 @@ def test_errors_of_counts_and_targets():
     ):
         with pytest.raises(error, match=says):
             shapley_importance(QualityAwareFusion(3), heads(), target)
+
+
+def test_masks_by_name_and_whole_outputs_are_taken_as_the_layer_takes_them():
+    fusion = QualityAwareFusion(["rgb", "depth"])
+    logits = dict(zip(fusion.names, heads(2), strict=True))
+    present = torch.stack([torch.ones(20, dtype=torch.bool), torch.arange(20) < 8])
+    by_name = {"depth": present[1], "rgb": present[0]}  # in another order
+    target = torch.arange(20) % 4
+    expected = shapley_importance(fusion, logits, target, present=present).samples
+    for given, mask in ((logits, by_name), (fusion(logits, present), None)):
+        found = shapley_importance(fusion, given, target, present=mask).samples
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(consistency_terms(fusion, given, mask), consistency_terms(fusion, logits, present))
+    weights = fusion(logits).weights
+    found = functional.fuse(logits, weights, by_name)
+    torch.testing.assert_close(found, functional.fuse(logits, weights, present))
+    given = logits, target, None
+    found = functional.qmf_objective(*given, present=by_name)
+    torch.testing.assert_close(found, functional.qmf_objective(*given, present=present), equal_nan=True)

@@ -56,6 +56,9 @@ def test_what_has_no_places_and_what_has_the_key():
 
     with pytest.raises(TypeError, match="dataset must have a length and samples by number, got Stream: let a stream's"):
         IndexedDataset(Stream())
+    Stream.__len__ = lambda _: len(X)  # as some streams say theirs, which has no more places for that
+    with pytest.raises(TypeError, match="dataset must have a length and samples by number, got Stream: let a stream's"):
+        IndexedDataset(Stream())
     with pytest.raises(ValueError, match=r"key must be a name that no sample has, got 'index' of \['index'\]"):
         IndexedDataset([{"index": 3}])[0]
     assert IndexedDataset([{"index": 3}], key="row")[0] == {"index": 3, "row": 0}

@@ -53,3 +53,10 @@ def test_counts_and_correlations(rule, training, dense):
         if rule == "robust":
             assert found[f"p_clean_below_half/{name}"] == pytest.approx(float((w < 0.5).float().mean()))
     assert ("p_clean_below_half/a" in found) == (rule == "robust")
+
+
+def test_what_stands_for_many_is_not_seen():
+    fusion = QualityAwareFusion(NAMES)
+    with FusionMonitor(QMFLoss(fusion, 8)) as monitor:
+        torch.func.vmap(lambda x: fusion(x).logits)(torch.randn(5, 2, 8, 4))
+        assert monitor.compute() == {}

@@ -144,3 +144,33 @@ def test_from_pretrained_keeps_everything(tmp_path):
     assert spare == ["criterion.ranking.trajectory.mark"]
     half = Whole.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     assert half.criterion.ranking.trajectory.history.dtype == torch.float64
+
+
+class Loose(Whole):
+    """Whose forward takes whatever comes, as most models' does."""
+
+    def forward(self, a, b, labels=None, index=None, **_):
+        return super().forward(a, b, labels, index)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_accumulated_gradients_are_those_of_the_mean(own, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 4, generator=g)
+    data = [{"a": x[0, i], "b": x[1, i], "labels": i % 3} for i in range(12)]
+    moved = []
+    for rows_at_once, steps in ((12, 1), (6, 2)):
+        torch.manual_seed(0)
+        module = Loose(Config()) if own else None
+        if module is None:
+            model = FusionModel({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)})
+            module = FusionForTrainer(model, QMFLoss(model.fusion, 12))
+        before = module.model.heads["a"].weight.detach().clone()
+        options = {
+            "per_device_train_batch_size": rows_at_once, "gradient_accumulation_steps": steps, "max_grad_norm": 0.0,
+            "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "eval_strategy": "no",
+            "save_strategy": "no",
+        }  # fmt: skip
+        FusionTrainer(module, arguments(tmp_path, 1, **options), train_dataset=IndexedDataset(data)).train()
+        moved.append(module.model.heads["a"].weight.detach() - before)
+    torch.testing.assert_close(*moved)
