@@ -83,6 +83,8 @@ class FusionModel(nn.Module):
                 )
             fusion = QualityAwareFusion.robust(list(heads), **options)
         elif fusion is None:
+            if "num_classes" in options:
+                raise TypeError("num_classes goes with fusion='robust'; QMF as published takes any number of classes")
             fusion = QualityAwareFusion(list(heads), **options)
         elif not isinstance(fusion, QualityAwareFusion):
             raise TypeError(f"fusion must be a QualityAwareFusion, 'robust' or None, got {type(fusion).__name__}")

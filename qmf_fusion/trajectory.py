@@ -1,5 +1,6 @@
 """The loss trajectory ``kappa`` (Eq. 14): the mean of each sample's past unimodal losses, kept with the model."""
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -238,7 +239,8 @@ class LossTrajectory(KeepsPrecision):
                 a tensor ``[N]`` or ``[M, N]``, where 0 is none.
 
         Raises:
-            ValueError: sums or visits of another shape than this trajectory's, negative or not finite.
+            TypeError, ValueError: sums that are no sequence, or sums or visits of another shape than this trajectory's,
+                negative or not finite.
 
         Example:
             >>> trajectory = LossTrajectory(num_samples=3, num_modalities=2)
@@ -248,6 +250,8 @@ class LossTrajectory(KeepsPrecision):
                     [2.0000,    nan, 0.5000]], dtype=torch.float64)
         """
         shape = self.total.shape
+        if not isinstance(sums, Iterable):
+            raise TypeError(f"sums must be M rows of N numbers, got {type(sums).__name__}")
         rows = [torch.as_tensor(row, dtype=torch.float64) for row in sums]
         total = torch.stack(rows) if rows and all(row.shape == rows[0].shape for row in rows) else torch.empty(0)
         if total.shape != shape:
@@ -262,7 +266,8 @@ class LossTrajectory(KeepsPrecision):
                 raise ValueError(f"{name} must be finite and at least 0")
         self.history.copy_(torch.stack([torch.where(count > 0, total, 0), count]))
         if self.visits is not None:
-            self.visits.copy_(count.amax(0) + self.start_epoch - 1)
+            most = count.amax(0)
+            self.visits.copy_(torch.where(most > 0, most + self.start_epoch - 1, 0))
         self._agreed = None
         self._find_range()
 

@@ -178,7 +178,7 @@ def test_compiled_steps_without_fused_logits(rows: int, backend: str) -> None:
 
 def test_vmap_says_that_it_does_not_work() -> None:
     heads, target = torch.randn(3, 2, 4, 5), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="torch.func"):
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.vmap(lambda x: qmf_objective(list(x), target, None).loss)(heads)
 
 
