@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..corruption.every_row import EVERY, TEXT_KINDS, Damage
+from ..data.catalogue import DATA_SETS
 from ..data.faults import DataError
 from ..data.pixels import stack
 from ..models.text_encoders import WordNumbers, pad
@@ -106,13 +107,13 @@ def _stores(
         if encoder.numbering is not None:
             numbers = [encoder.numbering(row.text) for row in samples.rows]
             inputs = [numbers, _vocabulary(encoder.numbering), settings.max_tokens, settings.text_pooling]
-        content = [FORMAT, name, encoder.digest, inputs, *_suffered(settings, damage, name, on_images)]
+        content = [FORMAT, name, encoder.digest, inputs, *_suffered(settings, damage, name, on_images, samples)]
         digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
         stores[name] = Store(cache / f"{name}-{digest}", len(samples), encoder.network.width)
     return stores
 
 
-def _suffered(settings: Settings, damage: Damage | None, name: str, on_images: Any) -> list[Any]:
+def _suffered(settings: Settings, damage: Damage | None, name: str, on_images: Any, samples: Any) -> list[Any]:
     """What of a damage matters to a modality; nothing where it leaves the modality as it is."""
     if damage is None:
         return []
@@ -120,11 +121,16 @@ def _suffered(settings: Settings, damage: Damage | None, name: str, on_images: A
     if (text if name == "text" else image) is None:
         return []
     said: list[Any] = [damage.protocol, damage.seed, settings.data_set, [list(each) for each in damage.conditions]]
-    # A damage of both kinds is that of each alone; in order, the draws for texts depend on the images' sizes.
+    # Texts are damaged as they are written, of which their tokens tell less: two blanks are as good as one there.
+    texts = [] if DATA_SETS[settings.data_set].paired else [row.text for row in samples.rows]
+    # A damage of both kinds is that of each alone; in order, the draws for texts depend on the images' sizes, and those
+    # for images on the texts' words.
     if damage.protocol == EVERY:
         kept = [[c.kind, c.level] for c in damage.conditions if (c.kind in TEXT_KINDS) == (name == "text")]
         said = [damage.protocol, damage.seed, kept]
-    return [*said, on_images] if damage.in_order else said
+    if damage.in_order:
+        return [*said, on_images, texts]
+    return [*said, texts] if name == "text" else said
 
 
 def _vocabulary(numbering: Any) -> Any:
