@@ -47,7 +47,7 @@ def features(
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the copies.")] = 1,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of what is computed. [default: feature-cache beside the file]")
+        Path | None, typer.Option(help="Folder of what is computed.", show_default="feature-cache beside the file")
     ] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Any image model of timm, or tiny.")] = None,
     weights: Annotated[str | None, typer.Option(help="The image encoder's: imagenet, a file, or none.")] = None,
@@ -55,10 +55,10 @@ def features(
         str | None, typer.Option(help="Any encoder of Transformers, by name or folder, or tiny.")
     ] = None,
     text_pooling: Annotated[
-        str | None, typer.Option(help="Of a text's tokens: mean, first, or BERT's pooler. [default: mean]")
+        str | None, typer.Option(help="Of a text's tokens: mean, first, or BERT's pooler.", show_default="mean")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of a text.")] = None,
-    regions: Annotated[int | None, typer.Option(help="Regions that the image is pooled to. [default: 1]")] = None,
+    regions: Annotated[int | None, typer.Option(help="Regions that the image is pooled to.", show_default="1")] = None,
     transform: Annotated[
         str | None,
         typer.Option(help="Of images: released, or the encoder's own, the default of all but the paper's ResNets."),
