@@ -18,6 +18,7 @@ from ..corruption.every_row import EVERY, TEXT_KINDS, Damage
 from ..data.catalogue import DATA_SETS
 from ..data.faults import DataError
 from ..data.pixels import stack
+from ..errors import CommandError
 from ..models.text_encoders import WordNumbers, pad
 from ..training.image_preparation import transform_of
 from ..training.settings import Settings
@@ -65,7 +66,7 @@ def encode_split(
     Raises:
         ValueError: no copy, or augmented copies of a damaged split.
         DataError: data that cannot be used.
-        CommandError: an encoder, a split or a level that is not there.
+        CommandError: an encoder, a split or a level that is not there; features that are not finite.
     """
     if copies < 1 or (copies > 1 and damage is not None):
         raise ValueError(f"copies must be at least 1, and 1 of a damaged split, got {copies}")
@@ -200,12 +201,21 @@ class _Work:
                     seen.setdefault(name, []).append(self._look(name, read))
                 if rows.stop in (len(self.samples), (part + 1) * ROWS):
                     for name, features in seen.items():
-                        self.stores[name].write(_copy_name(self.settings, name, copy), part, torch.cat(features))
+                        self._write(name, copy, part, torch.cat(features))
                     seen = {}
                 if time.monotonic() - said > SAY_AFTER:
                     said = time.monotonic()
                     self.say(f"features of {self.name}: {rows.stop} of {len(self.samples)} rows")
         self.say(f"features of {self.name}: {len(self.samples)} rows, {time.monotonic() - started:.0f} s")
+
+    def _write(self, name: str, copy: int, part: int, features: Tensor) -> None:
+        broken = int((~torch.isfinite(features).all(1)).sum())
+        if broken:
+            raise CommandError(
+                f"features of {self.name}: {name} is not finite in {broken} of {len(features)} rows: the encoder's "
+                "weights, or what they are computed in, are at fault"
+            )
+        self.stores[name].write(_copy_name(self.settings, name, copy), part, features)
 
     @torch.inference_mode()
     def _look(self, name: str, samples: Sequence[Any]) -> Tensor:

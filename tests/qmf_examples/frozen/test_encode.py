@@ -251,3 +251,15 @@ def test_damage_that_depends_on_how_a_text_is_written_is_computed_anew(protocol,
     found = encode_split(settings, "test", tmp_path / "cache", damage)
     fresh = encode_split(settings, "test", tmp_path / "other", damage)
     assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+
+
+def test_features_that_are_not_finite_are_not_kept(pairs, tmp_path):
+    from qmf_examples.models.image_encoders import TinyResNet
+
+    weights = TinyResNet().state_dict()
+    weights["conv1.weight"][0] = float("nan")
+    torch.save(weights, tmp_path / "w.pth")
+    settings = settings_of("nyud2", pairs, weights=str(tmp_path / "w.pth"))
+    with pytest.raises(CommandError, match="features of test, clean: rgb is not finite in 20 of 20 rows"):
+        encode_split(settings, "test", tmp_path / "cache")
+    assert not files(tmp_path / "cache")
