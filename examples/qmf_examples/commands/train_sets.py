@@ -34,6 +34,7 @@ UNSET = {
     "alpha": "-0.1, the energy's",
     "beta": "0, the energy's",
     "sampling_count": "every visit",
+    "workers": "one a core, at most 4",
     "limit_batches": "all",
 }
 """What leaving an option out means where the setting is None."""
@@ -95,17 +96,21 @@ def _with_defaults(data_set: str) -> Callable[..., None]:
 
 
 def _shown(data_set: str, name: str) -> str:
-    """The default of a setting in words, with those of the methods that have their own."""
+    """The default of a setting in words, with those of frozen encoders and of the methods that have their own."""
     value = getattr(DEFAULTS[data_set], name)
-    if value is None:
-        text = UNSET.get(name, "none")
-    elif isinstance(value, Mapping):
-        text = ",".join(f"{key}={item}" for key, item in value.items()) or "none"
-    else:
-        text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
     own = {m: resolve(data_set, {"method": m}) for m in OF_METHOD if m in METHODS[data_set]}
-    others = [f"{m}: {getattr(settings, name)}" for m, settings in own.items() if getattr(settings, name) != value]
-    return "; ".join([text, *(others if name != "method" else [])])
+    own["--frozen"] = resolve(data_set, {"frozen": True})
+    others = {of: getattr(settings, name) for of, settings in own.items()} if name not in ("method", "frozen") else {}
+    said = [f"{of}: {_in_words(name, other)}" for of, other in others.items() if other != value]
+    return "; ".join([_in_words(name, value), *said])
+
+
+def _in_words(name: str, value: Any) -> str:
+    if value is None:
+        return UNSET.get(name, "none")
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={item}" for key, item in value.items()) or "none"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def train_set(

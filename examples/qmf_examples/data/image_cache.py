@@ -228,6 +228,10 @@ def _decoded(names: Sequence[str], decode: Decode) -> Iterator[tuple[str, str | 
         try:
             size, images = decode(name)
         except DataError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+                # What the system refuses now, a right to read or another open file, it may grant the next time, with
+                # nothing of the file changed that its name in the cache tells.
+                raise error.__cause__ from error
             return str(error)
         return size, [np.ascontiguousarray(to_pixels(image).numpy()) for image in images]
 

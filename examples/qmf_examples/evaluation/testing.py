@@ -64,9 +64,12 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
             )
         other = first.setdefault(settings.method, settings)
         different = [text for text in differences(settings, other) if not text.startswith("seed ")]
-        if different or settings.data_set != next(iter(first.values())).data_set:
+        one = next(iter(first.values()))
+        if different or settings.data_set != one.data_set:
             raise CommandError(f"{folder} does not belong to the others: {'; '.join(different) or settings.data_set}")
-    one = next(iter(first.values()))
+        if settings.frozen != one.frozen:
+            told = "; ".join(text for text in differences(settings, one) if text.startswith("frozen "))
+            raise CommandError(f"{folder} does not belong to {folders[0]}: {told}: evaluate them apart")
     order = methods_of(one.data_set, one.frozen)
     return [folder for (method, _), folder in sorted(seen.items(), key=lambda run: (order.index(run[0][0]), run[0][1]))]
 

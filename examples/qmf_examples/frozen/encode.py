@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..corruption.every_row import EVERY, TEXT_KINDS, Damage
+from ..data.catalogue import DATA_SETS
 from ..data.faults import DataError
 from ..data.pixels import stack
+from ..errors import CommandError
 from ..models.text_encoders import WordNumbers, pad
 from ..training.image_preparation import transform_of
 from ..training.settings import Settings
@@ -64,7 +66,7 @@ def encode_split(
     Raises:
         ValueError: no copy, or augmented copies of a damaged split.
         DataError: data that cannot be used.
-        CommandError: an encoder, a split or a level that is not there.
+        CommandError: an encoder, a split or a level that is not there; features that are not finite.
     """
     if copies < 1 or (copies > 1 and damage is not None):
         raise ValueError(f"copies must be at least 1, and 1 of a damaged split, got {copies}")
@@ -106,13 +108,13 @@ def _stores(
         if encoder.numbering is not None:
             numbers = [encoder.numbering(row.text) for row in samples.rows]
             inputs = [numbers, _vocabulary(encoder.numbering), settings.max_tokens, settings.text_pooling]
-        content = [FORMAT, name, encoder.digest, inputs, *_suffered(settings, damage, name, on_images)]
+        content = [FORMAT, name, encoder.digest, inputs, *_suffered(settings, damage, name, on_images, samples)]
         digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
         stores[name] = Store(cache / f"{name}-{digest}", len(samples), encoder.network.width)
     return stores
 
 
-def _suffered(settings: Settings, damage: Damage | None, name: str, on_images: Any) -> list[Any]:
+def _suffered(settings: Settings, damage: Damage | None, name: str, on_images: Any, samples: Any) -> list[Any]:
     """What of a damage matters to a modality; nothing where it leaves the modality as it is."""
     if damage is None:
         return []
@@ -120,11 +122,16 @@ def _suffered(settings: Settings, damage: Damage | None, name: str, on_images: A
     if (text if name == "text" else image) is None:
         return []
     said: list[Any] = [damage.protocol, damage.seed, settings.data_set, [list(each) for each in damage.conditions]]
-    # A damage of both kinds is that of each alone; in order, the draws for texts depend on the images' sizes.
+    # Texts are damaged as they are written, of which their tokens tell less: two blanks are as good as one there.
+    texts = [] if DATA_SETS[settings.data_set].paired else [row.text for row in samples.rows]
+    # A damage of both kinds is that of each alone; in order, the draws for texts depend on the images' sizes, and those
+    # for images on the texts' words.
     if damage.protocol == EVERY:
         kept = [[c.kind, c.level] for c in damage.conditions if (c.kind in TEXT_KINDS) == (name == "text")]
         said = [damage.protocol, damage.seed, kept]
-    return [*said, on_images] if damage.in_order else said
+    if damage.in_order:
+        return [*said, on_images, texts]
+    return [*said, texts] if name == "text" else said
 
 
 def _vocabulary(numbering: Any) -> Any:
@@ -194,12 +201,21 @@ class _Work:
                     seen.setdefault(name, []).append(self._look(name, read))
                 if rows.stop in (len(self.samples), (part + 1) * ROWS):
                     for name, features in seen.items():
-                        self.stores[name].write(_copy_name(self.settings, name, copy), part, torch.cat(features))
+                        self._write(name, copy, part, torch.cat(features))
                     seen = {}
                 if time.monotonic() - said > SAY_AFTER:
                     said = time.monotonic()
                     self.say(f"features of {self.name}: {rows.stop} of {len(self.samples)} rows")
         self.say(f"features of {self.name}: {len(self.samples)} rows, {time.monotonic() - started:.0f} s")
+
+    def _write(self, name: str, copy: int, part: int, features: Tensor) -> None:
+        broken = int((~torch.isfinite(features).all(1)).sum())
+        if broken:
+            raise CommandError(
+                f"features of {self.name}: {name} is not finite in {broken} of {len(features)} rows: the encoder's "
+                "weights, or what they are computed in, are at fault"
+            )
+        self.stores[name].write(_copy_name(self.settings, name, copy), part, features)
 
     @torch.inference_mode()
     def _look(self, name: str, samples: Sequence[Any]) -> Tensor:

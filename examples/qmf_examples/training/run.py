@@ -113,6 +113,11 @@ def _train_alone(
     quieten()
     L.seed_everything(settings.seed, verbose=False)
     data = loader_of(settings.data_set).load_training(settings, say) if load is None else load(settings)
+    if state is not None and data.encoders and state.get("encoders") != data.encoders:
+        raise CommandError(
+            f"--resume: {folder} was trained on what other encoders see: the weights of {settings.image_encoder} "
+            "(--weights) or those of the text encoder are no longer what they were; give another --output"
+        )
     if state is not None and state["fingerprint"] != data.fingerprint:
         raise CommandError(
             f"--resume: {settings.data_root} does not hold the samples that {folder} was trained on, or not in their "

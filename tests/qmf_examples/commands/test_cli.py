@@ -15,7 +15,7 @@ from qmf_examples.commands.train_sets import PAPER_SEEDS
 from qmf_examples.comparison.digits import TABLE
 from qmf_examples.corruption.conditions import VIEW_COPIES as CONDITIONS
 from qmf_examples.corruption.view_copies import CORRUPTIONS
-from qmf_examples.training.settings import DEFAULTS, Settings
+from qmf_examples.training.settings import DEFAULTS, Settings, resolve
 from qmf_fusion import __version__
 
 # The folders under test, for a process of its own.
@@ -142,6 +142,20 @@ def test_the_help_of_a_set_shows_what_each_option_is_without_it(data_set, capsys
     assert f"runs/{data_set}" in lines["--output"]
     assert f"({PAPER_SEEDS[data_set]}, 1 with --quick)" in lines["--seeds"]
     assert ("tmc: 32" in lines["--batch-size"]) == (data_set in ("nyud2", "sunrgbd"))
+    assert "one a core, at most 4" in lines["--workers"]
+    frozen = resolve(data_set, {"frozen": True})
+    for name in ("hidden", "text_pooling", "learning_rate", "copies", "device"):
+        other = getattr(frozen, name)
+        said = f"--frozen: {other}" in lines["--" + name.replace("_", "-")]
+        assert said == (other != getattr(defaults, name))
+
+
+def test_the_help_of_features_shows_its_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["features", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for default in ("(feature-cache beside the file)", "(mean)", "(1)"):
+        assert f"[default: {default}]" in shown
 
 
 def test_the_device_has_one_name_everywhere(capsys, monkeypatch):

@@ -110,6 +110,25 @@ def test_what_images_come_from_makes_another_file(cache, data, monkeypatch):
     assert len(list(cache.folder.glob("*.images"))) == len(cache.said) == 6
 
 
+def test_what_the_system_refuses_for_now_is_not_kept_as_a_fault(cache, sample, monkeypatch):
+    plain, refused = Path.open, [True]
+
+    def opened(path, *arguments, **options):
+        if refused and path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    settings = resolve("nyud2", QUICK, {"data_root": str(sample("nyud2")), "cache": str(cache.folder)})
+    name = next((sample("nyud2") / "test").glob("*/*.png")).name
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        with pytest.raises(DataError, match="Permission denied"):
+            paired_batches.load_test(settings)
+    images = paired_batches.load_test(settings)
+    assert not images.faults
+    assert images.kept is not None
+
+
 @pytest.mark.parametrize("damage", ["bit", "short", "empty", "alien"])
 def test_a_damaged_file_is_made_anew(cache, data, damage):
     path = keep(cache, data).path

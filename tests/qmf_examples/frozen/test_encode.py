@@ -233,3 +233,33 @@ def test_what_cannot_be_asked_for(sample, tmp_path):
         encode_split(settings, "train", tmp_path, GAUSSIAN, copies=2)
     with pytest.raises(CommandError, match="gaussian60: level must be from 0 to 10"):
         encode_split(settings, "test", tmp_path, Damage((Condition("gaussian", 60.0),), "clean"))
+
+
+@pytest.mark.parametrize("protocol", ["every-row", "released-2023"])
+def test_damage_that_depends_on_how_a_text_is_written_is_computed_anew(protocol, sample, tmp_path):
+    # Two blanks for one leave the tokens as they are, and shift which words are blanked; in the released protocols
+    # the draws for texts shift those for the images behind them, too.
+    root = tmp_path / "data"
+    shutil.copytree(sample("mvsa"), root)
+    kind = "words" if protocol == "every-row" else "salt-pepper"
+    damage = Damage((Condition(kind, 0.5 if protocol == "every-row" else 8.0),), protocol)
+    settings = settings_of("mvsa", root)
+    encode_split(settings, "test", tmp_path / "cache", damage)
+    rows = [json.loads(line) for line in (root / "test.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({**row, "text": row["text"].replace(" ", "  ", 1)}) + "\n" for row in rows)
+    (root / "test.jsonl").write_text(text)
+    found = encode_split(settings, "test", tmp_path / "cache", damage)
+    fresh = encode_split(settings, "test", tmp_path / "other", damage)
+    assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+
+
+def test_features_that_are_not_finite_are_not_kept(pairs, tmp_path):
+    from qmf_examples.models.image_encoders import TinyResNet
+
+    weights = TinyResNet().state_dict()
+    weights["conv1.weight"][0] = float("nan")
+    torch.save(weights, tmp_path / "w.pth")
+    settings = settings_of("nyud2", pairs, weights=str(tmp_path / "w.pth"))
+    with pytest.raises(CommandError, match="features of test, clean: rgb is not finite in 20 of 20 rows"):
+        encode_split(settings, "test", tmp_path / "cache")
+    assert not files(tmp_path / "cache")

@@ -104,7 +104,7 @@ def test_features_of_other_weights_are_not_gone_on_with(sample, tmp_path):
         if seed == 0:
             train_frozen(settings, run)
     heads._splits.clear()
-    with pytest.raises(CommandError, match="does not hold the samples that"):
+    with pytest.raises(CommandError, match=r"--resume: .* other encoders see: the weights of tiny"):
         train_frozen(settings, run, resume=True)
     with pytest.raises(CommandError, match="was trained on what other encoders see: tiny, --weights"):
         evaluate_runs([run], NoisePlan(("gaussian",), (0.0,)))
@@ -213,3 +213,15 @@ def test_further_damages_need_frozen_encoders(sample, tmp_path, capsys):
     assert "--damage is for runs on frozen encoders" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path), "--damage", "fog"]) == 1
     assert "--damage: 'fog': the kind must be one of" in capsys.readouterr().err
+
+
+def test_frozen_and_trained_encoders_make_no_table_together(sample, tmp_path, capsys):
+    for name, method, kind in (("a", "mmtm", []), ("b", "robust-logits", ["--frozen"])):
+        train = ["train", "nyud2", "--quick", "--data-root", str(sample("nyud2")), "--output", str(tmp_path / name)]
+        assert main([*train, *kind, "--method", method, "--epochs", "1", "--limit-batches", "1"]) == 0
+    for places in (("a", "b"), ("b", "a")):
+        assert main(["evaluate", *(str(tmp_path / place) for place in places)]) == 1
+        error = capsys.readouterr().err
+        assert f"does not belong to {tmp_path / places[0]}" in error
+        assert "frozen" in error
+        assert error.count("\n") == 1
