@@ -100,6 +100,6 @@ def _levels(text: str) -> tuple[float, ...]:
         levels = sorted({float(item) for item in text.split(",")})
     except ValueError as error:
         raise CommandError(f"--levels must be numbers with commas between, got {text!r}") from error
-    if not 0 <= levels[0] <= levels[-1] <= 100:
+    if not all(0 <= level <= 100 for level in levels):
         raise CommandError(f"--levels must lie between 0 and 100, got {text!r}")
     return tuple(levels)

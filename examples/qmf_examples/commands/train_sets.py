@@ -29,7 +29,6 @@ PAPER_SEEDS = {"nyud2": 10, "sunrgbd": 10, "food101": 3, "mvsa": 5}
 MOST_RUNS = 1000
 """Of a method; more are a slip."""
 UNSET = {
-    "workers": "one a core, at most 4",
     "word_vectors": "learned",
     "alpha": "-0.1, the energy's",
     "beta": "0, the energy's",

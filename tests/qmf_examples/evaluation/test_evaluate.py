@@ -241,6 +241,7 @@ def test_evaluate_refuses_what_makes_no_table(runs, tmp_path, capsys):
     for arguments, message in (
         (["--noise", "fog"], "--noise must be of gaussian, salt-pepper; got 'fog'"),
         (["--levels", "a"], "--levels must be numbers"),
+        (["--levels", "0,nan,5"], "--levels must lie between 0 and 100, got '0,nan,5'"),
         (["--levels", "20"], "--levels: level must be from 0 to 10"),
         (["--protocol", "new"], "--protocol must be one of released-2023, released-2025, clean"),
         (["--data-root", str(tmp_path)], "no file"),
