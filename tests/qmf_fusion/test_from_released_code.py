@@ -122,7 +122,7 @@ class TestLoadSums:
         trajectory = LossTrajectory(3, 2, start_epoch=2)
         trajectory.load_sums(sums, visits=2)
         assert trajectory.count.tolist() == [[2, 0, 2]] * 2
-        assert trajectory.visits.tolist() == [3, 1, 3]
+        assert trajectory.visits.tolist() == [3, 0, 3]
         kappa = trajectory.kappa(torch.arange(3))
         assert kappa[:, 1].isnan().all()
         assert kappa[:, 0].tolist() == [0, 1]
