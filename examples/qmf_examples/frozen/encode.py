@@ -19,12 +19,13 @@ from ..data.catalogue import DATA_SETS
 from ..data.faults import DataError
 from ..data.pixels import stack
 from ..errors import CommandError
+from ..files import held
 from ..models.text_encoders import WordNumbers, pad
 from ..training.image_preparation import transform_of
 from ..training.settings import Settings
 from .encoders import Encoder, load_encoders
 from .samples import augmented, corruptions_of, damaged, digest_of_images, open_split
-from .store import ROWS, Store, one_at_a_time
+from .store import ROWS, Store
 
 FORMAT = 1
 """Of the files and of how features are made: another number, and those that are there are not used."""
@@ -83,7 +84,7 @@ def encode_split(
         if not settings.skip_bad:
             samples = open_split(settings, split, numbering, check=True)
         cache.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(cache, say):
+        with held(cache / "encoding.lock", f"{cache}: another command computes features there", wait=say):
             for copy in range(copies):
                 # Another process may have computed them meanwhile.
                 missing = _missing(settings, stores, copy)

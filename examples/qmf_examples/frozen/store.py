@@ -1,23 +1,17 @@
 """Features on disk: a folder for each thing that they depend on, in it a file for every so many rows."""
 
-import contextlib
 import hashlib
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CommandError
-from ..files import held, write_atomically
+from ..files import write_atomically
 
 ROWS = 128
 """Of a file: what a killed command computes again, at most."""
 DIGEST = hashlib.blake2b().digest_size
-LOOK_AGAIN = 0.5
-"""Seconds after which a process that waits for another looks whether its turn has come."""
 
 
 class Store:
@@ -62,20 +56,3 @@ class Store:
 
     def _file(self, copy: str, part: int) -> Path:
         return self.folder / f"{copy}-{part:06d}.features"
-
-
-@contextlib.contextmanager
-def one_at_a_time(cache: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Hold the folder against other processes that compute features into it; wait for one that does."""
-    told = False
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(held(cache / "encoding.lock", f"{cache}: another command computes features there"))
-                break
-            except CommandError as error:
-                if not told:
-                    say(f"{error}: waiting for it")
-                told = True
-                time.sleep(LOOK_AGAIN)
-        yield

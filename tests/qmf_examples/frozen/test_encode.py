@@ -15,6 +15,7 @@ from PIL import Image
 from qmf_examples.corruption.conditions import Condition
 from qmf_examples.corruption.every_row import Damage
 from qmf_examples.errors import CommandError
+from qmf_examples.files import held
 from qmf_examples.frozen import encode, store
 from qmf_examples.frozen.encode import encode_split
 from qmf_examples.frozen.encoders import encoder_widths
@@ -173,7 +174,7 @@ def test_a_killed_command_goes_on_from_what_it_had_finished(protocol, pairs, tmp
 
 def test_two_at_once_compute_everything_once(pairs, tmp_path):
     settings, lines = settings_of("nyud2", pairs), []
-    with store.one_at_a_time(_made(tmp_path / "cache"), print):
+    with held(_made(tmp_path / "cache") / "encoding.lock", "busy"):
         found = {}
         other = threading.Thread(
             target=lambda: found.update(encode_split(settings, "test", tmp_path / "cache", say=lines.append))
