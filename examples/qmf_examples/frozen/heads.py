@@ -87,6 +87,8 @@ def read_samples(settings: Settings, split: str) -> Any:
     samples = made(known, Path(settings.data_root), split, resized=settings.load_size, **options)
     if split == "train":
         check_every_class(samples.classes, samples.labels, Path(settings.data_root) / "train")
+        if isinstance(samples, PairedImages) and settings.selection != "test":
+            hold_out(settings, samples.labels)  # before anything is encoded for nothing
     return samples
 
 

@@ -165,6 +165,13 @@ def test_what_cannot_be_is_said_in_a_line(sample, tmp_path, capsys):
         train_run(settings_of("nyud2", "x"), tmp_path / "run")
 
 
+def test_nothing_is_encoded_where_none_could_be_held_out(sample, tmp_path):
+    settings = settings_of("nyud2", sample("nyud2"), validation=0.001)
+    with pytest.raises(CommandError, match=r"--validation 0\.001: must hold out at least one sample"):
+        load_training(settings, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_all_is_what_can_be_trained():
     assert set(methods_of("mvsa", frozen=True)) == {*ROWS["mvsa"], "robust-logits"} - set(NOT_FROZEN)
     assert choose_methods("nyud2", "all", frozen=True) == methods_of("nyud2", frozen=True)
