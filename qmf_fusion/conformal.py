@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .checks import Logits, Present, check_number
-from .fusion import Heads, QualityAwareFusion
+from .fusion import Heads, QualityAwareFusion, check_fusion
 from .precision import KeepsPrecision
 from .subsets import EXACT, all_subsets, check_classes, check_held_out, check_prior, subset_answers, subset_number
 
@@ -61,7 +61,41 @@ def conformal_quantile(scores: Tensor, coverage: float) -> Tensor:
     return scores.kthvalue(max(k, 1), -1).values
 
 
-class ConformalSets(KeepsPrecision):
+class Calibrated(KeepsPrecision):
+    """What is calibrated to a stated coverage for a fusion, which the model owns.
+
+    Args:
+        fusion: any fusion of this package.
+        coverage: the wanted probability, between 0 and 1.
+        prior: positive ``[K]``, the classes' shares; None for equal ones.
+
+    Raises:
+        TypeError, ValueError: a fusion of another kind, a coverage or prior out of range.
+    """
+
+    level: Tensor
+    prior: Tensor | None
+
+    def __init__(self, fusion: QualityAwareFusion, coverage: float, prior: Tensor | None) -> None:
+        super().__init__()
+        # In a tuple, where nn.Module does not take it for a part of its own.
+        self._fusion = (check_fusion(fusion),)
+        # In the state, so that what was calibrated is never taken for that of another coverage.
+        self.register_buffer("level", torch.tensor(check_coverage(coverage), dtype=torch.float64, device="cpu"))
+        self.register_buffer("prior", None if prior is None else check_prior(prior).exp())
+
+    @property
+    def fusion(self) -> QualityAwareFusion:
+        """The layer, which the model owns."""
+        return self._fusion[0]
+
+    @property
+    def coverage(self) -> float:
+        """The wanted probability."""
+        return float(self.level)
+
+
+class ConformalSets(Calibrated):
     """Prediction sets for the fused answer, a threshold for each pattern of present modalities.
 
     It refers to the fusion, which the model owns, and has only its own state: ``thresholds`` and ``counts``, which
@@ -90,36 +124,17 @@ class ConformalSets(KeepsPrecision):
     """float64 ``[2^M]``, in nats, ordered as in ``all_subsets``; NaN before ``calibrate``, +inf for all classes."""
     counts: Tensor
     """int64 ``[2^M]``: the calibration samples of each pattern."""
-    level: Tensor
-    prior: Tensor | None
     made: Tensor
     """bool ``[2^M]``: whether those had to be made by hiding modalities of samples that have more."""
 
     def __init__(self, fusion: QualityAwareFusion, coverage: float = 0.9, prior: Tensor | None = None) -> None:
-        super().__init__()
-        if not isinstance(fusion, QualityAwareFusion):
-            raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
+        super().__init__(fusion, coverage, prior)
         if fusion.num_modalities > EXACT:
             raise ValueError(f"fusion must have at most {EXACT} modalities, got {fusion.num_modalities}")
-        # In a tuple, where nn.Module does not take it for a part of its own.
-        self._fusion = (fusion,)
-        # In the state, so that thresholds are never taken for those of another coverage.
-        self.register_buffer("level", torch.tensor(check_coverage(coverage), dtype=torch.float64, device="cpu"))
-        self.register_buffer("prior", None if prior is None else check_prior(prior).exp())
         num = 2**fusion.num_modalities
         self.register_buffer("thresholds", torch.full((num,), math.nan, dtype=torch.float64, device="cpu"))
         self.register_buffer("counts", torch.zeros(num, dtype=torch.int64, device="cpu"))
         self.register_buffer("made", torch.zeros(num, dtype=torch.bool, device="cpu"))
-
-    @property
-    def fusion(self) -> QualityAwareFusion:
-        """The layer, which the model owns."""
-        return self._fusion[0]
-
-    @property
-    def coverage(self) -> float:
-        """The wanted probability."""
-        return float(self.level)
 
     @torch.no_grad()
     def calibrate(

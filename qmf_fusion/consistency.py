@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import Logits, Present, check_logits, check_present
-from .fusion import Heads, QualityAwareFusion, parts_of
+from .fusion import Heads, QualityAwareFusion, check_fusion, parts_of
 
 
 class ConsistencyTerms(NamedTuple):
@@ -53,8 +53,7 @@ def consistency_terms(
         >>> [round(float(term), 3) for term in terms]
         [0.241, 0.302]
     """
-    if not isinstance(fusion, QualityAwareFusion):
-        raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
+    check_fusion(fusion)
     logits, present, features = parts_of(logits, present, features)
     rows, there = check_logits(logits, fusion.names, fusion.class_dim)
     shape, device = (len(rows), *rows[0].shape[:-1]), rows[0].device

@@ -409,3 +409,10 @@ class QualityAwareFusion(nn.Module):
         if self.normalize_logits is not None:
             shown.append(f"normalize_logits={self.normalize_logits}")
         return ", ".join(shown if self.class_dim == -1 else [*shown, f"class_dim={self.class_dim}"])
+
+
+def check_fusion(fusion: Any) -> QualityAwareFusion:
+    """``fusion``, or a TypeError where it is none."""
+    if not isinstance(fusion, QualityAwareFusion):
+        raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
+    return fusion

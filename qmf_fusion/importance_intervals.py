@@ -31,11 +31,10 @@ import torch
 from torch import Tensor
 
 from .checks import Logits, Present
-from .conformal import check_coverage, conformal_quantile
+from .conformal import Calibrated, conformal_quantile
 from .fusion import Heads, QualityAwareFusion
 from .importance import Worth, attribute, check_worth, of_target, worth_of
-from .precision import KeepsPrecision
-from .subsets import HeldOut, check_classes, check_held_out, check_prior, subset_answers
+from .subsets import HeldOut, check_classes, check_held_out, subset_answers
 
 
 class ShapleyInterval(NamedTuple):
@@ -54,7 +53,7 @@ class _Expected(NamedTuple):
     present: Tensor  # bool ``[M, N]``
 
 
-class ShapleyIntervals(KeepsPrecision):
+class ShapleyIntervals(Calibrated):
     """Conformal intervals of the Shapley values of single samples.
 
     It refers to the fusion, which the model owns, and has only its own state, ``radius``, which ``state_dict`` keeps.
@@ -81,8 +80,6 @@ class ShapleyIntervals(KeepsPrecision):
 
     radius: Tensor
     """float64 ``[M]``, in deviations of what the fused answer expects; NaN before ``calibrate``."""
-    level: Tensor
-    prior: Tensor | None
 
     def __init__(
         self,
@@ -91,26 +88,10 @@ class ShapleyIntervals(KeepsPrecision):
         value: str | Worth = "log_loss",
         prior: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(fusion, QualityAwareFusion):
-            raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
-        # In a tuple, where nn.Module does not take it for a part of its own.
-        self._fusion = (fusion,)
+        super().__init__(fusion, coverage, prior)
         self.worth = check_worth(value)
-        self.register_buffer("level", torch.tensor(check_coverage(coverage), dtype=torch.float64, device="cpu"))
-        self.register_buffer("prior", None if prior is None else check_prior(prior).exp())
         unknown = torch.full((fusion.num_modalities,), math.nan, dtype=torch.float64, device="cpu")
         self.register_buffer("radius", unknown)
-
-    @property
-    def fusion(self) -> QualityAwareFusion:
-        """The layer, which the model owns."""
-        return self._fusion[0]
-
-    @property
-    def coverage(self) -> float:
-        """The wanted probability."""
-        return float(self.level)
 
     @torch.no_grad()
     def calibrate(

@@ -12,12 +12,12 @@ from qmf_kernels import BACKENDS, LossRule
 from .checks import Logits, Present, can_look, check_batch, check_choice, check_class_weight
 from .divergence import RowWatch
 from .functional import ObjectiveOutput, check_loss_rule
-from .fusion import Heads, QualityAwareFusion, parts_of
+from .fusion import Heads, QualityAwareFusion, check_fusion, parts_of
 from .precision import KeepsPrecision, widened
 from .ranking import TrajectoryRankingLoss
 from .rule import Weighed
 from .soft_targets import soft_objective
-from .warn import warn_user
+from .warn import warn_once
 
 _NEEDS_SAMPLES = (
     "num_samples must be given, the size of the training set, where ranking_weight is not 0: the ranking compares each "
@@ -94,8 +94,7 @@ class QMFLoss(KeepsPrecision):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(fusion, QualityAwareFusion):
-            raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
+        check_fusion(fusion)
         check_choice("backend", backend, BACKENDS)
         if num_samples is None and ranking_weight:
             raise ValueError(_NEEDS_SAMPLES)
@@ -228,22 +227,19 @@ class QMFLoss(KeepsPrecision):
         if torch.compiler.is_compiling():
             return
         if lacks_features:
-            self._tell(
+            warn_once(
+                self._told,
                 "features are not given, though the rule has widths for some: it learns what is typical of the logits "
-                "alone. Pass the model's whole output, or features=out.features"
+                "alone. Pass the model's whole output, or features=out.features",
             )
         if self.training != self.fusion.training and torch.is_grad_enabled():
             modes = {True: "training", False: "evaluation"}
-            self._tell(
+            warn_once(
+                self._told,
                 f"the criterion is in {modes[self.training]} mode and its fusion in {modes[self.fusion.training]} "
                 "mode, with gradients on: nothing is recorded or learned from this batch. Call criterion.train() and "
-                "criterion.eval() beside the model's, and validate under torch.no_grad()"
+                "criterion.eval() beside the model's, and validate under torch.no_grad()",
             )
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            warn_user(text)
 
     def _watch_rows(self, losses: Tensor, valid: Tensor, mask: Tensor | None, *, recorded: bool) -> None:
         """Warn where none of a modality's losses ``[M, B]`` is one though some should be: of ``valid`` targets."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import Logits, Present, check_count, check_logits, check_present, check_target
-from .fusion import Heads, QualityAwareFusion, parts_of
+from .fusion import Heads, QualityAwareFusion, check_fusion, parts_of
 from .rows import Features
 
 EXACT = 12
@@ -148,8 +148,7 @@ def check_held_out(
     Raises:
         TypeError, ValueError: arguments of the wrong kind, count, shape, dtype or device, naming them.
     """
-    if not isinstance(fusion, QualityAwareFusion):
-        raise TypeError(f"fusion must be a QualityAwareFusion, got {type(fusion).__name__}")
+    check_fusion(fusion)
     logits, present, features = parts_of(logits, present, features)
     rows, there = check_logits(logits, fusion.names, fusion.class_dim)
     if rows[0].dim() != 2:

@@ -12,7 +12,7 @@ import qmf_kernels
 from .checks import can_look, check_choice, check_count, check_integers
 from .precision import KeepsPrecision
 from .processes import place_of_process
-from .warn import warn_user
+from .warn import warn_once
 
 RESCALES = ("minmax", None)
 
@@ -195,9 +195,10 @@ class LossTrajectory(KeepsPrecision):
         if self._rows * processes >= self.num_samples:
             self._look()
         if self._rows_since_sync * processes > 2 * self.num_samples:
-            self._tell(
+            warn_once(
+                self._told,
                 "sync() was not called in two epochs: each process ranks by the losses that it has seen itself. Call "
-                "criterion.ranking.sync() at the end of every epoch, in every process"
+                "criterion.ranking.sync() at the end of every epoch, in every process",
             )
 
     def _look(self) -> None:
@@ -208,15 +209,11 @@ class LossTrajectory(KeepsPrecision):
         if self._agreed is None or self.mark.is_meta or int(self.mark) == 1 + place_of_process()[0]:
             return
         # One copy, when the model is wrapped anew, would do no harm; it looks the same from here.
-        self._tell(
+        warn_once(
+            self._told,
             "the loss history was overwritten by another process's: leave QMFLoss out of DistributedDataParallel, or "
-            "pass broadcast_buffers=False (unless that was constructed anew since)"
+            "pass broadcast_buffers=False (unless that was constructed anew since)",
         )
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            warn_user(text)
 
     def train(self, mode: bool = True) -> Self:
         """Leaving training mode looks whether another process has overwritten the history.

@@ -12,3 +12,10 @@ def warn_user(text: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, UserWarning, stacklevel=level)
+
+
+def warn_once(told: set[str], text: str) -> None:
+    """The same, unless it is among what was ``told``, where it then is."""
+    if text not in told:
+        told.add(text)
+        warn_user(text)

@@ -71,8 +71,10 @@ def attach(train: typer.Typer) -> None:
 
 def _with_defaults(data_set: str) -> Callable[..., None]:
     """``train_set``, whose help shows what each option is for this data set where it is not given."""
+    own = {m: resolve(data_set, {"method": m}) for m in OF_METHOD if m in METHODS[data_set]}
+    own["--frozen"] = resolve(data_set, {"frozen": True})
     defaults: dict[str, Any] = {
-        **{name: _shown(data_set, name) for name in Settings.__dataclass_fields__},
+        **{name: _shown(name, DEFAULTS[data_set], own) for name in Settings.__dataclass_fields__},
         "data_root": False,  # there is none
         "output": f"runs/{data_set}",
         "seeds": f"{PAPER_SEEDS[data_set]}, 1 with --quick",
@@ -94,11 +96,9 @@ def _with_defaults(data_set: str) -> Callable[..., None]:
     return command
 
 
-def _shown(data_set: str, name: str) -> str:
-    """The default of a setting in words, with those of frozen encoders and of the methods that have their own."""
-    value = getattr(DEFAULTS[data_set], name)
-    own = {m: resolve(data_set, {"method": m}) for m in OF_METHOD if m in METHODS[data_set]}
-    own["--frozen"] = resolve(data_set, {"frozen": True})
+def _shown(name: str, default: Settings, own: Mapping[str, Settings]) -> str:
+    """The default of a setting in words, with those of frozen encoders and of the methods that have their ``own``."""
+    value = getattr(default, name)
     others = {of: getattr(settings, name) for of, settings in own.items()} if name not in ("method", "frozen") else {}
     said = [f"{of}: {_in_words(name, other)}" for of, other in others.items() if other != value]
     return "; ".join([_in_words(name, value), *said])
