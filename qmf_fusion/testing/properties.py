@@ -207,8 +207,8 @@ def check_equations(
     normalised logits. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less energy. For a
     ``QualityAwareFusion`` or a ``FusionModel`` also: logits and temperature times s are energy times s (Eq. 13), and
     ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). What does not apply is left out: LogitNorm undoes
-    scales and changes shifts; ``robust`` has neither Eq. 9, Eq. 11 nor a temperature, and is checked to return
-    log-probabilities and weights from 0 to 1. Arguments as in ``check_weight_monotonicity``.
+    scales and changes shifts; other rules have neither Eq. 9, Eq. 11 nor a temperature, and ``robust`` is checked to
+    return log-probabilities and weights from 0 to 1. Arguments as in ``check_weight_monotonicity``.
 
     Example:
         >>> check_equations(QualityAwareFusion(2, temperature=2.0))
@@ -218,9 +218,9 @@ def check_equations(
     def body(given: list[Tensor], shift: float, scale: float) -> None:
         out = subject(given)
         layer, fused = subject.layer, subject.fused(given, out.weights)
-        if fused is None:
+        if layer is not None and layer.rule.gives_p_clean:
             _check_posteriors(out, given)
-        else:
+        elif fused is not None:
             agree(out.logits, fused, "the logits must be sum_m w[m] * x[m] (Eq. 11)", given, size_of(given, out))
         expected = None if layer is None else subject.expected_weights(given)
         if expected is not None:
@@ -290,9 +290,16 @@ def check_single_modality(
         )
         what = f"modality {m} alone must give its own logits times its weight {out.weights[0].tolist()}"
         fused = alone[m].fused(given, out.weights)
-        if fused is None:
-            _check_posteriors(out, given)
+        if subject.layer is not None and fused is None:
+            rule = subject.layer.rule
+            if rule.gives_p_clean:
+                _check_posteriors(out, given)
+                return
+            what = f"modality {m} alone must give what its unimodal loss takes for its logits, up to a constant"
+            own = rule.likelihood(subject.layer.prepare(list(given))[0])
+            agree(torch.log_softmax(out.logits, -1), torch.log_softmax(own, -1), what, given, size_of(given, out))
             return
+        assert fused is not None
         agree(out.logits, fused, what, given, size_of(given, out))
         expected = None if subject.layer is None else alone[m].expected_weights(given)
         if expected is not None and bool((expected == 1).all()):

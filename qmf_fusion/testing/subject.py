@@ -96,7 +96,7 @@ def _select(rule: Rule, order: Sequence[int]) -> None:
             if value is not None:
                 setattr(module, name, nn.Parameter(value.detach()[list(order)]))
         for name, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and buffer.dim():
                 setattr(module, name, buffer[list(order)])
 
 

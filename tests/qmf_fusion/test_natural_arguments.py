@@ -109,9 +109,10 @@ def test_the_recommended_rule_by_its_name():
     assert model.fusion.names == ("a", "b")
     with pytest.raises(TypeError, match="num_classes must be given with fusion='robust'"):
         FusionModel({"a": nn.Linear(6, 4)}, "robust")
-    for wrong in ("strong", 3):
-        with pytest.raises((TypeError, ValueError), match="fusion must be a QualityAwareFusion, 'robust' or None, got"):
-            FusionModel({"a": nn.Linear(6, 4)}, wrong)
+    with pytest.raises(ValueError, match=r"fusion must be one of \['robust', 'tmc', .* got 'strong'"):
+        FusionModel({"a": nn.Linear(6, 4)}, "strong")
+    with pytest.raises(TypeError, match="fusion must be a QualityAwareFusion, a rule's name or None, got"):
+        FusionModel({"a": nn.Linear(6, 4)}, 3)
 
 
 def test_masks_by_name():
