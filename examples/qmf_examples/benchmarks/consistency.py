@@ -46,8 +46,8 @@ class Consistent(Learner):
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
         return self.inner(inputs)
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
-        loss = self.inner.loss(answer, target, index, annealing)
+    def loss(self, answer: Answer, target: Tensor, index: Tensor) -> Tensor:
+        loss = self.inner.loss(answer, target, index)
         if not self.rise and not self.disagreement:
             return loss
         fusion = self.inner.model.fusion

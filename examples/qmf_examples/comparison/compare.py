@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from ..corruption.conditions import Condition
 from ..errors import CommandError
@@ -81,7 +80,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
         problem = watch.problem(learner)
         if problem:
             raise CommandError(f"{training.name}, seed {seed}, {test.condition.name}: {problem}")
-        losses = torch.stack([F.cross_entropy(x, labels, reduction="none") for x in answer.unimodal_logits])
+        losses = learner.unimodal_losses(answer, labels)
         if number == 0:
             hits = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
             best = hits.index(max(hits))

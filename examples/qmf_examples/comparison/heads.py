@@ -17,7 +17,6 @@ from qmf_fusion.integrations import leave_history_out
 from ..errors import CommandError
 from ..files import load_checkpoint, save_checkpoint
 from ..models.divergence import DivergenceWatch, diverged
-from ..models.evidential import ANNEALED_BY
 from ..models.feature_heads import feature_heads
 from ..models.learners import Learner, trajectories
 from ..models.methods import Training
@@ -75,12 +74,12 @@ class Config:
         return self.steps if self.steps is not None else (self.epochs or 0) * self.steps_of_epoch(num)
 
 
-def untrained_heads(training: Training, data: Prepared, hidden: int, seed: int) -> Learner:
+def untrained_heads(training: Training, data: Prepared, config: Config, seed: int) -> Learner:
     """The training's learner for a seed's data; the same first weights for the same seed."""
-    widths = {name: x.shape[1] for name, x in data.train.items()}
+    widths, num = {name: x.shape[1] for name, x in data.train.items()}, len(data.train_labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return training.build(feature_heads(widths, data.num_classes, len(data.train_labels), hidden, seed))
+        return training.build(feature_heads(widths, data.num_classes, num, config.hidden, seed, config.all_steps(num)))
 
 
 def train_heads(
@@ -112,7 +111,7 @@ def train_heads(
     """
     device, labels = torch.device(config.device), data.train_labels
     rank, size = place()
-    learner = untrained_heads(training, data, config.hidden, seed).to(device)
+    learner = untrained_heads(training, data, config, seed).to(device)
     fused = True if device.type in ("cpu", "cuda") else None
     optimizer = torch.optim.Adam(
         learner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
@@ -143,7 +142,7 @@ def train_heads(
             copies, index = which[index].to(device), index.to(device)
             optimizer.zero_grad()
             given = answer(data.batch(index, copies))
-            loss = learner.loss(given, labels[index], index, annealing=min(1.0, step / (ANNEALED_BY * last)))
+            loss = learner.loss(given, labels[index], index)
             loss.backward()
             optimizer.step()
             step += 1

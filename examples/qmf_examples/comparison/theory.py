@@ -25,7 +25,7 @@ from ..files import write_atomically, write_results_file
 from ..models.divergence import weights_not_finite
 from ..models.learners import Learner, QualityAware
 from ..models.methods import ROBUSTNESS, Training, digits_table
-from .heads import train_heads, untrained_heads
+from .heads import Config, train_heads, untrained_heads
 from .missing import Missing, examine
 from .prepared import DIGITS, Prepared, prepare, prepare_file
 from .robustness import FILES
@@ -56,7 +56,7 @@ def report_run(run: Path, training: str, seed: int) -> tuple[list[LevelReport], 
         hidden = int(json.loads(state["made_with"]["hidden"]))
         data = prepare(load_digits(), DIGITS, seed)
         how = {each.name: each for each in digits_table(tuple(DIGIT_VIEWS)).trainings}[training]
-        learner = untrained_heads(how, data, hidden, seed)
+        learner = untrained_heads(how, data, Config(hidden=hidden), seed)
         learner.load_state_dict(state["learner"])
     except CommandError:
         raise

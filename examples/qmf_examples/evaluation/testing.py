@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..corruption.conditions import PAPER_KINDS, Condition
@@ -132,7 +131,7 @@ def evaluate_runs(
 def _test(
     learner: Learner, batches: Iterable[dict[str, Any]], settings: Settings, condition: Condition, device: str
 ) -> Tested:
-    scores, targets, weights, unimodal, damaged = [], [], [], [], []
+    scores, targets, weights, losses, damaged = [], [], [], [], []
     watch, run = DivergenceWatch(), f"{settings.method}, seed {settings.seed}, {condition.name}"
     for batch in batches:
         answer = learner(_to(batch["inputs"], device))
@@ -142,7 +141,7 @@ def _test(
         damaged.append(batch["damaged"])
         if answer.weights is not None:
             weights.append(answer.weights.float().cpu())
-            unimodal.append(torch.stack([x.float().cpu() for x in answer.unimodal_logits]))
+            losses.append(learner.unimodal_losses(answer, batch["label"].to(device)).cpu())
     problem = watch.problem(learner)
     if problem:
         raise CommandError(f"{run}: {problem}")
@@ -151,8 +150,7 @@ def _test(
     correct = probabilities.argmax(-1) == target
     w = x = r = found = None
     if weights:
-        w = torch.cat(weights, 1)
-        x = torch.stack([F.cross_entropy(logits, target, reduction="none") for logits in torch.cat(unimodal, 1)])
+        w, x = torch.cat(weights, 1), torch.cat(losses, 1)
         r = correlation(w, x)
         # A view beyond the modalities, such as ETMC's joint one, is neither damaged nor whole.
         found = damage_detection(w[: len(damaged[0])], torch.cat(damaged, 1))

@@ -10,6 +10,10 @@ from ..data.feature_scale import FURTHEST, feature_scale
 from .learners import Answer, Head, Learner, classifier
 from .methods import Objective, Parts
 
+ANNEALED_BY = 10
+"""So many times as long as the late parts of a loss take to come in is a training: 500 epochs with 50 of them in the
+code of TMC and of RCML."""
+
 
 def feature_heads(
     widths: Mapping[str, int],
@@ -17,6 +21,7 @@ def feature_heads(
     num_samples: int,
     hidden: int,
     seed: int,
+    steps: int,
     dropout: float = 0.0,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     joint_width: int = 0,
@@ -29,6 +34,7 @@ def feature_heads(
         num_samples: N, of the whole training set.
         hidden: width of the hidden layer; 0 for none.
         seed: of what methods draw in training.
+        steps: of the whole training, in batches.
         dropout: on the hidden layer.
         objective: what of Eq. 18 is chosen.
         joint_width: see ``Parts``.
@@ -49,6 +55,7 @@ def feature_heads(
 
     return Parts(
         *(tuple(widths), num_classes, num_samples, encoder, classify, heads, objective),
+        annealing_steps=max(1, steps // ANNEALED_BY),
         joint_width=joint_width,
         seed=seed,
     )
@@ -80,8 +87,11 @@ class Scaled(Learner):
     def forward(self, inputs: Mapping[str, Tensor]) -> Answer:
         return self.method({name: self._scaled(name, inputs[name]) for name in self.names})
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
-        return self.method.loss(answer, target, index, annealing)
+    def loss(self, answer: Answer, target: Tensor, index: Tensor) -> Tensor:
+        return self.method.loss(answer, target, index)
+
+    def unimodal_losses(self, answer: Answer, target: Tensor) -> Tensor:
+        return self.method.unimodal_losses(answer, target)
 
     def _scale(self, name: str) -> tuple[Tensor, Tensor]:
         return self.get_buffer(f"{name}_mean"), self.get_buffer(f"{name}_deviation")

@@ -1,4 +1,4 @@
-"""What is trained: networks with an answer and a loss. Rivals with ideas of their own have files of their own."""
+"""What is trained: networks with an answer and a loss. Networks with ideas of their own have files of their own."""
 
 import math
 from collections.abc import Mapping
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from qmf_fusion import FusionModel, LossTrajectory, QMFLoss, QualityAwareFusion, TrajectoryRankingLoss
 
+JOINT = "joint"
+"""The name of the pseudo-view."""
+
 
 class Answer(NamedTuple):
     """What a method says of B samples."""
@@ -17,7 +20,7 @@ class Answer(NamedTuple):
     scores: Tensor
     """``[B, K]``, such that their softmax is the method's probabilities."""
     unimodal_logits: tuple[Tensor, ...] = ()
-    """``[B, K]`` per modality, such that their softmax is its probabilities, of methods that decide per modality."""
+    """``[B, K]`` per modality as its head gave them, of methods that decide per modality."""
     weights: Tensor | None = None
     """``[M, B]``, of methods that weight modalities per sample."""
     features: tuple[Tensor, ...] | None = None
@@ -34,17 +37,20 @@ class Learner(nn.Module):
     def forward(self, inputs: Mapping[str, Any]) -> Answer:
         raise NotImplementedError
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+    def loss(self, answer: Answer, target: Tensor, index: Tensor) -> Tensor:
         """The loss of a batch in training.
 
         Args:
             answer: to the batch.
             target: ``[B]``.
             index: ``[B]``, each sample's place in the training set.
-            annealing: from 0 to 1, how far those parts of a loss have come in that start late.
         """
         losses = [F.cross_entropy(x.float(), target) for x in (answer.scores, *answer.unimodal_logits)]
         return torch.stack(losses).sum()
+
+    def unimodal_losses(self, answer: Answer, target: Tensor) -> Tensor:
+        """Each modality's cross-entropy ``[M, B]``, which weights are held against."""
+        return torch.stack([F.cross_entropy(x.float(), target, reduction="none") for x in answer.unimodal_logits])
 
 
 def give(module: nn.Module, given: Any) -> Any:
@@ -120,8 +126,8 @@ class Joint(Learner):
         features = tuple(self.narrow[name](x) for name, x in given.items()) if self.narrow else tuple(given.values())
         return Answer(self.classifier(torch.cat(features, 1)), features=features)
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
-        loss = super().loss(answer, target, index, annealing)
+    def loss(self, answer: Answer, target: Tensor, index: Tensor) -> Tensor:
+        loss = super().loss(answer, target, index)
         if self.alignment:
             assert answer.features is not None
             loss = loss + self.alignment * cosine_distance(*answer.features).mean()
@@ -154,7 +160,7 @@ class LateFusion(Learner):
 class UnimodalHeads(LateFusion):
     """Each head trained on its own cross-entropy alone; the answer is the mean of their logits."""
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+    def loss(self, answer: Answer, target: Tensor, index: Tensor) -> Tensor:
         return torch.stack([F.cross_entropy(x.float(), target) for x in answer.unimodal_logits]).sum()
 
 
@@ -185,23 +191,25 @@ class RankedAverage(LateFusion):
         self.ranking_weight = options.pop("ranking_weight")
         self.ranking = TrajectoryRankingLoss(num_samples, len(heads), **options)
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+    def loss(self, answer: Answer, target: Tensor, index: Tensor) -> Tensor:
         logits = [x.float() for x in answer.unimodal_logits]
         losses = torch.stack([F.cross_entropy(x.detach(), target, reduction="none") for x in logits])
         ranking = self.ranking(self.fusion(logits).weights, losses, index)
-        return super().loss(answer, target, index, annealing) + self.ranking_weight * ranking
+        return super().loss(answer, target, index) + self.ranking_weight * ranking
 
 
 class QualityAware(Learner):
-    """QMF, the package's own: ``FusionModel`` with its objective (Eq. 18), the trajectory of losses in the state.
+    """``FusionModel`` with its objective, the package's own: Eq. 18, or that of a published rule. The trajectory of
+    losses is in the state.
 
     Args:
         heads: by modality.
         num_samples: of the training set.
         objective: options of ``QMFLoss``.
-        fusion: the layer.
+        fusion: the layer, or a rule's name, as ``FusionModel`` takes it.
         dropout: how often ``FusionModel`` drops a modality in training.
         seed: of what it drops.
+        options: of the rule that is named.
     """
 
     def __init__(
@@ -209,12 +217,13 @@ class QualityAware(Learner):
         heads: Mapping[str, Head],
         num_samples: int,
         objective: Mapping[str, Any],
-        fusion: QualityAwareFusion,
+        fusion: QualityAwareFusion | str,
         dropout: float = 0.0,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.model = FusionModel(heads, fusion, modality_dropout=dropout, dropout_seed=seed)
+        self.model = FusionModel(heads, fusion, modality_dropout=dropout, dropout_seed=seed, **options)
         self.criterion = QMFLoss(self.model.fusion, num_samples, **objective)
         self.encoders = encoders_of(heads)
 
@@ -222,8 +231,40 @@ class QualityAware(Learner):
         out = self.model(inputs)
         return Answer(out.logits, out.unimodal_logits, out.weights, out.features, out.present)
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+    def loss(self, answer: Answer, target: Tensor, index: Tensor) -> Tensor:
         return self.criterion(answer.unimodal_logits, target, index, answer.present, answer.features).loss
+
+    def unimodal_losses(self, answer: Answer, target: Tensor) -> Tensor:
+        """Of what the rule takes logits for, where it trains heads by a loss of its own: evidence, say."""
+        rule = self.model.fusion.rule
+        if rule.row_loss() is not None:
+            answer = answer._replace(unimodal_logits=tuple(rule.likelihood(x) for x in answer.unimodal_logits))
+        return super().unimodal_losses(answer, target)
+
+
+class FusedFeatures(QualityAware):
+    """``QualityAware`` on what the encoders see, each of which runs once: for what looks at it beside the classifiers.
+
+    Such are rules with features, which here are the encoders', and the pseudo-view of Han et al. (TPAMI 2022): one more
+    modality, called ``joint``, of all features side by side.
+
+    Args:
+        heads: by modality; their encoders have a ``width``.
+        joint: from all features to the pseudo-view's logits; None for none.
+        given: as ``QualityAware`` takes it.
+    """
+
+    def __init__(self, heads: Mapping[str, Head], *given: Any, joint: nn.Module | None = None, **options: Any) -> None:
+        encoders: dict[str, Any] = encoders_of(heads)
+        seen = {name: Head(nn.Identity(), head.classifier, encoders[name].width) for name, head in heads.items()}
+        super().__init__(seen if joint is None else {**seen, JOINT: Head(nn.Identity(), joint)}, *given, **options)
+        self.parts, self.encoders = nn.ModuleDict(encoders), encoders
+
+    def forward(self, inputs: Mapping[str, Any]) -> Answer:
+        features = {name: give(encoder, inputs[name]) for name, encoder in self.encoders.items()}
+        if JOINT in self.model.names:
+            features[JOINT] = torch.cat(list(features.values()), 1)
+        return super().forward(features)
 
 
 def trajectories(learner: nn.Module) -> dict[str, LossTrajectory]:

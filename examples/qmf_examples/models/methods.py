@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from qmf_fusion import QualityAwareFusion
 
-from .evidential import Reliable, Trusted
 from .learners import (
     Answer,
     AveragedHeads,
+    FusedFeatures,
     Head,
     Joint,
     LateFusion,
@@ -71,6 +71,9 @@ class Parts:
     heads: Callable[[], dict[str, Head]]
     """Makes an encoder with its classifier for each modality."""
     objective: Objective = Objective()
+    annealing_steps: int = 1
+    """Over how many batches of the training those parts of a loss come in that start late; of a method that is only
+    loaded, any number."""
     joint_width: int = 0
     """To how many features a modality's are taken before they are joined by concatenation; 0 leaves them."""
     seed: int = 0
@@ -163,9 +166,17 @@ def _mmbt(parts: Parts) -> Learner:
     return MMBT(parts.encoder("text"), parts.encoder("image"), parts.classifier)
 
 
+def _widths(heads: dict[str, Head]) -> list[int]:
+    """Of the features that their encoders make."""
+    encoders: list[Any] = [head.encoder for head in heads.values()]
+    return [encoder.width for encoder in encoders]
+
+
 def _etmc(parts: Parts) -> Learner:
     heads = parts.heads()
-    return Trusted(heads, parts.classifier(sum(head.encoder.width for head in heads.values())))  # type: ignore[misc]
+    joint = parts.classifier(sum(_widths(heads)))
+    given = heads, parts.num_samples, _objective(parts, _UNRANKED), "tmc"
+    return FusedFeatures(*given, joint=joint, annealing_steps=parts.annealing_steps)
 
 
 def _ranking_only(parts: Parts) -> Learner:
@@ -187,6 +198,16 @@ def _quality_aware(objective: dict[str, Any] | None = None, dropout: float = 0.0
         heads = parts.heads()
         fusion = QualityAwareFusion(parts.modalities, **{**parts.objective.coefficients, **layer})
         return QualityAware(heads, parts.num_samples, _objective(parts, objective or {}), fusion, dropout, parts.seed)
+
+    return build
+
+
+def _published(rule: str, anneals: bool = False) -> Build:
+    """A rule of ``qmf_fusion.rules`` by its name, with its own objective and no ranking, as published."""
+
+    def build(parts: Parts) -> Learner:
+        options = {"annealing_steps": parts.annealing_steps} if anneals else {}
+        return QualityAware(parts.heads(), parts.num_samples, _objective(parts, _UNRANKED), rule, **options)
 
     return build
 
@@ -269,9 +290,9 @@ METHODS = {
         Method("concatbow", Training("concatbow", _concatenated(text="bow"))),
         Method("concatbert", Training("concatbert", _concatenated())),
         Method("mmbt", Training("mmbt", _mmbt)),
-        Method("tmc", Training("tmc", lambda parts: Trusted(parts.heads())), title="TMC"),
+        Method("tmc", Training("tmc", _published("tmc", anneals=True)), title="TMC"),
         Method("etmc", Training("etmc", _etmc)),
-        Method("rcml", Training("rcml", lambda parts: Reliable(parts.heads())), title="RCML"),
+        Method("rcml", Training("rcml", _published("rcml", anneals=True)), title="RCML"),
         Method("pdf", Training("pdf", lambda parts: PredictiveFusion(parts.heads())), title="PDF"),
         Method("ranking-only", Training("ranking-only", _ranking_only)),
         Method("qmf", Training("qmf", _quality_aware())),

@@ -66,8 +66,8 @@ class PredictiveFusion(Learner):
         pairs = zip(self.confidence, features, strict=True)
         return torch.stack([network(x.detach()).float().squeeze(-1) for network, x in pairs])
 
-    def loss(self, answer: Answer, target: Tensor, index: Tensor, annealing: float) -> Tensor:
+    def loss(self, answer: Answer, target: Tensor, index: Tensor) -> Tensor:
         own = torch.stack([F.cross_entropy(x, target, reduction="none") for x in answer.unimodal_logits])
         assert answer.features
         missed = (self.confidences(answer.features) - own.detach().neg().exp()).abs()
-        return super().loss(answer, target, index, annealing) + missed.mean(1).sum()
+        return super().loss(answer, target, index) + missed.mean(1).sum()

@@ -16,14 +16,11 @@ from qmf_fusion.integrations import leave_history_out
 
 from ..errors import CommandError
 from ..models.divergence import DivergenceWatch, diverged
-from ..models.evidential import ANNEALED_BY
 from ..models.learners import Learner, trajectories
 from .checkpoints import unlike
 from .settings import Settings
 
 ACCURACY = "validation/accuracy"
-ANNEALING_EPOCHS = 10
-"""Over how many epochs the evidential loss's divergence comes in, as in TMC's released RGB-D code."""
 
 
 class TrainingModule(L.LightningModule):
@@ -56,7 +53,6 @@ class TrainingModule(L.LightningModule):
         self.digests = dict(digests or {})
         self.watch = DivergenceWatch()
         self.resumed: dict[str, Any] | None = None
-        self.annealed_in = max(1.0, ANNEALED_BY * settings.epochs) if settings.frozen else ANNEALING_EPOCHS
         self.started = False
         """Whether all is restored of the checkpoint that is gone on from, if any."""
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -84,8 +80,7 @@ class TrainingModule(L.LightningModule):
                 f"a batch of one sample cannot be trained on here ({error}): take --batch-size of 2 or more, and "
                 "a training set of 2 samples or more"
             ) from error
-        annealing = min(1.0, self.current_epoch / self.annealed_in)
-        loss = self.learner.loss(answer, batch["label"], batch["index"], annealing)
+        loss = self.learner.loss(answer, batch["label"], batch["index"])
         self.watch.add(answer, loss)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), sync_dist=True)
         return loss
@@ -209,6 +204,18 @@ class Shuffled(DistributedSampler[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: the seed is the epoch's own."""
+
+
+def batches_of_epoch(num: int, settings: Settings, processes: int) -> int:
+    """How many batches an epoch of ``num`` samples has, in each of the processes.
+
+    Example:
+        >>> batches_of_epoch(23, Settings("nyud2", "", batch_size=5), 1)
+        5
+    """
+    own = len(Shuffled(range(num), processes, 0, 0, settings.batch_size))  # type: ignore[arg-type]
+    whole = -(-own // settings.batch_size)
+    return whole if settings.limit_batches is None else min(whole, settings.limit_batches)
 
 
 class Batches(L.LightningDataModule):

@@ -15,6 +15,9 @@ from ..models.methods import METHODS, Objective, Parts
 from ..models.text_encoders import BagOfWords, Numbering, WordNumbers, load_text_encoder
 from .settings import Settings
 
+ANNEALING_EPOCHS = 10
+"""Over how many epochs the evidential loss's divergence comes in, as in TMC's released RGB-D code."""
+
 
 def build_learner(
     settings: Settings,
@@ -23,6 +26,7 @@ def build_learner(
     numbering: Numbering | None = None,
     pretrained: bool = True,
     widths: Mapping[str, int] | None = None,
+    epoch_batches: int = 1,
 ) -> Learner:
     """The method of ``settings``; on frozen encoders, of heads for their features alone.
 
@@ -33,6 +37,7 @@ def build_learner(
         numbering: how texts become numbers; None where there are none.
         pretrained: False where a checkpoint will replace the weights.
         widths: of the features that frozen encoders have made, by modality.
+        epoch_batches: how many an epoch has, of a method that is to be trained.
     """
     modalities = DATA_SETS[settings.data_set].modalities
     objective = Objective(**{field.name: getattr(settings, field.name) for field in fields(Objective)})
@@ -40,7 +45,8 @@ def build_learner(
     assert training is not None
     if settings.frozen:
         assert widths is not None
-        made = settings.hidden, settings.seed, settings.dropout, objective, settings.joint_width
+        steps = settings.epochs * epoch_batches
+        made = settings.hidden, settings.seed, steps, settings.dropout, objective, settings.joint_width
         return Scaled(training.build(feature_heads(widths, num_classes, num_samples, *made)), widths)
 
     def encoder(name: str) -> Any:
@@ -63,6 +69,7 @@ def build_learner(
     return training.build(
         Parts(
             *(modalities, num_classes, num_samples, encoder, classify, heads, objective),
+            annealing_steps=ANNEALING_EPOCHS * epoch_batches,
             joint_width=settings.joint_width,
             seed=settings.seed,
         )

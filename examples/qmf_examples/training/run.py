@@ -39,7 +39,7 @@ from .checkpoints import (
     check_checkpoint,
     read_checkpoint,
 )
-from .lightning_module import ACCURACY, Batches, TrainingModule
+from .lightning_module import ACCURACY, Batches, TrainingModule, batches_of_epoch
 from .networks import build_learner
 from .settings import FILE, Settings, differences, load_run, write_settings
 from .training_data import TrainingData, fingerprint
@@ -143,11 +143,14 @@ def _train_alone(
 def _fit(settings: Settings, folder: Path, data: TrainingData, state: dict[str, Any] | None) -> dict[str, Any]:
     """Train, from the state of ``last.ckpt`` on where there is one, and give back that of the end."""
     num_classes, last = len(data.classes), folder / LAST
-    learner = build_learner(settings, num_classes, data.num_samples, data.numbering, widths=data.widths)
-    if isinstance(learner, Scaled) and data.features is not None:
-        learner.fit(data.features)
     stopping = EarlyStopping(ACCURACY, mode="max", patience=settings.patience, check_on_train_epoch_end=True)
     trainer = make_trainer(settings, folder, stopping)
+    batches_each = batches_of_epoch(len(data.train), settings, trainer.world_size)  # type: ignore[arg-type]
+    learner = build_learner(
+        settings, num_classes, data.num_samples, data.numbering, widths=data.widths, epoch_batches=batches_each
+    )
+    if isinstance(learner, Scaled) and data.features is not None:
+        learner.fit(data.features)
     digests = {"fingerprint": data.fingerprint, "names": _names(data.classes, data.numbering)}
     digests |= {"encoders": data.encoders} if data.encoders else {}
     module = TrainingModule(learner, settings, num_classes, data.num_samples, digests, data.widths)
@@ -325,7 +328,9 @@ def load_learner(folder: Path, data_root: Path | None = None) -> tuple[Settings,
         learner.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise CommandError(f"{folder / BEST}: does not fit its settings or data ({reason})") from error
+        raise CommandError(
+            f"{folder / BEST}: does not fit its settings or data, or is of another version ({reason})"
+        ) from error
     broken = weights_not_finite(learner)
     if broken:
         raise CommandError(

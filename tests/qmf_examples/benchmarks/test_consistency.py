@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qmf_examples.benchmarks.consistency import COLUMNS, TERMS, main, with_terms
-from qmf_examples.comparison.heads import untrained_heads
+from qmf_examples.comparison.heads import Config, untrained_heads
 from qmf_examples.comparison.prepared import prepare_file
 from qmf_examples.data.feature_files import load_npz
 
@@ -23,8 +23,8 @@ def test_the_terms_are_in_the_loss(rule, tmp_path):
     data = prepare_file(load_npz(write_features(tmp_path / "scenes.npz")), 0)
     losses = {}
     for term, weights in TERMS.items():
-        learner = untrained_heads(with_terms(rule, *weights), data, 16, 0)
+        learner = untrained_heads(with_terms(rule, *weights), data, Config(hidden=16), 0)
         index = torch.arange(90)
-        losses[term] = float(learner.loss(learner(data.train), data.train_labels, index, 1.0).detach())
+        losses[term] = float(learner.loss(learner(data.train), data.train_labels, index).detach())
     assert losses["rise"] > losses["neither"]
     assert losses["disagreement"] > losses["neither"]

@@ -5,8 +5,7 @@ import torch
 
 from qmf_examples.comparison.heads import Config, train_heads
 from qmf_examples.comparison.prepared import Prepared
-from qmf_examples.models.evidential import Trusted
-from qmf_examples.models.methods import Training
+from qmf_examples.models.methods import METHODS, Training
 
 NUM = 20
 
@@ -15,16 +14,23 @@ def trained(seed=0, **options):
     """The annealing and the samples of each step."""
     seen = []
 
-    class Spy(Trusted):
-        def loss(self, answer, target, index, annealing):
-            seen.append((annealing, index.tolist()))
-            return super().loss(answer, target, index, annealing)
-
     generator = torch.Generator().manual_seed(0)
     views = {name: torch.randn(NUM, 3, generator=generator) for name in ("a", "b")}
     data = Prepared(views, torch.arange(NUM) % 2, [], torch.arange(2), 2)
-    training = Training("spy", lambda parts: Spy(parts.heads()))
-    train_heads(training, data, Config(batch_size=5, hidden=4, **options), seed)
+    build = METHODS["tmc"].training.build
+
+    def spied(parts):
+        learner = build(parts)
+        loss, rule = learner.loss, learner.model.fusion.rule
+
+        def spy(answer, target, index):
+            seen.append((float(rule.steps / rule.annealing_steps), index.tolist()))
+            return loss(answer, target, index)
+
+        learner.loss = spy
+        return learner
+
+    train_heads(Training("spy", spied), data, Config(batch_size=5, hidden=4, **options), seed)
     return [step[0] for step in seen], [step[1] for step in seen]
 
 
@@ -32,7 +38,7 @@ def trained(seed=0, **options):
 def test_evidential_losses_are_whole_after_a_tenth_of_the_training(options):
     # 50 of 500 epochs in the code of TMC and of RCML.
     annealing, _ = trained(**options)
-    assert annealing == [0.0, 0.25, 0.5, 0.75, *[1.0] * 36]
+    assert annealing == [step / 4 for step in range(40)]
 
 
 @pytest.mark.parametrize("options", [{"epochs": 3}, {"epochs": None, "steps": 12}], ids=["epochs", "steps"])

@@ -12,6 +12,7 @@ from qmf_examples.errors import CommandError
 from qmf_examples.models.image_encoders import ImageEncoder
 from qmf_examples.models.learners import (
     Answer,
+    FusedFeatures,
     Head,
     Joint,
     LateFusion,
@@ -24,19 +25,24 @@ from qmf_examples.models.mmbt import MultimodalBert
 from qmf_examples.models.mmtm import MMTM, TwoStreams
 from qmf_examples.models.text_encoders import BagOfWords, WordNumbers, load_text_encoder, pad
 from qmf_examples.models.vocabulary import Vocabulary
+from qmf_fusion.evidential import evidential, evidential_loss
 
 
 def tiny_heads(widths=(4, 6), classes=3):
-    return {
+    heads = {
         name: Head(nn.Linear(width, 8), nn.Linear(8, classes))
         for name, width in zip(("rgb", "depth"), widths, strict=True)
     }
+    for head in heads.values():
+        head.encoder.width = head.encoder.out_features
+    return heads
 
 
 def build(method, objective):
     """A method of the registry on the tiny heads."""
-    sizes = {"modalities": ("rgb", "depth"), "num_classes": 3, "num_samples": 5, "seed": 0}
-    return METHODS[method].training.build(SimpleNamespace(**sizes, objective=objective, heads=tiny_heads))
+    sizes = {"modalities": ("rgb", "depth"), "num_classes": 3, "num_samples": 5, "seed": 0, "annealing_steps": 2}
+    made = {"objective": objective, "heads": tiny_heads, "classifier": lambda width: nn.Linear(width, 3)}
+    return METHODS[method].training.build(SimpleNamespace(**sizes, **made))
 
 
 def tiny_inputs():
@@ -104,7 +110,7 @@ def test_alignment_adds_the_cosine_distance():
     answer = plain(tiny_inputs())
     a, b = (x.double() for x in answer.features)
     distance = (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
-    gap = aligned.loss(answer, target, index, 0) - plain.loss(answer, target, index, 0)
+    gap = aligned.loss(answer, target, index) - plain.loss(answer, target, index)
     assert abs(gap.item() - 2 * distance.item()) < 1e-5
     assert cosine_distance(a, 3 * a).abs().max() < 1e-6
 
@@ -117,7 +123,7 @@ def test_late_fusion_is_the_mean_and_trains_on_all_three():
     a, b = answer.unimodal_logits
     torch.testing.assert_close(answer.scores, (a + b) / 2)
     expected = sum(F.cross_entropy(x, target) for x in (a, b, (a + b) / 2))
-    torch.testing.assert_close(learner.loss(answer, target, torch.arange(5), 0), expected)
+    torch.testing.assert_close(learner.loss(answer, target, torch.arange(5)), expected)
 
 
 def test_the_ranking_alone_moves_the_training_of_late_fusion_and_not_its_answer():
@@ -128,9 +134,9 @@ def test_the_ranking_alone_moves_the_training_of_late_fusion_and_not_its_answer(
     target, index = torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)
     answer = ranked(tiny_inputs())
     torch.testing.assert_close(answer.scores, late(tiny_inputs()).scores)
-    plain = late.loss(late(tiny_inputs()), target, index, 0)
-    torch.testing.assert_close(ranked.loss(answer, target, index, 0), plain)  # the first visit: nothing to compare with
-    second = ranked.loss(ranked(tiny_inputs()), target, index, 1)
+    plain = late.loss(late(tiny_inputs()), target, index)
+    torch.testing.assert_close(ranked.loss(answer, target, index), plain)  # the first visit: nothing to compare with
+    second = ranked.loss(ranked(tiny_inputs()), target, index)
     # Float64, by the definition: pairs in their losses' order, a hinge on weights and scaled losses, the mean over 10.
     expected = 0.0
     for x in (logits.detach().double() for logits in answer.unimodal_logits):
@@ -162,9 +168,46 @@ def test_weights_come_from_the_uncertainty_asked_for(method):
     }[method]
     torch.testing.assert_close(answer.weights[0].double(), expected, rtol=1e-5, atol=1e-6)
     assert learner.criterion.ranking_weight == (0.1 if method == "qmf" else 0.0)
-    learner.loss(answer, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5), 0).backward()
+    learner.loss(answer, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)).backward()
     assert learner.criterion.ranking.trajectory.count.sum() == 10
     assert isinstance(answer, Answer)
+
+
+@pytest.mark.parametrize("method", ["tmc", "etmc", "rcml"])
+def test_a_rule_with_its_own_objective_trains_by_that_alone(method):
+    learner = build(method, Objective(0.7, "margin", "all"))
+    rule, target = learner.model.fusion.rule, torch.tensor([0, 1, 2, 0, 1])
+    assert rule.annealing_steps == 2
+    answer = learner(tiny_inputs())
+    for steps in (0, 1, 2, 3):
+        assert rule.steps == steps
+        rows = torch.stack([*(evidential(x) for x in answer.unimodal_logits), answer.scores])
+        each = evidential_loss(rows, F.one_hot(target, 3), min(1.0, steps / 2)).mean(1)
+        expected = each.sum()
+        if method == "rcml":
+            expected = each.mean() + rule.conflict(list(answer.unimodal_logits)).mean()
+        torch.testing.assert_close(learner.loss(answer, target, torch.arange(5)), expected)
+    # Weights are held against what the evidence says, not against a softmax of what it is made of.
+    losses = learner.unimodal_losses(answer, target)
+    means = (F.softplus(torch.stack(answer.unimodal_logits)) + 1).log().log_softmax(-1)
+    torch.testing.assert_close(losses, -means[:, torch.arange(5), target])
+
+
+def test_the_pseudo_view_sees_all_features_of_encoders_that_run_once():
+    torch.manual_seed(0)
+    learner, seen = build("etmc", Objective()), []
+    assert isinstance(learner, FusedFeatures)
+    for encoder in learner.encoders.values():
+        encoder.register_forward_hook(lambda _, __, out: seen.append(out))
+    answer = learner(tiny_inputs())
+    assert len(seen) == 2
+    heads = learner.model.heads
+    expected = [heads["rgb"](seen[0]), heads["depth"](seen[1]), heads["joint"](torch.cat(seen, 1))]
+    for x, y in zip(answer.unimodal_logits, expected, strict=True):
+        torch.testing.assert_close(x, y.logits)
+    assert answer.weights.shape == (3, 5)
+    learner.loss(answer, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.parameters())
 
 
 def test_bag_of_words_sums_vectors_and_keeps_given_ones(tmp_path):
@@ -242,5 +285,5 @@ def test_concatenation_joins_so_many_features_of_each_modality():
     assert [x.shape[1] for x in answer.features] == [5, 5]
     expected = torch.relu(learner.narrow["depth"][0](encoders["depth"](tiny_inputs()["depth"])))
     torch.testing.assert_close(answer.features[1], expected)
-    learner.loss(answer, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5), 0).backward()
+    learner.loss(answer, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)).backward()
     assert all(p.grad is not None for p in learner.parameters())

@@ -64,7 +64,7 @@ def test_pdf_is_trained_as_its_code_trains_it():
     expected = heads_loss + sum(F.l1_loss(p, t) for p, t in zip(predicted, truth, strict=True))
     answer = learner(networks)
     torch.testing.assert_close(answer.scores, fused)
-    loss = learner.loss(answer, TARGET, torch.arange(4), annealing=0.0)
+    loss = learner.loss(answer, TARGET, torch.arange(4))
     torch.testing.assert_close(loss, expected)
     weight = given["a"].encoder.weight
     ours, plain = (torch.autograd.grad(x, weight, retain_graph=True)[0] for x in (loss, heads_loss))
@@ -91,4 +91,4 @@ def test_averaged_heads_answer_with_the_mean_of_probabilities():
     mean = (a.softmax(-1) + b.softmax(-1)) / 2
     torch.testing.assert_close(answer.scores.exp(), mean)
     expected = F.nll_loss(mean.log(), TARGET) + F.cross_entropy(a, TARGET) + F.cross_entropy(b, TARGET)
-    torch.testing.assert_close(learner.loss(answer, TARGET, torch.arange(4), annealing=0.0), expected)
+    torch.testing.assert_close(learner.loss(answer, TARGET, torch.arange(4)), expected)

@@ -7,21 +7,19 @@ import torch
 from torch import nn
 
 from qmf_examples.models.learners import Answer
-from qmf_examples.training.lightning_module import Batches, TrainingModule
-from qmf_examples.training.settings import QUICK, resolve
+from qmf_examples.training.lightning_module import Batches, TrainingModule, batches_of_epoch
+from qmf_examples.training.networks import build_learner
+from qmf_examples.training.run import train_run
+from qmf_examples.training.settings import HEADS, QUICK, resolve
 
 
 class Learner(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoders, self.annealing = nn.ModuleDict(), []
+        self.encoders = nn.ModuleDict()
 
     def forward(self, inputs):
         return Answer(inputs)
-
-    def loss(self, answer, target, index, annealing):
-        self.annealing.append(annealing)
-        return answer.scores.sum()
 
 
 def settings(seed):
@@ -52,11 +50,35 @@ def test_what_is_drawn_is_another_in_every_epoch_process_and_with_every_seed():
     assert len({tuple(draws(*of)) for of in ((1, 0, 0), (1, 1, 0), (1, 2, 0), (2, 0, 0), (1, 0, 1))}) == 5
 
 
-@pytest.mark.parametrize(("epoch", "annealing"), [(0, 0.0), (1, 0.1), (5, 0.5), (10, 1.0), (25, 1.0)])
-def test_the_divergence_comes_in_over_ten_epochs(epoch, annealing):
-    learner = Learner()
-    module = TrainingModule(learner, settings(1), 3, 23)
-    module._trainer = SimpleNamespace(current_epoch=epoch, global_rank=0)
-    module.log = lambda *_, **__: None
-    module.training_step({"inputs": torch.ones(3), "label": torch.arange(3), "index": torch.arange(3)}, 0)
-    assert learner.annealing == [annealing]
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("num", [1, 4, 5, 6, 11, 23])
+def test_batches_of_an_epoch_are_counted_as_they_come(num, processes, limit):
+    given = resolve("nyud2", QUICK, {"batch_size": 5, "limit_batches": limit or 1000})
+    batches = Batches(range(num), range(3), torch.tensor, given)
+    batches.trainer = SimpleNamespace(current_epoch=0, world_size=processes, global_rank=0)
+    whole = len(batches.train_dataloader())
+    assert batches_of_epoch(num, given, processes) == (min(whole, limit) if limit else whole)
+
+
+def test_the_divergence_comes_in_over_ten_epochs_or_a_tenth_of_the_heads_training():
+    for given, expected in (({}, 70), ({"frozen": True, "epochs": 30}, 21), ({"frozen": True, "epochs": 1}, 1)):
+        made = resolve("nyud2", QUICK, HEADS if given else {}, {"method": "tmc", **given})
+        widths = {"rgb": 3, "depth": 4} if given else None
+        learner = build_learner(made, 3, 23, widths=widths, epoch_batches=7)
+        assert getattr(learner, "method", learner).model.fusion.rule.annealing_steps == expected
+
+
+def test_a_run_counts_its_batches(sample, tmp_path, monkeypatch):
+    told = []
+
+    def build(*given, epoch_batches, **named):
+        told.append(epoch_batches)
+        return build_learner(*given, epoch_batches=epoch_batches, **named)
+
+    monkeypatch.setattr("qmf_examples.training.run.build_learner", build)
+    given = {"data_root": str(sample("nyud2")), "method": "tmc", "epochs": 2, "batch_size": 20, "cache": "off"}
+    train_run(resolve("nyud2", QUICK, given), tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert told[0] > 1
+    assert state["learner.model.fusion.rule.steps"] == 2 * told[0]

@@ -23,7 +23,7 @@ def images():
 def test_methods_that_weigh_train_and_answer_with_weights(method):
     learner = learner_of(method)
     for _ in range(2):
-        loss = learner.loss(learner(images()), TARGET, INDEX, annealing=0.5)
+        loss = learner.loss(learner(images()), TARGET, INDEX)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in learner.parameters())

@@ -233,6 +233,31 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
+def test_runs_of_networks_that_were_laid_out_otherwise_are_refused_in_one_line(sample, tmp_path, capsys):
+    # As TMC was, before it was a rule that every method's networks take.
+    arguments = ["train", "nyud2", "--quick", "--data-root", str(sample("nyud2")), "--output", str(tmp_path)]
+    arguments += ["--method", "tmc", "--epochs"]
+    assert main([*arguments, "1"]) == 0
+    folder = tmp_path / "tmc" / "seed1"
+    for name in ("best.ckpt", "last.ckpt"):
+        content = torch.load(folder / name, weights_only=True)
+        content["state_dict"] = {
+            key.replace("model.heads.", "parts."): x
+            for key, x in content["state_dict"].items()
+            if "rule" not in key and "criterion" not in key
+        }
+        torch.save(content, folder / name)
+    capsys.readouterr()
+    for command, message in (
+        (["evaluate", str(folder)], "does not fit its settings or data, or is of another version"),
+        ([*arguments, "2", "--resume"], "last.ckpt: cannot be gone on from"),
+    ):
+        assert main(command) == 1
+        said = capsys.readouterr().err.strip()
+        assert message in said
+        assert len(said.splitlines()) == 1
+
+
 def test_nothing_in_a_run_folder_is_executed(sample, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layers = [QUICK, SMALL, {"data_root": str(sample("mvsa")), "method": "image", "epochs": 1}]
