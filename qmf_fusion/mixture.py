@@ -120,6 +120,7 @@ class ContaminatedProduct(Rule):
     num_classes: int
     takes_clean_statistics = True
     gives_p_clean = True
+    gives_log_probabilities = True
 
     def __init__(
         self,
