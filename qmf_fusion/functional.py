@@ -23,9 +23,9 @@ from .checks import (
     named_by,
 )
 from .coefficients import Coefficient, check_coefficient, unless_one
+from .general_objective import general_objective
 from .logit_norm import normalize_rows
 from .rule import ready_rule
-from .soft_targets import soft_objective
 from .uncertainty import UNCERTAINTIES, energy_score
 
 __all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_loss"]
@@ -224,7 +224,7 @@ def qmf_objective(
     check_choice("backend", backend, BACKENDS)
     rows = normalize_rows(rows, check_logit_norm(normalize_logits))
     weighed = weigh_rows(rows, mask, options, constants[0], constants[1], unless_one(constants[2]))
-    objective = soft_objective if target.is_floating_point() else qmf_kernels.objective
+    objective = general_objective if target.is_floating_point() else qmf_kernels.objective
     return objective(
         *(weighed.rows, target, kappa, weighed.present, weighed.weights, losses),
         backend=backend,

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .affine import AffineOptions, AffineRule
+from .affine import COMBINATIONS, AffineOptions, AffineRule
 from .calibration import FITTABLE, Calibration, CleanData, clean_data
 from .checks import (
     Logits,
     Present,
     check_batch,
+    check_choice,
     check_confidence,
     check_features,
     check_integer,
@@ -29,6 +30,7 @@ from .logit_norm import normalize_rows
 from .mixture import ContaminatedProduct
 from .rows import Features
 from .rule import Rule
+from .rules import RULES
 from .uncertainty import Uncertainty
 from .warn import warn_user
 
@@ -86,9 +88,10 @@ class QualityAwareFusion(nn.Module):
         detach_weights: stop the gradient of the fused logits at the weights, as the released text-image code does (its
             RGB-D code does not). The ranking loss still reaches them.
         combine: what the weights add up: ``"logits"`` (Eq. 11); ``"probabilities"``, ``f = log(sum_m w[m] softmax(x[m])
-            / sum_m w[m])``, with weights clamped at 0; or a ``Rule`` that has weights of its own, as
-            ``ContaminatedProduct`` (see ``QualityAwareFusion.robust``), whatever the arguments above. With the last
-            two a row with any value that is not finite is absent.
+            / sum_m w[m])``, with weights clamped at 0; or a ``Rule`` that has weights of its own, beside which none of
+            the arguments above may be given: a published one by its name in ``qmf_fusion.rules``, such as ``"tmc"``, or
+            an object, as ``ContaminatedProduct`` (see ``QualityAwareFusion.robust``). In all but the first a row with
+            any value that is not finite is absent.
         normalize_logits: divide each row of logits by its Euclidean norm times this temperature, in training and
             after (LogitNorm, Wei et al., ICML 2022, who take 0.04); ``unimodal_logits`` stay as they came. From 1e-30
             to 1e30. A row with any value that is not finite is absent.
@@ -137,10 +140,16 @@ class QualityAwareFusion(nn.Module):
         self.names = modality_names(modalities)
         self.normalize_logits = check_logit_norm(normalize_logits)
         self.class_dim = check_integer("class_dim", class_dim)
+        options = AffineOptions(uncertainty, "logits", nonnegative, normalize, detach_weights)
+        given = {"alpha": alpha, "beta": beta, "temperature": temperature}
+        if isinstance(combine, Rule) or (isinstance(combine, str) and combine in RULES):
+            _check_no_eq_9(options, learnable=learnable, **given)
+        if isinstance(combine, str) and combine in RULES:
+            combine = RULES[combine](len(self.names))
         if isinstance(combine, str):
-            options = AffineOptions(uncertainty, combine, nonnegative, normalize, detach_weights)
+            check_choice("combine", combine, [*COMBINATIONS, *RULES])
+            options = options._replace(combine=combine)
             options.check()
-            given = {"alpha": alpha, "beta": beta, "temperature": temperature}
             a, b, t = (in_order(name, value, self.names) for name, value in given.items())
             constants = Coefficients(len(self.names), *options.defaults(a, b), t, learnable)
             combine = AffineRule(len(self.names), options, constants)
@@ -157,6 +166,7 @@ class QualityAwareFusion(nn.Module):
         num_classes: int,
         *,
         features: Sequence[int | None] | Mapping[str, int | None] | None = None,
+        odds: Coefficient | Mapping[str, float] = 0.3,
         normalize_logits: float | None = None,
         class_dim: int = -1,
         **switches: Any,
@@ -174,6 +184,8 @@ class QualityAwareFusion(nn.Module):
             num_classes: K.
             features: the width D of each modality's features, None for one without; None for none at all. They are what
                 the head's last layers see, ``[*, D]``, such as an encoder's pooled output. In order or by name.
+            odds: broken : clean of a modality that shows nothing untypical, before the others are heard. Positive; a
+                number or one per modality, in order or by name. ``fusion.rule.set_odds`` sets others.
             normalize_logits: see ``QualityAwareFusion``.
             class_dim: see ``QualityAwareFusion``.
             switches: the ingredients, each to be switched off or tuned; see ``qmf_fusion.mixture.ContaminatedProduct``.
@@ -189,7 +201,8 @@ class QualityAwareFusion(nn.Module):
             (tensor([0]), tensor([0.7681, 0.7681, 0.6898]))
         """
         names = modality_names(modalities)
-        rule = ContaminatedProduct(len(names), num_classes, features=in_order("features", features, names), **switches)
+        of_each = {what: in_order(what, given, names) for what, given in (("features", features), ("odds", odds))}
+        rule = ContaminatedProduct(len(names), num_classes, **of_each, **switches)
         return cls(names, combine=rule, normalize_logits=normalize_logits, class_dim=class_dim)
 
     @property
@@ -409,6 +422,23 @@ class QualityAwareFusion(nn.Module):
         if self.normalize_logits is not None:
             shown.append(f"normalize_logits={self.normalize_logits}")
         return ", ".join(shown if self.class_dim == -1 else [*shown, f"class_dim={self.class_dim}"])
+
+
+def _check_no_eq_9(options: AffineOptions, *, learnable: bool, temperature: Any, **given: Any) -> None:
+    """Raise ValueError where something of Eq. 9 is asked for, beside a rule that has weights of its own."""
+    asked = [name for name, value in given.items() if value is not None]
+    asked += [] if isinstance(temperature, int | float) and temperature == 1 else ["temperature"]
+    asked += ["learnable"] if learnable else []
+    names = {
+        "uncertainty": "uncertainty",
+        "nonnegative": "nonnegative",
+        "normalize": "normalize",
+        "detach": "detach_weights",
+    }
+    plain = AffineOptions()
+    asked += [name for field, name in names.items() if getattr(options, field) != getattr(plain, field)]
+    if asked:
+        raise ValueError(f"{asked[0]} is of Eq. 9 (combine='logits' or 'probabilities'), and goes with no other rule")
 
 
 def check_fusion(fusion: Any) -> QualityAwareFusion:

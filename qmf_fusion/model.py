@@ -7,13 +7,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .checks import Present, can_look, check_logits, check_present, stack_present
+from .checks import Present, can_look, check_choice, check_logits, check_present, in_order, stack_present
 from .divergence import RowWatch
 from .dropout import ModalityDropout
 from .exported import exportable
 from .fusion import FusionOutput, QualityAwareFusion
 from .inputs import break_rows, fill_rows, rows_present
 from .processes import place_of_process
+from .rules import RULES
 
 
 class FusionModel(nn.Module):
@@ -24,8 +25,9 @@ class FusionModel(nn.Module):
             logits ``[B, *, K]``, or an object with ``.logits``, as Transformers' models do. What the head's last layers
             see, ``[B, *, D]``, goes to a fusion that takes features where the object has ``.features`` too, or the head
             returns a tuple of both tensors.
-        fusion: the layer; by default ``QualityAwareFusion(list(heads), **options)``, and with ``"robust"``
-            ``QualityAwareFusion.robust(list(heads), **options)``, which takes ``num_classes``.
+        fusion: the layer; by default ``QualityAwareFusion(list(heads), **options)``; with ``"robust"``
+            ``QualityAwareFusion.robust(list(heads), **options)``, which takes ``num_classes``; with the name of a
+            published rule, such as ``"tmc"``, a layer of that rule with these options (``qmf_fusion.rules``).
         modality_dropout: in training, leave out each modality of each sample with this probability, never all of a
             sample's; below 1.
         dropout_seed: of those draws, which continue from ``state_dict``.
@@ -75,19 +77,13 @@ class FusionModel(nn.Module):
             if not isinstance(name, str) or name in ("", "fusion") or "." in name or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"heads must have names, other than 'fusion', that a ModuleDict takes, got {name!r}")
         if isinstance(fusion, str):
-            if fusion != "robust":
-                raise ValueError(f"fusion must be a QualityAwareFusion, 'robust' or None, got {fusion!r}")
-            if "num_classes" not in options:
-                raise TypeError(
-                    "num_classes must be given with fusion='robust': FusionModel(heads, ..., num_classes=K)"
-                )
-            fusion = QualityAwareFusion.robust(list(heads), **options)
+            fusion = _by_name(fusion, list(heads), options)
         elif fusion is None:
             if "num_classes" in options:
                 raise TypeError("num_classes goes with fusion='robust'; QMF as published takes any number of classes")
             fusion = QualityAwareFusion(list(heads), **options)
         elif not isinstance(fusion, QualityAwareFusion):
-            raise TypeError(f"fusion must be a QualityAwareFusion, 'robust' or None, got {type(fusion).__name__}")
+            raise TypeError(f"fusion must be a QualityAwareFusion, a rule's name or None, got {type(fusion).__name__}")
         elif options:
             raise ValueError(f"options go to the default fusion; with fusion given, got {sorted(options)}")
         if fusion.names != tuple(heads) and fusion.names != tuple(str(m) for m in range(len(heads))):
@@ -272,6 +268,19 @@ class FusionModel(nn.Module):
             if name not in self.heads:
                 raise ValueError(f"names must be among the heads {list(self.heads)}, got {name!r}")
         return names
+
+
+def _by_name(rule: str, names: list[str], options: dict[str, Any]) -> QualityAwareFusion:
+    """The layer of a rule with options of its own, and those of every layer."""
+    check_choice("fusion", rule, ["robust", *RULES])
+    if rule == "robust":
+        if "num_classes" not in options:
+            raise TypeError("num_classes must be given with fusion='robust': FusionModel(heads, ..., num_classes=K)")
+        return QualityAwareFusion.robust(names, **options)
+    of_layer = {key: options.pop(key) for key in ("normalize_logits", "class_dim") if key in options}
+    if "features" in options:
+        options["features"] = in_order("features", options["features"], names)
+    return QualityAwareFusion(names, combine=RULES[rule](len(names), **options), **of_layer)
 
 
 def _named(heads: Any, fusion: Any) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """The training objective (Eq. 18): every cross-entropy and the ranking loss, from the unimodal logits in one call."""
 
 import math
+from functools import partial
 from typing import Self
 
 import torch
@@ -13,10 +14,10 @@ from .checks import Logits, Present, can_look, check_batch, check_choice, check_
 from .divergence import RowWatch
 from .functional import ObjectiveOutput, check_loss_rule
 from .fusion import Heads, QualityAwareFusion, check_fusion, parts_of
+from .general_objective import general_objective, labels_of
 from .precision import KeepsPrecision, widened
 from .ranking import TrajectoryRankingLoss
 from .rule import Weighed
-from .soft_targets import soft_objective
 from .warn import warn_once
 
 _NEEDS_SAMPLES = (
@@ -41,13 +42,16 @@ class QMFLoss(KeepsPrecision):
             takes the cross-entropies twice.
         weight: class weights ``[K]``, from 0 to 1e30, as in ``torch.nn.CrossEntropyLoss``, for every
             cross-entropy. Looked at here, wherever they lie, and not again at a step; kept in float64, whatever the
-            module is cast to.
+            module is cast to. None for a rule with a loss of its own.
         label_smoothing: the same.
         ignore_index: the same; but where nothing is left to average, or nothing of any weight, the loss is 0 without a
             gradient rather than NaN.
         return_logits: False leaves ``logits`` of the output empty: training needs no fused logits, and a GPU does not
             have to write them.
         backend: see ``functional.qmf_objective``.
+
+    A rule may have its own loss in place of the cross-entropies, and more to add to it: TMC's is evidential, RCML also
+    counts conflict (``qmf_fusion.rules``). Such rules were published without a ranking: ``ranking_weight=0``.
 
     A modality that is absent counts in no loss, and a sample with none in none. Of one of which no row counts in a
     training step though some should, a warning says so once: its head has probably diverged. On a device, and in a
@@ -108,6 +112,10 @@ class QMFLoss(KeepsPrecision):
         self.watch = RowWatch(fusion.names)
         self._told: set[str] = set()
         check_class_weight(weight, once=True)
+        if weight is not None and fusion.rule.row_loss() is not None:
+            raise ValueError(
+                f"weight must be None for the rule {type(fusion.rule).__name__}, whose own loss takes no class weights"
+            )
         self.register_buffer("weight", None if weight is None else widened(weight))
         check_loss_rule(self._options())
         self.register_load_state_dict_post_hook(_after_load)
@@ -140,7 +148,7 @@ class QMFLoss(KeepsPrecision):
             logits: what the model returned, a ``FusionOutput`` with all that is needed beside the target; or the M
                 heads' logits, as ``QualityAwareFusion`` takes them, with a batch dimension.
             target: int ``[B, *]``, classes 0 to K - 1 or ``ignore_index``; or probabilities, floating point of the
-                logits' shape, as ``torch.nn.CrossEntropyLoss`` takes them (``qmf_fusion.soft_targets``): there
+                logits' shape, as ``torch.nn.CrossEntropyLoss`` takes them (``qmf_fusion.general_objective``): there
                 ``ignore_index`` does not apply, and a rule that observes takes the likeliest class.
             index: int ``[B]``, the dataset index of each sample. May be None outside of training or where
                 ``ranking_weight`` is 0: no ranking then, and nothing is recorded.
@@ -165,6 +173,7 @@ class QMFLoss(KeepsPrecision):
         rows = fusion.prepare(rows)
         weighed = fusion.rule.weigh(rows, mask, seen, plain=training)
         out = self._objective(weighed, target, index, learns)
+        penalty = fusion.rule.penalty(weighed, target, self.ignore_index, seen)
         if learns:
             classes, ignored = target, self.ignore_index
             if target.is_floating_point():
@@ -173,6 +182,8 @@ class QMFLoss(KeepsPrecision):
             self._watch_rows(out.sample_losses, classes != ignored, mask, recorded=index is not None)
         # Spelled out: torch.compile takes no _replace in PyTorch 2.11, and no slices of a NamedTuple in 2.6.
         loss, fused_loss, unimodal_losses, ranking_loss, fused, weights, energy, sample_losses = out
+        if penalty is not None:
+            loss = loss + penalty
         if weighed.energy is not None:
             energy = weighed.energy
         if fusion.class_dim != -1 and self.return_logits:
@@ -196,23 +207,25 @@ class QMFLoss(KeepsPrecision):
 
     def _objective(self, weighed: Weighed, target: Tensor, index: Tensor | None, learns: bool) -> ObjectiveOutput:
         """Eq. 18, with the batch recorded if it ``learns``."""
-        trajectory, soft = self.ranking.trajectory, target.is_floating_point()
-        objective = soft_objective if soft else qmf_kernels.objective
+        trajectory, row_loss = self.ranking.trajectory, self.fusion.rule.row_loss()
+        general = target.is_floating_point() or row_loss is not None
+        objective = qmf_kernels.objective
+        if general:
+            target, valid = labels_of(target, weighed.rows[0].shape[-1], self.ignore_index)
+            objective = partial(general_objective, valid=valid, row_loss=row_loss)
         parts = weighed.present, weighed.weights, self._options()
         if index is None:
             return objective(weighed.rows, target, None, *parts, backend=self.backend, return_logits=self.return_logits)
         first, rescale, ranks = self.ranking.update == "before", self.ranking.rescale, bool(self.ranking_weight)
         # The operators record after they rank, and every visit; all else is recorded here.
-        apart = first or trajectory.sampling_count is not None or soft
+        apart = first or trajectory.sampling_count is not None or general
         if learns and first:
             with torch.no_grad():
                 before = objective(weighed.rows, target, None, *parts, backend=self.backend, return_logits=False)
             trajectory.record_checked(before.sample_losses, index)
-        if soft:
+        if general:
             kappa = trajectory.kappa_checked(index, rescale) if ranks else None
-            out = soft_objective(
-                weighed.rows, target, kappa, *parts, backend=self.backend, return_logits=self.return_logits
-            )
+            out = objective(weighed.rows, target, kappa, *parts, backend=self.backend, return_logits=self.return_logits)
         else:
             past = trajectory.past(index, rescale, ranks=ranks, records=learns and not apart)
             out = qmf_kernels.objective(

@@ -12,6 +12,7 @@ from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import Calibration, CleanData
 from .coefficients import Constants
+from .general_objective import RowLoss
 from .rows import Features, stack_rows
 
 
@@ -21,7 +22,7 @@ class Weighed(NamedTuple):
     rows: Sequence[Tensor]  # M of ``[*, K]``
     present: Tensor | None  # ``[M, *]`` bool; None for all
     weights: WeightRule
-    energy: Tensor | None = None  # ``[M, *]``; None for the rows' own
+    energy: Tensor | None = None  # ``[M, *]``; None for the rows' own. Beside ready weights and fused logits only
 
 
 def ready_rule(weights: Tensor, fused: Tensor | None = None, temperature: Tensor | None = None) -> WeightRule:
@@ -31,7 +32,7 @@ def ready_rule(weights: Tensor, fused: Tensor | None = None, temperature: Tensor
 
 
 class Rule(nn.Module):
-    """What ``QualityAwareFusion`` asks; a subclass has at least ``weigh``, ``uncertainties`` and ``calibrate``.
+    """What ``QualityAwareFusion`` asks; a subclass has at least ``weigh`` and ``uncertainties``.
 
     Rows are M tensors ``[*, K]``, checked, LogitNorm applied; ``present`` is bool ``[M, *]`` or None; ``features``, M
     of ``[*, D]`` or None, are only given to a rule that takes some.
@@ -89,6 +90,25 @@ class Rule(nn.Module):
         """What the unimodal losses take rows ``[*, K]`` for, the logits of a softmax: themselves, for most rules."""
         return rows
 
+    def row_loss(self) -> RowLoss | None:
+        """What a row costs in training instead of its cross-entropy, or None.
+
+        A function of what ``likelihood`` makes of rows, ``[S, *, K]``, the last the fused row, and of labels ``[*, K]``
+        that sum to 1, to ``[S, *]``.
+        """
+        return None
+
+    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int, features: Features | None) -> Tensor | None:
+        """What the rule adds to Eq. 18, a scalar, or None.
+
+        Args:
+            weighed: what ``weigh`` returned.
+            target: ``[*]``, classes or ``ignore_index``, or probabilities ``[*, K]``.
+            ignore_index: of targets that do not count.
+            features: as given to ``weigh``.
+        """
+        return None
+
     def read(self, rows: list[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows in one ``[M, *, K]``, 0 where they do not count, and where the rule counts them, bool ``[M, *]``."""
         return stack_rows(rows, present)
@@ -101,9 +121,12 @@ class Rule(nn.Module):
         """Make Theorem 2's conditions hold on data, starting from the uncalibrated rule.
 
         Returns ``[M]`` what each alpha was multiplied by so that no weight is negative, None for a rule without. A
-        ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet.
+        ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet. Published
+        rules other than Eq. 9's have none.
         """
-        raise NotImplementedError
+        raise ValueError(
+            f"calibrate takes a rule with constants or statistics, which {type(self).__name__} has none of"
+        )
 
     def reset_calibration(self) -> None:
         """Undo ``calibrate``, exactly."""
@@ -156,4 +179,7 @@ class Rule(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fused logits ``[*, K]``, weights ``[M, *]`` and energies ``[M, *]``."""
         weighed = self.weigh(rows, present, features)
+        rule = weighed.weights
+        if rule.fused is not None and rule.uncertainty is not None and weighed.energy is not None:
+            return rule.fused, rule.uncertainty, weighed.energy  # the operators would have nothing to add
         return qmf_kernels.fuse(weighed.rows, weighed.present, weighed.weights)

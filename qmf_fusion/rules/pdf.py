@@ -108,7 +108,9 @@ class PDF(WeightedAverage):
             there, seen = counted[m], x[m].detach()
             if features is not None and self.feature_widths is not None and self.feature_widths[m] is not None:
                 given = features[m]
-                seen = x.new_full((*there.shape, self.feature_widths[m]), torch.nan) if given is None else given.detach()
+                seen = (
+                    x.new_full((*there.shape, self.feature_widths[m]), torch.nan) if given is None else given.detach()
+                )
                 there = there & torch.isfinite(seen).all(-1)
                 seen = torch.where(there.unsqueeze(-1), seen, 0)
             whole.append(there)

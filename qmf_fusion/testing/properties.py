@@ -272,8 +272,8 @@ def check_single_modality(
 ) -> None:
     """With one modality, the result is that head's logits up to its weight; the logits themselves where normalised.
 
-    For ``combine="probabilities"`` its log-probabilities; of a rule without Eq. 11, such as ``robust``, which tempers
-    them, no more is asked than ``check_equations`` does.
+    For ``combine="probabilities"`` its log-probabilities; for a rule without Eq. 11 what its unimodal loss takes for the
+    head's logits, up to a constant; of ``robust``, which tempers them, no more is asked than ``check_equations`` does.
 
     A ``QualityAwareFusion`` or a ``FusionModel`` of several modalities is checked for each of them alone; any other
     callable is given a list of one. Arguments as in ``check_weight_monotonicity``.
@@ -293,9 +293,16 @@ def check_single_modality(
         )
         what = f"modality {m} alone must give its own logits times its weight {out.weights[0].tolist()}"
         fused = alone[m].fused(given, out.weights)
-        if fused is None:
-            _check_own_logits(subject, out, given)
+        if subject.layer is not None and fused is None:
+            rule = subject.layer.rule
+            if rule.gives_p_clean:
+                _check_own_logits(subject, out, given)
+                return
+            what = f"modality {m} alone must give what its unimodal loss takes for its logits, up to a constant"
+            own = rule.likelihood(subject.layer.prepare(list(given))[0])
+            agree(torch.log_softmax(out.logits, -1), torch.log_softmax(own, -1), what, given, size_of(given, out))
             return
+        assert fused is not None
         agree(out.logits, fused, what, given, size_of(given, out))
         expected = None if subject.layer is None else alone[m].expected_weights(given)
         if expected is not None and bool((expected == 1).all()):

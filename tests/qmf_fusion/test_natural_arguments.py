@@ -105,13 +105,14 @@ def test_heads_and_inputs_as_lists():
 def test_the_recommended_rule_by_its_name():
     model = FusionModel({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)}, fusion="robust", num_classes=4, odds=0.1)
     assert model.fusion.rule.kind() == QualityAwareFusion.robust(["a", "b"], 4).rule.kind()
-    assert model.fusion.rule.odds == 0.1
+    assert model.fusion.rule.odds.tolist() == [0.1, 0.1]
     assert model.fusion.names == ("a", "b")
     with pytest.raises(TypeError, match="num_classes must be given with fusion='robust'"):
         FusionModel({"a": nn.Linear(6, 4)}, "robust")
-    for wrong in ("strong", 3):
-        with pytest.raises((TypeError, ValueError), match="fusion must be a QualityAwareFusion, 'robust' or None, got"):
-            FusionModel({"a": nn.Linear(6, 4)}, wrong)
+    with pytest.raises(ValueError, match=r"fusion must be one of \['robust', 'tmc', .* got 'strong'"):
+        FusionModel({"a": nn.Linear(6, 4)}, "strong")
+    with pytest.raises(TypeError, match="fusion must be a QualityAwareFusion, a rule's name or None, got"):
+        FusionModel({"a": nn.Linear(6, 4)}, 3)
 
 
 def test_masks_by_name():

@@ -51,7 +51,7 @@ def test_nothing_is_trained_through_the_weights_but_by_the_ranking():
     assert torch.autograd.gradcheck(lambda *x: layer()(x).weights, rows)
     losses = []
     for ranking_weight in (0.0, 1.0):
-        criterion = QMFLoss(layer(), 5, ranking_weight, form="margin", rescale=None, start_epoch=0)
+        criterion = QMFLoss(layer(), 5, ranking_weight, form="margin")
         for _ in range(2):
             res = criterion(rows, torch.arange(5) % 3, torch.arange(5))
         losses.append(torch.autograd.grad(res.loss, rows)[0])

@@ -71,7 +71,7 @@ def test_gradients(prior):
 
 
 def test_large_logits():
-    x = torch.tensor([[[1e4, -1e4, 0.0]], [[-1e4, 1e4, 0.0]]], requires_grad=True)
+    x = torch.tensor([[[1e4, -1e4, 50.0]], [[-1e4, 1e4, 0.0]]], requires_grad=True)
     out = layer(2)(x)
     torch.testing.assert_close(out.logits.exp(), torch.tensor([[0.0, 0.0, 1.0]]))
     QMFLoss(layer(2), ranking_weight=0)(x, torch.tensor([2])).loss.backward()

@@ -1,16 +1,36 @@
-"""Eq. 18 with targets that are probabilities (mixup, distillation), in plain PyTorch: the operators take classes."""
+"""Eq. 18 of targets that are probabilities (mixup, distillation) and of rules with a loss of their own.
 
-from collections.abc import Sequence
+In plain PyTorch: the operators take classes, and know the cross-entropy alone.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 import qmf_kernels
 from qmf_kernels import Losses, LossRule, WeightRule
-from qmf_kernels.eager.objective import sample_means
+from qmf_kernels.eager.objective import sample_means, valid_targets
+
+from .checks import can_look
+
+RowLoss = Callable[[Tensor, Tensor], Tensor]  # of rows ``[S, *, K]`` and labels ``[*, K]`` that broadcast: ``[S, *]``
 
 
-def soft_objective(
+def labels_of(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Targets as probabilities ``[*, K]``, and which of them count, bool ``[*]``; None for all."""
+    if target.is_floating_point():
+        return target, None
+    # A graph being compiled cannot look at the classes; what it scatters by raises of one that is none.
+    looks = can_look(target) or not target.is_cpu
+    valid = valid_targets(target, num_classes, ignore_index) if looks else target != ignore_index
+    target = target.long() if valid is None else torch.where(valid, target, 0).long()
+    # Not by one_hot, which waits for a device.
+    label = torch.zeros(*target.shape, num_classes, device=target.device)
+    return label.scatter(-1, target.unsqueeze(-1), 1.0), valid
+
+
+def general_objective(
     logits: Sequence[Tensor],
     target: Tensor,
     kappa: Tensor | None,
@@ -20,27 +40,35 @@ def soft_objective(
     *,
     backend: str | None = None,
     return_logits: bool = True,
+    valid: Tensor | None = None,
+    row_loss: RowLoss | None = None,
 ) -> Losses:
     """``qmf_kernels.objective`` with targets ``[B, *, K]``: probabilities, as ``torch.nn.CrossEntropyLoss`` takes them.
 
     So a mean is over the rows that count, whatever their classes weigh, smoothing comes before the class weights, and
-    there is no ``ignore_index``. Where the targets are one-hot and nothing is weighted, both are the same.
+    there is no ``ignore_index``: ``valid``, bool ``[B, *]``, says which rows have a target. Where the targets are
+    one-hot and nothing is weighted, both are the same. ``row_loss`` stands in for the cross-entropy, of the fused row
+    too; the losses of the samples, which a trajectory records, are cross-entropies all the same.
     """
     fused, weights, energy = qmf_kernels.fuse(logits, present, weight_rule, backend)
     own = (energy < torch.inf).unsqueeze(-1)  # [M, B, *, 1]
+    if valid is not None:
+        own = own & valid.unsqueeze(-1)
     rows = torch.where(own, torch.stack([x.to(fused.dtype) for x in logits]), 0)
     # A sample with no modality, or whose modalities rule every class out between them, has no fused loss.
     some = torch.isfinite(torch.logsumexp(fused.detach(), -1, keepdim=True)) & own.any(0)
     counted = torch.cat([own, some.unsqueeze(0)]).squeeze(-1)
-    log_probs = torch.log_softmax(torch.cat([rows, torch.where(some, fused, 0).unsqueeze(0)]), -1)
+    rows = torch.cat([rows, torch.where(some, fused, 0).unsqueeze(0)])
+    log_probs = torch.log_softmax(rows if row_loss is None else rows[:-1].detach(), -1)
 
     target = target.to(log_probs.dtype)
     smoothed = target * (1 - loss_rule.label_smoothing) + loss_rule.label_smoothing / target.shape[-1]
     if loss_rule.class_weight is not None:
         smoothed = smoothed * loss_rule.class_weight.to(smoothed.dtype)
-    losses = torch.where(counted, _cross_entropies(log_probs, smoothed), 0).flatten(1)
+    each = _cross_entropies(log_probs, smoothed) if row_loss is None else row_loss(rows, smoothed)
+    losses = torch.where(counted, each, 0).flatten(1)
     means = losses.sum(1) / counted.flatten(1).sum(1).clamp_min(1)
-    plain = _cross_entropies(log_probs[:-1].detach(), target.detach())
+    plain = _cross_entropies(log_probs[: len(own)].detach(), target.detach())
     sample_losses = sample_means(plain.unsqueeze(-1), own)
 
     ranking_loss = means.new_zeros(())
