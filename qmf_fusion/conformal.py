@@ -31,10 +31,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .checks import Logits, Present, check_number
+from .checks import Logits, Present, check_number, check_prior
 from .fusion import Heads, QualityAwareFusion, check_fusion
 from .precision import KeepsPrecision
-from .subsets import EXACT, all_subsets, check_classes, check_held_out, check_prior, subset_answers, subset_number
+from .subsets import EXACT, all_subsets, check_classes, check_held_out, subset_answers, subset_number
 
 _ENOUGH = 10  # times 1 / (1 - coverage): from so many samples on that came with a pattern, these alone count
 

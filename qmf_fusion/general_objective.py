@@ -12,6 +12,8 @@ import qmf_kernels
 from qmf_kernels import Losses, LossRule, WeightRule
 from qmf_kernels.eager.objective import sample_means, valid_targets
 
+from .checks import can_look
+
 RowLoss = Callable[[Tensor, Tensor], Tensor]  # of rows ``[S, *, K]`` and labels ``[*, K]`` that broadcast: ``[S, *]``
 
 
@@ -19,7 +21,9 @@ def labels_of(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tens
     """Targets as probabilities ``[*, K]``, and which of them count, bool ``[*]``; None for all."""
     if target.is_floating_point():
         return target, None
-    valid = valid_targets(target, num_classes, ignore_index)
+    # A graph being compiled cannot look at the classes; what it scatters by raises of one that is none.
+    looks = can_look(target) or not target.is_cpu
+    valid = valid_targets(target, num_classes, ignore_index) if looks else target != ignore_index
     target = target.long() if valid is None else torch.where(valid, target, 0).long()
     # Not by one_hot, which waits for a device.
     label = torch.zeros(*target.shape, num_classes, device=target.device)

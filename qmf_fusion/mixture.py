@@ -123,6 +123,7 @@ class ContaminatedProduct(KeepsPrecision, Rule):
     odds: Tensor
     takes_clean_statistics = True
     gives_p_clean = True
+    gives_log_probabilities = True
 
     def __init__(
         self,

@@ -36,6 +36,9 @@ class Rule(nn.Module):
 
     Rows are M tensors ``[*, K]``, checked, LogitNorm applied; ``present`` is bool ``[M, *]`` or None; ``features``, M
     of ``[*, D]`` or None, are only given to a rule that takes some.
+
+    A parameter or buffer whose first dimension is M, or a ``ModuleList`` of M, has one entry per modality, in order;
+    any other is of all modalities, and has another first dimension, such as 1: ``qmf_fusion.testing`` goes by that.
     """
 
     num_classes: int | None = None
@@ -48,6 +51,9 @@ class Rule(nn.Module):
 
     gives_p_clean: bool = False
     """Whether its weights are P(clean)."""
+
+    gives_log_probabilities: bool = False
+    """Whether its fused logits are log-probabilities."""
 
     @property
     def judged_by(self) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Logits, Present, check_count, check_logits, check_present, check_target
+from .checks import Logits, Present, check_count, check_logits, check_present, check_prior, check_target
 from .fusion import Heads, QualityAwareFusion, check_fusion, parts_of
 from .rows import Features
 
@@ -178,15 +178,3 @@ def check_classes(target: Tensor, held: HeldOut) -> Tensor:
     if bool(wrong.any()):
         raise IndexError(f"target must hold classes 0 to {classes - 1}, got {int(target[wrong][0])}")
     return target
-
-
-def check_prior(prior: Tensor) -> Tensor:
-    """The log shares of positive numbers ``[K]``, float64, on the CPU."""
-    if not isinstance(prior, Tensor) or prior.is_complex() or prior.dtype == torch.bool:
-        raise TypeError(f"prior must be a tensor of numbers [K], got {getattr(prior, 'dtype', type(prior).__name__)}")
-    if prior.dim() != 1 or not len(prior):
-        raise ValueError(f"prior must be [K], one number a class, got {tuple(prior.shape)}")
-    shares = prior.detach().cpu().double()
-    if not bool((torch.isfinite(shares) & (shares > 0)).all()):
-        raise ValueError(f"prior must be positive and finite, got {shares.tolist()}: count a class without a row as 1")
-    return (shares / shares.sum()).log()

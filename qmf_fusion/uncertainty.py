@@ -53,6 +53,22 @@ def msp_uncertainty(logits: Tensor) -> Tensor:
     return 1 - torch.softmax(logits, -1).amax(-1)
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of the softmax, ``H(p)`` in nats, in [0, log K].
+
+    Example:
+        >>> entropy(torch.zeros(1, 4))
+        tensor([1.3863])
+    """
+    # Shifted to a maximum of 0: the two terms below would lose large logits' digits in their difference.
+    logits = logits - logits.detach().amax(-1, keepdim=True)
+    # H = logsumexp(x) - <p, x>, whose gradient stays finite where a probability is 0: what stands there, -inf or so
+    # much that an incoming gradient times it overflows, is left out.
+    probs = torch.softmax(logits, -1)
+    mean = (probs * torch.where(probs > 0, logits, 0)).sum(-1)
+    return torch.logsumexp(logits, -1) - mean
+
+
 def entropy_uncertainty(logits: Tensor) -> Tensor:
     """Shannon entropy of the softmax over its maximum, ``H(p) / log K``, in [0, 1]; 0 where K is 1.
 
@@ -64,13 +80,7 @@ def entropy_uncertainty(logits: Tensor) -> Tensor:
     """
     if logits.shape[-1] == 1:
         return 0 * logits.squeeze(-1)
-    # Shifted to a maximum of 0: the two terms below would lose large logits' digits in their difference.
-    logits = logits - logits.detach().amax(-1, keepdim=True)
-    # H = logsumexp(x) - <p, x>, whose gradient stays finite where a probability is 0: what stands there, -inf or so
-    # much that an incoming gradient times it overflows, is left out.
-    probs = torch.softmax(logits, -1)
-    mean = (probs * torch.where(probs > 0, logits, 0)).sum(-1)
-    return (torch.logsumexp(logits, -1) - mean) / torch.logsumexp(torch.zeros_like(logits), -1)
+    return entropy(logits) / torch.logsumexp(torch.zeros_like(logits), -1)
 
 
 def evidence_uncertainty(logits: Tensor) -> Tensor:

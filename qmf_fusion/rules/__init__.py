@@ -5,10 +5,21 @@
 """
 
 from ..rule import Rule
+from .entropy_weights import EntropyWeights
+from .noisy_or import NoisyOr
+from .pdf import PDF
+from .product_of_experts import ProductOfExperts
 from .rcml import RCML
 from .tmc import TMC
 
-__all__ = ["RCML", "RULES", "TMC"]
+__all__ = ["PDF", "RCML", "RULES", "TMC", "EntropyWeights", "NoisyOr", "ProductOfExperts"]
 
-RULES: dict[str, type[Rule]] = {"tmc": TMC, "rcml": RCML}
+RULES: dict[str, type[Rule]] = {
+    "tmc": TMC,
+    "rcml": RCML,
+    "pdf": PDF,
+    "product_of_experts": ProductOfExperts,
+    "noisy_or": NoisyOr,
+    "entropy_weights": EntropyWeights,
+}
 """By the name that ``combine`` takes."""

@@ -207,8 +207,8 @@ def check_equations(
     normalised logits. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less energy. For a
     ``QualityAwareFusion`` or a ``FusionModel`` also: logits and temperature times s are energy times s (Eq. 13), and
     ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). What does not apply is left out: LogitNorm undoes
-    scales and changes shifts; other rules have neither Eq. 9, Eq. 11 nor a temperature, and ``robust`` is checked to
-    return log-probabilities and weights from 0 to 1. Arguments as in ``check_weight_monotonicity``.
+    scales and changes shifts; a rule without Eq. 11, such as ``robust``, is checked to return weights from 0 to 1 and, if
+    it says so (``gives_log_probabilities``), log-probabilities. Arguments as in ``check_weight_monotonicity``.
 
     Example:
         >>> check_equations(QualityAwareFusion(2, temperature=2.0))
@@ -218,9 +218,9 @@ def check_equations(
     def body(given: list[Tensor], shift: float, scale: float) -> None:
         out = subject(given)
         layer, fused = subject.layer, subject.fused(given, out.weights)
-        if layer is not None and layer.rule.gives_p_clean:
-            _check_posteriors(out, given)
-        elif fused is not None:
+        if fused is None:
+            _check_own_logits(subject, out, given)
+        else:
             agree(out.logits, fused, "the logits must be sum_m w[m] * x[m] (Eq. 11)", given, size_of(given, out))
         expected = None if layer is None else subject.expected_weights(given)
         if expected is not None:
@@ -251,12 +251,15 @@ def check_equations(
     verify(settings, body, subject.draws(num_classes, dtype), st.floats(-20, 20), scales)
 
 
-def _check_posteriors(out: Output, given: list[Tensor]) -> None:
-    total = torch.logsumexp(out.logits.detach(), -1)
-    agree(total, torch.zeros_like(total), "robust's logits must be log-probabilities", given)
+def _check_own_logits(subject: Subject, out: Output, given: list[Tensor]) -> None:
+    """Of a rule whose weights do not decide its fused logits."""
+    assert subject.layer is not None
+    if subject.layer.rule.gives_log_probabilities:
+        total = torch.logsumexp(out.logits.detach(), -1)
+        agree(total, torch.zeros_like(total), "the rule's logits must be log-probabilities", given)
     weights, slack = out.weights.detach(), tolerance(out.weights)
     assert ((weights >= -slack) & (weights <= 1 + slack)).all(), (
-        f"robust's weights must be probabilities, got {weights.tolist()}: logits={show(given)}"
+        f"the rule's weights must be from 0 to 1, got {weights.tolist()}: logits={show(given)}"
     )
 
 
@@ -269,8 +272,8 @@ def check_single_modality(
 ) -> None:
     """With one modality, the result is that head's logits up to its weight; the logits themselves where normalised.
 
-    For ``combine="probabilities"`` its log-probabilities; ``robust``, which tempers them, is only asked for
-    log-probabilities and weights from 0 to 1.
+    For ``combine="probabilities"`` its log-probabilities; for a rule without Eq. 11 what its unimodal loss takes for the
+    head's logits, up to a constant; of ``robust``, which tempers them, no more is asked than ``check_equations`` does.
 
     A ``QualityAwareFusion`` or a ``FusionModel`` of several modalities is checked for each of them alone; any other
     callable is given a list of one. Arguments as in ``check_weight_monotonicity``.
@@ -293,7 +296,7 @@ def check_single_modality(
         if subject.layer is not None and fused is None:
             rule = subject.layer.rule
             if rule.gives_p_clean:
-                _check_posteriors(out, given)
+                _check_own_logits(subject, out, given)
                 return
             what = f"modality {m} alone must give what its unimodal loss takes for its logits, up to a constant"
             own = rule.likelihood(subject.layer.prepare(list(given))[0])

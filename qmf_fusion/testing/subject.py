@@ -86,18 +86,25 @@ class Subject:
 
 
 def _select(rule: Rule, order: Sequence[int]) -> None:
-    """Leave these modalities, in this order, in every tensor whose first dimension they are."""
+    """Leave these modalities, in this order, in all that a rule has one of per modality: see ``Rule``."""
     if rule.feature_widths is not None:
         rule.feature_widths = tuple(rule.feature_widths[m] for m in order)
-    for module in rule.modules():
-        if hasattr(module, "num_modalities"):
-            module.num_modalities = len(order)  # type: ignore[assignment]
-        for name, value in module._parameters.items():
-            if value is not None:
-                setattr(module, name, nn.Parameter(value.detach()[list(order)]))
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.dim():
-                setattr(module, name, buffer[list(order)])
+    _select_in(rule, rule.num_modalities, order)
+
+
+def _select_in(module: nn.Module, num: int, order: Sequence[int]) -> None:
+    if hasattr(module, "num_modalities"):
+        module.num_modalities = len(order)  # type: ignore[assignment]
+    for kept in (module._parameters, module._buffers):
+        for name, value in kept.items():
+            if value is not None and value.dim() > 0 and len(value) == num:
+                chosen = value.detach()[list(order)]
+                setattr(module, name, nn.Parameter(chosen) if isinstance(value, nn.Parameter) else chosen)
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == num:
+            setattr(module, name, nn.ModuleList(child[m] for m in order))
+        else:
+            _select_in(child, num, order)
 
 
 def verify(
