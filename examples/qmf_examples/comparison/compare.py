@@ -74,6 +74,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
     """Every method that uses these heads, under every condition."""
     methods = [method for method in table.methods if table.training(method) == training]
     labels, scores, best, watch = data.test_labels, [], 0, DivergenceWatch()
+    clean = learner(data.train).unimodal_logits, data.train_labels
     for number, test in enumerate(data.tests):
         answer = learner(test.views)
         watch.add(answer)
@@ -84,7 +85,7 @@ def score(learner: Learner, training: Training, table: Table, data: Prepared, se
         if number == 0:
             hits = [int((x.argmax(-1) == labels).sum()) for x in answer.unimodal_logits]
             best = hits.index(max(hits))
-        given = Frozen(answer, test.corrupted, best)
+        given = Frozen(answer, test.corrupted, best, *clean)
         for method in methods:
             fused = method.answer(given)
             right = fused.scores.argmax(-1) == labels

@@ -23,7 +23,8 @@ LARGEST_FILE = 2**16
 DEEPEST = 4
 """Of a YAML file of settings, in bytes and in values that hold values."""
 
-_FUSED = ("tmc", "etmc", "rcml", "pdf", "ranking-only", "qmf", "robust", "msp", "entropy", "evidence", "energy")
+_PUBLISHED = ("tmc", "etmc", "rcml", "pdf", "product_of_experts", "noisy_or", "entropy_weights")
+_FUSED = (*_PUBLISHED, "ranking-only", "qmf", "robust", "msp", "entropy", "evidence", "energy")
 RGBD_METHODS = ("rgb", "depth", "late", "concat", "align", "mmtm", *_FUSED)
 TEXT_METHODS = ("bow", "image", "bert", "late", "concatbow", "concatbert", "mmbt", *_FUSED)
 METHODS = {"nyud2": RGBD_METHODS, "sunrgbd": RGBD_METHODS, "food101": TEXT_METHODS, "mvsa": TEXT_METHODS}

@@ -113,7 +113,7 @@ def test_features_of_other_weights_are_not_gone_on_with(sample, tmp_path):
 def test_features_are_scaled_as_the_bench_scales_them():
     rows = np.random.default_rng(0).normal(3.0, 5.0, (40, 6))
     rows[:, 2] = 7.0
-    scaled = Scaled(METHODS["late"].training.build(feature_heads({"a": 6}, 3, 40, 4, seed=0)), {"a": 6})
+    scaled = Scaled(METHODS["late"].training.build(feature_heads({"a": 6}, 3, 40, 4, seed=0, steps=10)), {"a": 6})
     seen = []
     scaled.method.forward = lambda inputs: seen.append(inputs["a"])
     scaled.fit({"a": torch.from_numpy(rows).float()})

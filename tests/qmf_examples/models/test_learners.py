@@ -12,6 +12,7 @@ from qmf_examples.errors import CommandError
 from qmf_examples.models.image_encoders import ImageEncoder
 from qmf_examples.models.learners import (
     Answer,
+    AveragedHeads,
     FusedFeatures,
     Head,
     Joint,
@@ -25,6 +26,7 @@ from qmf_examples.models.mmbt import MultimodalBert
 from qmf_examples.models.mmtm import MMTM, TwoStreams
 from qmf_examples.models.text_encoders import BagOfWords, WordNumbers, load_text_encoder, pad
 from qmf_examples.models.vocabulary import Vocabulary
+from qmf_fusion import QualityAwareFusion
 from qmf_fusion.evidential import evidential, evidential_loss
 
 
@@ -126,6 +128,16 @@ def test_late_fusion_is_the_mean_and_trains_on_all_three():
     torch.testing.assert_close(learner.loss(answer, target, torch.arange(5)), expected)
 
 
+def test_averaged_heads_answer_with_the_mean_of_probabilities():
+    learner, target = AveragedHeads(tiny_heads()), torch.tensor([0, 1, 2, 0, 1])
+    answer = learner(tiny_inputs())
+    a, b = answer.unimodal_logits
+    mean = (a.softmax(-1) + b.softmax(-1)) / 2
+    torch.testing.assert_close(answer.scores.exp(), mean)
+    expected = F.nll_loss(mean.log(), target) + F.cross_entropy(a, target) + F.cross_entropy(b, target)
+    torch.testing.assert_close(learner.loss(answer, target, torch.arange(5)), expected)
+
+
 def test_the_ranking_alone_moves_the_training_of_late_fusion_and_not_its_answer():
     torch.manual_seed(0)
     late, ranked = LateFusion(tiny_heads()), build("ranking-only", Objective(0.5, "margin", "all"))
@@ -191,6 +203,39 @@ def test_a_rule_with_its_own_objective_trains_by_that_alone(method):
     losses = learner.unimodal_losses(answer, target)
     means = (F.softplus(torch.stack(answer.unimodal_logits)) + 1).log().log_softmax(-1)
     torch.testing.assert_close(losses, -means[:, torch.arange(5), target])
+
+
+@pytest.mark.parametrize("rule", ["product_of_experts", "noisy_or", "entropy_weights"])
+def test_a_rule_without_its_own_objective_trains_by_eq_18_without_the_ranking(rule):
+    learner, target = build(rule, Objective(0.7, "margin", "all")), torch.tensor([0, 1, 2, 0, 1])
+    answer = learner(tiny_inputs())
+    torch.testing.assert_close(answer.scores, QualityAwareFusion(2, combine=rule)(answer.unimodal_logits).logits)
+    losses = [F.cross_entropy(x, target) for x in (answer.scores, *answer.unimodal_logits)]
+    for _ in range(2):
+        torch.testing.assert_close(learner.loss(answer, target, torch.arange(5)), sum(losses))
+
+
+def test_pdfs_networks_see_what_the_encoders_make():
+    torch.manual_seed(0)
+    learner, seen, target = build("pdf", Objective(0.7)), [], torch.tensor([0, 1, 2, 0, 1])
+    assert isinstance(learner, FusedFeatures)
+    for encoder in learner.encoders.values():
+        encoder.register_forward_hook(lambda _, __, out: seen.append(out))
+    answer = learner(tiny_inputs())
+    assert len(seen) == 2
+    rule = learner.model.fusion.rule
+    assert [network[0].in_features for network in rule.networks] == [8, 8]
+    predicted = [network(x).sigmoid().squeeze(1) for network, x in zip(rule.networks, seen, strict=True)]
+    uncertainty = learner.model.fusion.uncertainties(answer.unimodal_logits, answer.features)
+    torch.testing.assert_close(1 - uncertainty, torch.stack(predicted))
+    rows = torch.stack(answer.unimodal_logits)
+    torch.testing.assert_close(answer.scores, (answer.weights.unsqueeze(-1) * rows).sum(0))
+    true = [x.softmax(-1)[torch.arange(5), target] for x in answer.unimodal_logits]
+    missed = sum(F.l1_loss(p, t) for p, t in zip(predicted, true, strict=True))
+    out = learner.criterion(answer.unimodal_logits, target, torch.arange(5), features=answer.features)
+    torch.testing.assert_close(out.loss - out.fused_loss - out.unimodal_losses.sum(), missed)
+    learner.loss(answer, target, torch.arange(5)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.parameters())
 
 
 def test_the_pseudo_view_sees_all_features_of_encoders_that_run_once():

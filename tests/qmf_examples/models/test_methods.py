@@ -7,6 +7,8 @@ from qmf_examples.models.feature_heads import feature_heads
 from qmf_examples.models.methods import ABLATION, METHODS, ROBUSTNESS, Frozen, Fused, digits_table, oracle
 from qmf_examples.training.settings import ABLATION as ABLATION_ROWS
 from qmf_examples.training.settings import METHODS as ROWS
+from qmf_fusion import QualityAwareFusion
+from qmf_fusion.rules import RULES
 
 WIDTHS = {"a": 4, "b": 5}
 TABLES = {"digits": digits_table(tuple(WIDTHS)), "robustness": ROBUSTNESS, "ablation": ABLATION}
@@ -31,14 +33,33 @@ def test_every_method_trains_and_answers_from_its_heads(table, views):
         learner = learners[table.training(method)]
         with torch.no_grad():
             answer = learner(views)
-            fused = method.answer(Frozen(answer, corrupted, best=0))
+            clean = answer.unimodal_logits
+            fused = method.answer(Frozen(answer, corrupted, best=0, clean=clean, labels=labels))
         assert isinstance(fused, Fused)
         assert fused.scores.shape == (6, 3)
         assert fused.scores.isfinite().all()
         assert fused.weights is None or fused.weights.shape == (2, 6)
-    labels = [method.label for method in table.methods]
-    assert len(set(labels)) == len(labels)
+    shown = [method.label for method in table.methods]
+    assert len(set(shown)) == len(shown)
     assert [method.role for method in table.methods].count("oracle") == 1
+
+
+def test_the_bench_has_every_published_rule(views):
+    table = {method.name: method for method in ROBUSTNESS.methods}
+    assert set(RULES) <= set(table)
+    learner = ROBUSTNESS.heads.build(feature_heads(WIDTHS, 3, 6, 8, seed=0, steps=10)).eval()
+    answer, clean, labels = learner(views), torch.randn(2, 9, 3), torch.arange(9) % 3
+    given = Frozen(answer, torch.zeros(2, 6), 0, tuple(clean), labels)
+    untrained = [name for name in RULES if table[name].training is None]
+    assert untrained == ["product_of_experts", "noisy_or", "entropy_weights"]
+    for name in untrained:
+        fusion = QualityAwareFusion(2, combine=name)
+        if name == "noisy_or":  # what entropy is typical is measured on what the heads were trained on
+            fusion.calibrate(list(clean), labels)
+        expected, got = fusion(given.logits), table[name].answer(given)
+        torch.testing.assert_close(got.scores, expected.logits, rtol=0, atol=0)
+        torch.testing.assert_close(got.weights, expected.weights, rtol=0, atol=0)
+    assert 0 < table["noisy_or"].answer(given).weights.min() < 1
 
 
 def test_rules_share_the_heads_of_a_training():
@@ -50,6 +71,7 @@ def test_rules_share_the_heads_of_a_training():
 def test_every_row_of_the_papers_tables_is_a_trained_method():
     for rows in (*ROWS.values(), ABLATION_ROWS):
         assert all(METHODS[name].training is not None for name in rows)
+    assert all(set(RULES) <= set(rows) for rows in ROWS.values())
 
 
 def test_the_oracle_drops_what_is_corrupted():

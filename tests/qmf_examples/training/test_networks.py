@@ -5,6 +5,7 @@ import torch
 
 from qmf_examples.training.networks import build_learner
 from qmf_examples.training.settings import QUICK, resolve
+from qmf_fusion.rules import RULES
 
 TARGET, INDEX = torch.arange(4) % 3, torch.arange(4)
 
@@ -19,7 +20,7 @@ def images():
     return {name: torch.randn(4, 3, 32, 32, generator=generator) for name in ("rgb", "depth")}
 
 
-@pytest.mark.parametrize("method", ["tmc", "etmc", "rcml", "pdf", "msp", "evidence", "energy", "qmf"])
+@pytest.mark.parametrize("method", [*RULES, "etmc", "msp", "evidence", "energy", "qmf"])
 def test_methods_that_weigh_train_and_answer_with_weights(method):
     learner = learner_of(method)
     for _ in range(2):
