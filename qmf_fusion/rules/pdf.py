@@ -65,8 +65,8 @@ class PDF(WeightedAverage):
             logits instead (D is K); None for no features at all.
 
     A row with any value that is not finite, features included, is absent, and so is a modality with a width whose
-    features are None. Weights never rise with ``uncertainties`` as long as they are not calibrated: relative calibration
-    also goes by how sharp a softmax is.
+    features are None. Without relative calibration, which also goes by how sharp a softmax is, a weight never rises
+    with ``uncertainties``.
 
     Raises:
         TypeError, ValueError: no ``num_classes``, or widths that are none; in use, other classes, or no features at all
