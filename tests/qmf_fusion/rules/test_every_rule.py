@@ -59,8 +59,8 @@ def test_properties(name, dtype):
 
 @pytest.mark.parametrize(("name", "left_out"), [(name, each) for name, every in NOT.items() for each in every])
 def test_what_is_left_out_does_not_hold(name, left_out):
+    unshrunk = hypothesis.settings(testing.DEFAULTS, phases=[hypothesis.Phase.generate])
     with pytest.raises(AssertionError):
-        unshrunk = hypothesis.settings(testing.DEFAULTS, phases=[hypothesis.Phase.generate])
         getattr(testing, f"check_{left_out}")(MAKE[name](3), settings=unshrunk)
 
 
