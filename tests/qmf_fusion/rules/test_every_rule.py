@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 from torch import nn
+from torch.func import grad, vmap
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion, fusion_report, testing
 from qmf_fusion.rules import RULES
@@ -199,6 +200,34 @@ def test_exports(name):
     got = program.module()([v[:4] for v in inputs], mask[:, :4])
     wanted = model([v[:4] for v in inputs], mask[:, :4])
     torch.testing.assert_close(list(got[:3]), list(wanted[:3]))
+
+
+@every_rule
+def test_under_torch_func(name):
+    """One sample at a time, without a batch dimension: the same logits, and the same slopes as backward."""
+    x, _, _ = batch()
+    fusion = MAKE[name](3)
+
+    def loss(*rows):
+        out = fusion([*rows])
+        return (out.logits * torch.linspace(-1, 1, K)).sum() + out.weights.square().sum()
+
+    torch.testing.assert_close(vmap(lambda *rows: fusion([*rows]).logits)(*x), fusion(x).logits)
+    leaves = [v.clone().requires_grad_() for v in x]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(vmap(grad(loss, (0, 1, 2)))(*x), expected)
+
+
+@every_rule
+def test_no_value_is_looked_at_on_a_device(name):
+    """Which the meta device, that has none, would refuse."""
+    x, target, mask = batch()
+    fusion = MAKE[name](3).to("meta")
+    rows = [v.to("meta").requires_grad_() for v in x]
+    assert fusion(rows, mask.to("meta")).logits.shape == (6, K)
+    criterion = QMFLoss(fusion, ranking_weight=0).to("meta")
+    criterion(rows, target.to("meta"), present=mask.to("meta")).loss.backward()
+    assert rows[0].grad.is_meta
 
 
 @every_rule
