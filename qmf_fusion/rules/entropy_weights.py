@@ -36,8 +36,8 @@ class EntropyWeights(WeightedAverage):
         >>> fusion = QualityAwareFusion(["rgb", "depth"], combine="entropy_weights")
         >>> out = fusion({"rgb": torch.tensor([[4.0, 0.0]]), "depth": torch.tensor([[0.0, 1.0]])})
         >>> out.weights
-        tensor([[0.6181],
-                [0.3819]])
+        tensor([[0.6206],
+                [0.3794]])
     """
 
     def weigh(

@@ -17,7 +17,7 @@ from ..uncertainty import entropy, entropy_uncertainty
 def noisy_or(x: Tensor, counted: Tensor) -> Tensor:
     """``log`` of the normalised ``q(y) = 1 - prod_m (1 - p_m(y))``, ``[*, K]``; 0 where no modality counts.
 
-    As ``q = p_1 + (1 - p_1) p_2 + (1 - p_1)(1 - p_2) p_3 + ...`` by logarithms, all of whose terms are positive: neither
+    As ``q = p_1 + (1 - p_1) p_2 + (1 - p_1)(1 - p_2) p_3 + ...`` by logarithms, whose terms are all positive: neither
     probabilities near 1 nor such that underflow lose a digit.
 
     Args:
@@ -46,8 +46,9 @@ class NoisyOr(KeepsPrecision, Rule):
 
     ``q(y) = 1 - prod_m (1 - p_m(y))``, normalised over the classes, of ``p_m = softmax(d_m * x_m)`` with the deviation
     ratio ``d = mu / (mu + max(0, H - mu - sigma))``: H the row's entropy in nats, mu and sigma its mean and standard
-    deviation on clean data. ``calibrate`` measures them, on held-out data; before, and in training, d is 1. Weights are d, in
-    (0, 1]: how much of its logits a modality is left with. Fused logits are log-probabilities. It trains by Eq. 18.
+    deviation on clean data. ``calibrate`` measures them, on held-out data; before, and in training, d is 1. Weights are
+    d, from 0 to 1: how much of its logits a modality is left with. Fused logits are log-probabilities. It trains by
+    Eq. 18.
 
     One modality that is sure wins whatever the others say, and two that are sure of different classes share: entropy
     sees a modality that is sure of nothing, not one that is sure of something wrong.
@@ -66,7 +67,7 @@ class NoisyOr(KeepsPrecision, Rule):
         >>> from qmf_fusion import QualityAwareFusion
         >>> fusion = QualityAwareFusion(["rgb", "depth"], combine="noisy_or")
         >>> fusion({"rgb": torch.tensor([[4.0, 0.0]]), "depth": torch.tensor([[0.0, 1.0]])}).logits.exp()
-        tensor([[0.5721, 0.4279]])
+        tensor([[0.5728, 0.4272]])
     """
 
     typical: Tensor
@@ -79,7 +80,7 @@ class NoisyOr(KeepsPrecision, Rule):
         self.register_buffer("typical", torch.zeros(num_modalities, 3, dtype=torch.float64, device="cpu"))
 
     def deviation_ratio(self, x: Tensor) -> Tensor:
-        """d for logits ``[M, *, K]``, ``[M, *]``; 1 where nothing is known."""
+        """How much is left of logits ``[M, *, K]``, ``[M, *]``; 1 where nothing is known."""
         h = entropy(x)
         mean, spread, known = (per_modality(each, h) for each in self.typical.unbind(-1))
         total = mean + (h - mean - spread).relu()

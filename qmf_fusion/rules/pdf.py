@@ -35,8 +35,8 @@ def collaborative_belief(scores: Tensor, counted: Tensor) -> Tensor:
 def relative_calibration(x: Tensor, counted: Tensor) -> Tensor:
     """What a belief is multiplied by, ``[M, *]``: ``min(1, D_m / D_others)``, of logits ``[M, *, K]``.
 
-    ``D = mean_k |p_k - 1/K|`` says how far a softmax is from uniform; of the others it is the mean. With one other it is
-    as published, and the paper's code has two modalities.
+    ``D = mean_k |p_k - 1/K|`` says how far a softmax is from uniform; of the others it is the mean. With one other it
+    is as published: the paper's code has two modalities.
 
     Example:
         >>> x = torch.tensor([[0.8, 0.2], [0.65, 0.35]]).log()
@@ -65,8 +65,8 @@ class PDF(WeightedAverage):
             logits instead (D is K); None for no features at all.
 
     A row with any value that is not finite, features included, is absent, and so is a modality with a width whose
-    features are None. Relative calibration takes a modality's weight back as another's softmax sharpens, so that a
-    weight may rise with the modality's own ``uncertainties``; without it none does.
+    features are None. Without relative calibration, which also goes by how sharp a softmax is, a weight never rises
+    with ``uncertainties``.
 
     Raises:
         TypeError, ValueError: no ``num_classes``, or widths that are none; in use, other classes, or no features at all
@@ -78,7 +78,7 @@ class PDF(WeightedAverage):
         >>> from qmf_fusion import QualityAwareFusion
         >>> fusion = QualityAwareFusion(2, combine=PDF(2, num_classes=3))
         >>> fusion([torch.zeros(4, 3), torch.eye(4, 3)]).weights.sum(0)
-        tensor([1., 1., 1., 1.], grad_fn=<SumBackward1>)
+        tensor([1., 1., 1., 1.])
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class PDF(WeightedAverage):
     def stack(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[M, *, K]``, 0 where they do not count, where they do ``[M, *]``, and the networks' scores ``[M, *]``."""
+        """Logits ``[M, *, K]``, where they count, and the networks' scores, ``[M, *]`` both."""
         if rows[0].shape[-1] != self.num_classes:
             raise ValueError(f"logits must have the {self.num_classes} classes of the rule, got {rows[0].shape[-1]}")
         if features is None and self.feature_widths is not None:
@@ -106,11 +106,10 @@ class PDF(WeightedAverage):
         whole, scores = [], []
         for m, network in enumerate(self.networks):
             there, seen = counted[m], x[m].detach()
-            if features is not None and self.feature_widths is not None and self.feature_widths[m] is not None:
+            width = None if self.feature_widths is None else self.feature_widths[m]
+            if features is not None and width is not None:
                 given = features[m]
-                seen = (
-                    x.new_full((*there.shape, self.feature_widths[m]), torch.nan) if given is None else given.detach()
-                )
+                seen = x.new_full((*there.shape, width), torch.nan) if given is None else given.detach()
                 there = there & torch.isfinite(seen).all(-1)
                 seen = torch.where(there.unsqueeze(-1), seen, 0)
             whole.append(there)

@@ -86,7 +86,7 @@ class ProductOfExperts(KeepsPrecision, Rule):
             raise ValueError(f"logits must have the {known} classes of prior, got {got}")
         with without_autocast(rows[0].device):
             x, counted = stack_rows(rows, present)
-            prior = None if self.log_prior is None else self.log_prior.to(x.dtype)
+            prior = None if self.log_prior is None else self.log_prior[0].to(x.dtype)
             return Weighed(x.unbind(0), counted, ready_rule(counted.to(x.dtype), multiply_experts(x, counted, prior)))
 
     def uncertainties(self, rows: list[Tensor], features: Features | None = None) -> Tensor:

@@ -74,7 +74,7 @@ class RCML(TMC):
         return average_evidence(rows, counted)
 
     def row_loss(self) -> RowLoss:
-        annealing, terms = (self.steps / self.annealing_steps).clamp_max(1), self.num_modalities + 1
+        annealing, terms = self.annealing(), self.num_modalities + 1
         return lambda rows, label: evidential_loss(rows, label, annealing) / terms
 
     def conflict(self, logits: list[Tensor], present: Tensor | None = None) -> Tensor:

@@ -207,8 +207,8 @@ def check_equations(
     normalised logits. Eq. 13, where the fusion returns ``.energy``: c more on every logit is c less energy. For a
     ``QualityAwareFusion`` or a ``FusionModel`` also: logits and temperature times s are energy times s (Eq. 13), and
     ``w = alpha * u + beta``, clamped and normalised as asked (Eq. 9). What does not apply is left out: LogitNorm undoes
-    scales and changes shifts; a rule without Eq. 11, such as ``robust``, is checked to return weights from 0 to 1 and, if
-    it says so (``gives_log_probabilities``), log-probabilities. Arguments as in ``check_weight_monotonicity``.
+    scales and changes shifts; a rule without Eq. 11, such as ``robust``, is checked to return weights from 0 to 1 and,
+    if it says so (``gives_log_probabilities``), log-probabilities. Arguments as in ``check_weight_monotonicity``.
 
     Example:
         >>> check_equations(QualityAwareFusion(2, temperature=2.0))
@@ -272,8 +272,8 @@ def check_single_modality(
 ) -> None:
     """With one modality, the result is that head's logits up to its weight; the logits themselves where normalised.
 
-    For ``combine="probabilities"`` its log-probabilities; for a rule without Eq. 11 what its unimodal loss takes for the
-    head's logits, up to a constant; of ``robust``, which tempers them, no more is asked than ``check_equations`` does.
+    For ``combine="probabilities"`` its log-probabilities; for a rule without Eq. 11 what its unimodal loss takes for
+    the head's logits, up to a constant; of ``robust``, which tempers them, no more than ``check_equations`` asks.
 
     A ``QualityAwareFusion`` or a ``FusionModel`` of several modalities is checked for each of them alone; any other
     callable is given a list of one. Arguments as in ``check_weight_monotonicity``.

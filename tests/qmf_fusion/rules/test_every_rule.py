@@ -2,9 +2,11 @@
 
 import copy
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
+from torch.func import grad, vmap
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion, fusion_report, testing
 from qmf_fusion.rules import RULES
@@ -33,6 +35,9 @@ NOT = {
     "noisy_or, calibrated": ["single_modality"],  # whose logits are scaled too
 }
 every_rule = pytest.mark.parametrize("name", MAKE)
+some_rules = pytest.mark.parametrize(
+    "name", [name if name in ("tmc", "pdf") else pytest.param(name, marks=pytest.mark.slow) for name in MAKE]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +52,17 @@ def batch(n=6, m=3, k=K, seed=0, dtype=torch.float32, shape=()):
 
 
 @every_rule
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_properties(name, dtype):
-    few = None if dtype == torch.float64 else testing.DEFAULTS
+    few = hypothesis.settings(testing.DEFAULTS, max_examples=12)
     testing.check_all(MAKE[name](3), exclude=NOT.get(name, []), dtype=dtype, settings=few)
+
+
+@pytest.mark.parametrize(("name", "left_out"), [(name, each) for name, every in NOT.items() for each in every])
+def test_what_is_left_out_does_not_hold(name, left_out):
+    unshrunk = hypothesis.settings(testing.DEFAULTS, phases=[hypothesis.Phase.generate])
+    with pytest.raises(AssertionError):
+        getattr(testing, f"check_{left_out}")(MAKE[name](3), settings=unshrunk)
 
 
 @every_rule
@@ -154,7 +166,7 @@ def test_in_half_precision(name):
     QMFLoss(fusion, ranking_weight=0)([v.requires_grad_() for v in x], target).loss.backward()
 
 
-@every_rule
+@some_rules
 def test_compiled_whole(name):
     torch.compiler.reset()
     x, target, mask = batch()
@@ -175,9 +187,9 @@ def test_compiled_whole(name):
     torch.testing.assert_close(*results)
 
 
-@every_rule
+@some_rules
 def test_exports(name):
-    x, _, mask = batch()
+    mask = batch()[2]
     model = FusionModel([nn.Linear(5, K) for _ in range(3)], MAKE[name](3)).eval()
     inputs = [torch.randn(6, 5, generator=torch.Generator().manual_seed(m)) for m in range(3)]
     rows = torch.export.Dim("batch")
@@ -188,6 +200,34 @@ def test_exports(name):
     got = program.module()([v[:4] for v in inputs], mask[:, :4])
     wanted = model([v[:4] for v in inputs], mask[:, :4])
     torch.testing.assert_close(list(got[:3]), list(wanted[:3]))
+
+
+@every_rule
+def test_under_torch_func(name):
+    """One sample at a time, without a batch dimension: the same logits, and the same slopes as backward."""
+    x, _, _ = batch()
+    fusion = MAKE[name](3)
+
+    def loss(*rows):
+        out = fusion([*rows])
+        return (out.logits * torch.linspace(-1, 1, K)).sum() + out.weights.square().sum()
+
+    torch.testing.assert_close(vmap(lambda *rows: fusion([*rows]).logits)(*x), fusion(x).logits)
+    leaves = [v.clone().requires_grad_() for v in x]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(vmap(grad(loss, (0, 1, 2)))(*x), expected)
+
+
+@every_rule
+def test_no_value_is_looked_at_on_a_device(name):
+    """Which the meta device, that has none, would refuse."""
+    x, target, mask = batch()
+    fusion = MAKE[name](3).to("meta")
+    rows = [v.to("meta").requires_grad_() for v in x]
+    assert fusion(rows, mask.to("meta")).logits.shape == (6, K)
+    criterion = QMFLoss(fusion, ranking_weight=0).to("meta")
+    criterion(rows, target.to("meta"), present=mask.to("meta")).loss.backward()
+    assert rows[0].grad.is_meta
 
 
 @every_rule

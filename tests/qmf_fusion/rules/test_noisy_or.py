@@ -21,7 +21,7 @@ def layer(m=2, typical=None):
 
 
 def expected(rows):
-    """log q of rows of K logits, with 80 digits and more exponent than floats have."""
+    """Log-probabilities of rows of K logits, with 80 digits and more exponent than floats have."""
     with localcontext(prec=80):
         exps = [[Decimal(v).exp() for v in row] for row in rows]
         probs = [[e / sum(row) for e in row] for row in exps]

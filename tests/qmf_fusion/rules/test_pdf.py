@@ -49,6 +49,13 @@ def test_collaborative_belief(data):
         torch.testing.assert_close(got, torch.tensor(wanted))
 
 
+def test_an_uncalibrated_weight_rises_with_its_confidence():
+    scores = torch.linspace(-9, 9, 60, dtype=torch.float64).expand(3, 60).clone()
+    scores[1:] = torch.randn(2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = collaborative_belief(scores, torch.ones(3, 60, dtype=torch.bool)).softmax(0)
+    assert (weights[0].diff() > 0).all()
+
+
 def batch(n=6, m=3, k=4, d=5, seed=0):
     g = torch.Generator().manual_seed(seed)
     logits = [2 * torch.randn(n, k, generator=g, dtype=torch.float64) for _ in range(m)]
@@ -172,7 +179,7 @@ class Head(nn.Module):
 
 
 def test_training_by_name_learns_who_is_right():
-    """The second modality is noise: its confidence comes to what its head gives the true class, and so does its weight."""
+    """The second modality is noise: its confidence comes to what its head gives the true class."""
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = FusionModel({"a": Head(), "b": Head()}, "pdf", num_classes=3, features=[5, 5])

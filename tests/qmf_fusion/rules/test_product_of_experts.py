@@ -22,7 +22,7 @@ def softmax(row):
 
 
 def expected(rows, prior):
-    """log p(y | rows) of the rows that are there, each a list of K logits."""
+    """Log-probabilities given the rows that are there, each a list of K logits."""
     probs = [softmax(row) for row in rows]
     prior = [p / sum(prior) for p in prior]
     total = [math.prod(p[y] for p in probs) / prior[y] ** (len(probs) - 1) for y in range(len(prior))]

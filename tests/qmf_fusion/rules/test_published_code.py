@@ -1,7 +1,8 @@
 """Each rule against numbers that its authors' code gave on these inputs.
 
-Each repository's own functions were run, at the commit that stands beside its numbers, in float64 with ``torch.Tensor.cuda``
-made the identity: the encoders and classifiers before them gave ``LOGITS`` and ``FEATURES``. No line of theirs is here.
+Each repository's own functions were run, at the commit that stands beside its numbers, in float64 and with
+``torch.Tensor.cuda`` made the identity: the encoders and classifiers before them gave ``LOGITS`` and ``FEATURES``. No
+line of theirs is here.
 ``pytest -rP`` on this file prints the largest difference of each.
 """
 
