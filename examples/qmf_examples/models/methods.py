@@ -72,8 +72,7 @@ class Parts:
     """Makes an encoder with its classifier for each modality."""
     objective: Objective = Objective()
     annealing_steps: int = 1
-    """Over how many batches of the training those parts of a loss come in that start late; of a method that is only
-    loaded, any number."""
+    """Over how many batches of training the late parts of a rule's loss come in; of no effect where none is trained."""
     joint_width: int = 0
     """To how many features a modality's are taken before they are joined by concatenation; 0 leaves them."""
     seed: int = 0
