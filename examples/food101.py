@@ -121,8 +121,10 @@ def main() -> None:
     image = make_image_head(args.image_encoder, args.weights, len(classes))
     config = timm.data.resolve_model_data_config(image)  # the mean and deviation that the encoder knows
     parts = [Recipes(args.data, split, classes, args.size, config) for split in ("train", "dev", "test")]
-    loaders = [DataLoader(part, 16, shuffle=part is parts[0], collate_fn=collate) for part in parts]
-    train_loader, dev_loader, test_loader = loaders
+    dev_loader, test_loader = (DataLoader(part, 16, collate_fn=collate) for part in parts[1:])
+    # Batch normalisation takes no batch of one.
+    one_left = len(parts[0]) % 16 == 1
+    train_loader = DataLoader(parts[0], 16, shuffle=True, collate_fn=collate, drop_last=one_left)
 
     if args.robust:
         fusion = QualityAwareFusion.robust(NAMES, num_classes=len(classes))

@@ -90,7 +90,8 @@ def main() -> None:
     heads = {name: make_head(args.image_encoder, args.weights, len(classes)) for name in NAMES}
     config = timm.data.resolve_model_data_config(heads["rgb"])  # the mean and deviation that the encoder knows
     train, test = (Pairs(args.data, split, classes, args.size, config) for split in ("train", "test"))
-    train_loader = DataLoader(train, args.batch_size, shuffle=True)
+    one_left = len(train) % args.batch_size == 1  # which batch normalisation does not take
+    train_loader = DataLoader(train, args.batch_size, shuffle=True, drop_last=one_left)
     test_loader = DataLoader(test, args.batch_size)
 
     fusion = QualityAwareFusion.robust(NAMES, num_classes=len(classes)) if args.robust else QualityAwareFusion(NAMES)

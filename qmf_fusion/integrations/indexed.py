@@ -7,7 +7,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 
 class IndexedDataset(Dataset[Any]):
-    """Give each sample its place in the data set, 0 to N - 1: behind a tuple's parts, or in a mapping under ``key``.
+    """Give each sample its place in the data set, 0 to N - 1: in a mapping under ``key``, else behind the parts.
 
     Wrap what is whole: ``IndexedDataset(ConcatDataset([a, b]))``, as indices of two wrapped parts would collide.
     ``Subset(IndexedDataset(data), chosen)`` keeps the indices of all the data, ``IndexedDataset(Subset(data, chosen))``
@@ -65,4 +65,6 @@ class IndexedDataset(Dataset[Any]):
             if self.key in sample:
                 raise ValueError(f"key must be a name that no sample has, got {self.key!r} of {sorted(sample)}")
             return {**sample, self.key: index}
+        if isinstance(sample, list):
+            return [*sample, index]
         return (*sample, index) if isinstance(sample, tuple) else (sample, index)

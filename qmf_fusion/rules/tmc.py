@@ -107,9 +107,9 @@ class TMC(Rule):
 
     def annealing(self) -> Tensor:
         """How much of the divergence counts by now, from 0 to 1."""
-        # As a mean of equal numbers: of a mere quotient, torch.compile saves the steps instead and divides them again
-        # in the backward pass, when ``observe`` has counted on.
-        return (self.steps / self.annealing_steps).clamp_max(1).expand(64).mean()
+        # As the largest of equal numbers: of a mere quotient, torch.compile saves the steps instead and divides them
+        # again in the backward pass, when ``observe`` has counted on.
+        return (self.steps / self.annealing_steps).clamp_max(1).expand(64).amax()
 
     def row_loss(self) -> RowLoss:
         annealing = self.annealing()

@@ -62,3 +62,7 @@ def test_what_has_no_places_and_what_has_the_key():
     with pytest.raises(ValueError, match=r"key must be a name that no sample has, got 'index' of \['index'\]"):
         IndexedDataset([{"index": 3}])[0]
     assert IndexedDataset([{"index": 3}], key="row")[0] == {"index": 3, "row": 0}
+
+
+def test_a_list_is_many_values_as_for_default_collate():
+    assert IndexedDataset([[1.5, 0], [2.5, 1]])[1] == [2.5, 1, 1]
