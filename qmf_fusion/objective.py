@@ -38,8 +38,8 @@ class QMFLoss(KeepsPrecision):
         num_samples: N, the size of the training set. May be None where ``ranking_weight`` is 0: then no history is
             kept, and no index is looked at.
         ranking_weight: lambda, at least 0; 0 leaves the ranking out.
-        form, pairs, rescale, start_epoch, sampling_count, update: see ``TrajectoryRankingLoss``. ``update="before"``
-            takes the cross-entropies twice.
+        form: see ``TrajectoryRankingLoss``, as for ``pairs``, ``rescale``, ``start_epoch``, ``sampling_count`` and
+            ``update``, of which ``"before"`` takes the cross-entropies twice.
         weight: class weights ``[K]``, from 0 to 1e30, as in ``torch.nn.CrossEntropyLoss``, for every
             cross-entropy. Looked at here, wherever they lie, and not again at a step; kept in float64, whatever the
             module is cast to. None for a rule with a loss of its own.
