@@ -155,6 +155,15 @@ class AffineRule(Rule):
     def constants(self) -> Constants:
         return self.coefficients.calibrated()
 
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        return () if self.options.detach else ("weights", "temperature")
+
+    def adapted(self, factors: Tensor) -> dict[str, Tensor]:
+        """With its weights' factor on alpha and beta alike, which so keep their signs."""
+        corrections = {"scale": factors[0], "keep": factors[0], "shift": factors[0], "temper": factors[1]}
+        return {f"coefficients.{name}": getattr(self.coefficients, name) * x for name, x in corrections.items()}
+
     def weigh(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None = None, *, plain: bool = False
     ) -> Weighed:

@@ -195,6 +195,13 @@ class ContaminatedProduct(KeepsPrecision, Rule):
         """``rho``, broken : clean before the others are heard, which rises with the untypicality u, ``[M, *]`` both."""
         return per_modality(self.odds, u) * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
 
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        return ("odds",)
+
+    def adapted(self, factors: Tensor) -> dict[str, Tensor]:
+        return {"odds": self.odds * factors[0]}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """State of when the odds were no part of it leaves them as they are."""
         state_dict.setdefault(prefix + "odds", self.odds)

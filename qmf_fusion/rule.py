@@ -56,6 +56,15 @@ class Rule(nn.Module):
     """Whether its fused logits are log-probabilities."""
 
     @property
+    def adaptable(self) -> tuple[str, ...]:
+        """What ``TestTimeAdaptation`` multiplies by a factor for each modality; none for most rules."""
+        return ()
+
+    def adapted(self, factors: Tensor) -> dict[str, Tensor]:
+        """Its buffers, by name, with factors ``[len(adaptable), M]`` on what is ``adaptable``, differentiable."""
+        raise NotImplementedError
+
+    @property
     def judged_by(self) -> str:
         """What ``fusion_report`` judges the rule by, in words."""
         return "what is measured: no theorem covers this rule, whose fused logits are no weighted average"

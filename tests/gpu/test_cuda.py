@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion.adaptation import TestTimeAdaptation
 
 from . import gpu
 
@@ -43,3 +44,16 @@ def test_no_step_waits_for_the_device() -> None:
         criterion(model(inputs, mask).unimodal_logits, target, index).loss.backward()
         with gpu.no_waiting():
             criterion(model(inputs, mask).unimodal_logits, target, index).loss.backward()
+
+
+def test_no_adaptation_waits_for_the_device() -> None:
+    x = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0))
+    for make in (lambda: QualityAwareFusion(2), lambda: QualityAwareFusion.robust(2, 5, odds=[0.3, 1.0])):
+        adaptation, same = TestTimeAdaptation(make().cuda()), TestTimeAdaptation(make())
+        adaptation.step(x.cuda())
+        there = x.cuda()
+        with gpu.no_waiting():
+            adaptation.step(there)
+        same.step(x)
+        same.step(x)
+        torch.testing.assert_close(adaptation.log_factors.cpu(), same.log_factors, atol=1e-5, rtol=1e-4)
