@@ -17,6 +17,7 @@ _DEMANDS = {
     "alpha": ("negative", lambda x: (x < 0) & (x > -math.inf)),
     "beta": ("at least 0", lambda x: (x >= 0) & (x < math.inf)),
     "temperature": ("positive", lambda x: (x > 0) & (x < math.inf)),
+    "odds": ("positive", lambda x: (x > 0) & (x < math.inf)),
     "static_weights": ("positive", lambda x: (x > 0) & (x < math.inf)),
 }
 

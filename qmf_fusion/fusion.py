@@ -157,6 +157,7 @@ class QualityAwareFusion(nn.Module):
         num_classes: int,
         *,
         features: Sequence[int | None] | Mapping[str, int | None] | None = None,
+        odds: Coefficient | Mapping[str, float] = 0.3,
         normalize_logits: float | None = None,
         class_dim: int = -1,
         **switches: Any,
@@ -174,6 +175,8 @@ class QualityAwareFusion(nn.Module):
             num_classes: K.
             features: the width D of each modality's features, None for one without; None for none at all. They are what
                 the head's last layers see, ``[*, D]``, such as an encoder's pooled output. In order or by name.
+            odds: broken : clean of a modality that shows nothing untypical, before the others are heard. Positive; a
+                number or one per modality, in order or by name. ``fusion.rule.set_odds`` sets others.
             normalize_logits: see ``QualityAwareFusion``.
             class_dim: see ``QualityAwareFusion``.
             switches: the ingredients, each to be switched off or tuned; see ``qmf_fusion.mixture.ContaminatedProduct``.
@@ -189,7 +192,8 @@ class QualityAwareFusion(nn.Module):
             (tensor([0]), tensor([0.7681, 0.7681, 0.6898]))
         """
         names = modality_names(modalities)
-        rule = ContaminatedProduct(len(names), num_classes, features=in_order("features", features, names), **switches)
+        of_each = {what: in_order(what, given, names) for what, given in (("features", features), ("odds", odds))}
+        rule = ContaminatedProduct(len(names), num_classes, **of_each, **switches)
         return cls(names, combine=rule, normalize_logits=normalize_logits, class_dim=class_dim)
 
     @property

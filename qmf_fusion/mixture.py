@@ -14,7 +14,7 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -24,8 +24,9 @@ from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import CleanData, hold_until_eq_6
 from .checks import can_look, check_integer, check_number, check_widths
+from .coefficients import Coefficient, own_coefficient
 from .evidential import evidential
-from .precision import without_autocast
+from .precision import KeepsPrecision, without_autocast
 from .rows import Features, stack_rows
 from .rule import Rule, Weighed, ready_rule
 from .typicality import (
@@ -82,7 +83,7 @@ def _product(probs: Tensor, odds: Tensor, counted: Tensor | None) -> tuple[Tenso
     return torch.log_softmax(votes.sum(0), -1), trust.squeeze(-1)
 
 
-class ContaminatedProduct(Rule):
+class ContaminatedProduct(KeepsPrecision, Rule):
     """Fuse logits as a product of experts of which any may be broken; every ingredient has its switch.
 
     Evidence ``r(y) = K * ((1 - a) * p(y) + a * t(y))`` with the head's likelihood p, ``softmax(z)`` of the evidential
@@ -100,7 +101,8 @@ class ContaminatedProduct(Rule):
         distance_evidence: a, the share of the class-distance likelihood in r, from 0 to 1; 0 leaves the head's.
         agreement: the mixture above. False: a weighted product, ``prod_m r_m ** (1 / (1 + rho_m))``, in which no
             modality can outvote another.
-        odds: rho at u far below ``onset``; where nothing is untypical it must come to 1e-30 to 1e30.
+        odds: rho at u far below ``onset``, a number or one per modality; where nothing is untypical it must come to
+            1e-30 to 1e30. Kept in ``state_dict``; ``set_odds`` sets others.
         onset: the u at which rho has doubled and starts to rise.
         ceiling: the u at which it stops.
         floor: the least standard deviation of a logarithm of logits that the statistics are believed to have; below
@@ -118,6 +120,7 @@ class ContaminatedProduct(Rule):
     """
 
     num_classes: int
+    odds: Tensor
     takes_clean_statistics = True
     gives_p_clean = True
 
@@ -132,7 +135,7 @@ class ContaminatedProduct(Rule):
         typicality_distance: bool = True,
         distance_evidence: float = 0.25,
         agreement: bool = True,
-        odds: float = 0.3,
+        odds: Coefficient = 0.3,
         onset: float = 3.0,
         ceiling: float = 6.0,
         floor: float = 0.3,
@@ -144,7 +147,6 @@ class ContaminatedProduct(Rule):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         for demand, holds, values in (
-            ("positive", lambda v: v > 0, {"odds": odds}),
             ("at least 0", lambda v: v >= 0, {"floor": floor}),
             ("from 0 to 1", lambda v: 0 <= v <= 1, {"distance_evidence": distance_evidence}),
             ("a number", lambda _: True, {"onset": onset, "ceiling": ceiling}),
@@ -156,10 +158,9 @@ class ContaminatedProduct(Rule):
         self.feature_widths = check_widths(features, num_modalities)
         self.evidential, self.agreement, self.distance_evidence = evidential, agreement, distance_evidence
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
-        self.odds, self.onset, self.ceiling, self.floor = odds, onset, ceiling, floor
-        plain = odds * (1 + math.exp(min(min(0.0, ceiling) - onset, 700.0)))
-        if not 1e-30 <= plain <= 1e30:  # so that float32 holds them
-            raise ValueError(f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {plain}")
+        self.onset, self.ceiling, self.floor = onset, ceiling, floor
+        self.register_buffer("odds", torch.empty(num_modalities, dtype=torch.float64))
+        self.set_odds(odds)
         self.num_classes, self.gather = num_classes, gather
         widths = self.feature_widths or (None,) * num_modalities
         self.running = CleanStatistics(num_modalities, num_classes, widths, everywhere)
@@ -169,9 +170,34 @@ class ContaminatedProduct(Rule):
         names = "evidential typicality_norm typicality_distance agreement"
         return f"{super().kind()}({', '.join(f'{name}={getattr(self, name)}' for name in names.split())})"
 
+    def set_odds(self, odds: Coefficient) -> None:
+        """Set ``odds``, a number or one per modality in order, in place: compiled and wrapped models see them.
+
+        Raises:
+            TypeError, ValueError: no number, not one per modality, not positive or not finite, or out of what float32
+                holds.
+
+        Example:
+            >>> rule = ContaminatedProduct(2, num_classes=3)
+            >>> rule.set_odds([0.3, 3.0])
+            >>> rule.odds_of(torch.zeros(2, 1)).flatten()
+            tensor([0.3149, 3.1494])
+        """
+        given = own_coefficient("odds", odds, self.num_modalities)
+        plain = given * (1 + math.exp(min(min(0.0, self.ceiling) - self.onset, 700.0)))
+        if not bool(((plain >= 1e-30) & (plain <= 1e30)).all()):  # so that float32 holds them
+            shown = plain.unique().tolist()
+            raise ValueError(f"odds and onset must make odds of 1e-30 to 1e30 where nothing is untypical, got {shown}")
+        self.odds.copy_(given)
+
     def odds_of(self, u: Tensor) -> Tensor:
-        """rho, broken : clean before the others are heard, which rises with the untypicality u."""
-        return self.odds * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
+        """``rho``, broken : clean before the others are heard, which rises with the untypicality u, ``[M, *]`` both."""
+        return per_modality(self.odds, u) * (1 + torch.exp(u.clamp_max(self.ceiling) - self.onset))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """State of when the odds were no part of it leaves them as they are."""
+        state_dict.setdefault(prefix + "odds", self.odds)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def statistics(self, dtype: torch.dtype = torch.float64, *, look: bool = True) -> Statistics | None:
         """The calibrated ones, else those gathered in training; None where there can be seen to be neither.

@@ -69,7 +69,26 @@ CASES = {
         r"alpha must be .* one per modality \(2\), got shape \(3,\)",
     ),
     "beta": (layer(2, beta=-0.1), ValueError, r"beta must be finite and at least 0, got -0\.1"),
-    "robust odds": (lambda: QualityAwareFusion.robust(2, 3, odds="a"), TypeError, r"odds must be a number, got 'a'"),
+    "robust odds": (
+        lambda: QualityAwareFusion.robust(2, 3, odds="a"),
+        TypeError,
+        r"odds must be a number, a sequence or a tensor, got 'a'",
+    ),
+    "robust odds, too many": (
+        lambda: QualityAwareFusion.robust(2, 3, odds=[0.1, 0.2, 0.3]),
+        ValueError,
+        r"odds must be a number or one per modality \(2\), got shape \(3,\)",
+    ),
+    "robust odds, other names": (
+        lambda: QualityAwareFusion.robust(["a", "b"], 3, odds={"a": 0.1, "c": 0.2}),
+        ValueError,
+        r"odds must hold the modalities \['a', 'b'\] by name, got \['a', 'c'\]",
+    ),
+    "set_odds": (
+        lambda: QualityAwareFusion.robust(2, 3).rule.set_odds([0.3, -1.0]),
+        ValueError,
+        r"odds must be finite and positive, got \[0.3, -1.0\]",
+    ),
     "robust floor": (
         lambda: QualityAwareFusion.robust(2, 3, floor=None),
         TypeError,

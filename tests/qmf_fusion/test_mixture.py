@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion, testing
 from qmf_fusion.evidential import evidential
 from qmf_fusion.mixture import ContaminatedProduct
 
@@ -459,3 +459,35 @@ def test_batches_of_one_class_leave_finite_statistics():
         assert all(torch.isfinite(v).all() for v in fusion.rule.running.buffers())
         assert torch.isfinite(fusion.eval()(x).logits).all()
         assert fusion.train().uncertainties(x).max() < 100
+
+
+def test_odds_of_each_modality():
+    """By name, in order, in a calibrated rule and in its state, which ``half`` leaves at their precision."""
+    x = 2 * torch.randn(3, 40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    odds = [0.1, 0.3, 7.0]
+    fusion = QualityAwareFusion.robust(["a", "b", "c"], 5, odds=dict(zip("cab", [7.0, 0.1, 0.3], strict=True)))
+    assert fusion.rule.odds.tolist() == fusion.half().rule.odds.tolist() == odds
+    probs = torch.softmax(fusion.rule.likelihood(x), -1)
+    rho = torch.tensor(odds, dtype=torch.float64) * (1 + torch.exp(torch.tensor(-3.0, dtype=torch.float64)))
+    for out in (fusion(x), torch.func.functional_call(fusion, dict(fusion.named_buffers()), (x,))):
+        for i in range(40):
+            fused, clean = from_definition(rho, 5 * probs[:, i])
+            torch.testing.assert_close(out.logits[i].exp(), fused)
+            torch.testing.assert_close(out.weights[:, i], clean)
+    other = QualityAwareFusion.robust(["a", "b", "c"], 5)
+    compiled = torch.compile(other, fullgraph=True, backend="eager")
+    assert not torch.equal(compiled(x).weights, fusion(x).weights)
+    other.load_state_dict(fusion.state_dict())
+    torch.testing.assert_close(compiled(x).weights, fusion(x).weights)
+    other.rule.set_odds(0.3)
+    state = {name: value for name, value in other.state_dict().items() if name != "rule.odds"}
+    fusion.load_state_dict(state)  # of when there were none: they stay
+    assert fusion.rule.odds.tolist() == odds
+
+
+def test_odds_of_each_modality_pass_the_checks():
+    fusion = QualityAwareFusion.robust(3, 4, odds=[0.05, 0.3, 20.0])
+    testing.check_all(fusion, settings=settings(testing.DEFAULTS, max_examples=8))
+    with pytest.raises(ValueError, match="odds and onset must make odds of 1e-30 to 1e30"):
+        fusion.rule.set_odds([0.3, 1e-31, 0.3])
+    assert fusion.rule.odds.tolist() == [0.05, 0.3, 20.0]

@@ -105,7 +105,7 @@ def test_heads_and_inputs_as_lists():
 def test_the_recommended_rule_by_its_name():
     model = FusionModel({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)}, fusion="robust", num_classes=4, odds=0.1)
     assert model.fusion.rule.kind() == QualityAwareFusion.robust(["a", "b"], 4).rule.kind()
-    assert model.fusion.rule.odds == 0.1
+    assert model.fusion.rule.odds.tolist() == [0.1, 0.1]
     assert model.fusion.names == ("a", "b")
     with pytest.raises(TypeError, match="num_classes must be given with fusion='robust'"):
         FusionModel({"a": nn.Linear(6, 4)}, "robust")

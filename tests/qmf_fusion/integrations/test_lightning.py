@@ -165,7 +165,7 @@ trainer:
     - class_path: qmf_fusion.integrations.lightning.FusionCallback
 """)
     cli = LightningCLI(Lit, run=False, args=["--config", str(path)], save_config_callback=None)
-    assert cli.model.model.fusion.rule.odds == 0.1
+    assert cli.model.model.fusion.rule.odds.tolist() == [0.1, 0.1]
     assert any(isinstance(each, FusionCallback) for each in cli.trainer.callbacks)
 
     linear = "{class_path: torch.nn.Linear, init_args: {in_features: 4, out_features: 3}}"
