@@ -30,7 +30,7 @@ def sum_over_processes(values: Sequence[Tensor]) -> list[Tensor]:
 def gather_columns(x: Tensor) -> Tensor:
     """All processes' ``[*, B]`` beside each other, in the order of their ranks: ``[*, sum of B]``, the same in each.
 
-    Every process of the default group calls it, with one dtype and the same leading shape; each B may be another, 0 too.
+    Every process of the default group calls it, with one dtype and the same leading shape; each B may be another.
     Alone, it returns the tensor as it is.
     """
     if place_of_process()[1] == 1:

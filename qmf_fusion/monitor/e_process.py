@@ -1,7 +1,7 @@
 """Evidence that grows where p-values stop being uniform: bets, and an e-process over every moment of a change.
 
-If p is uniform on [0, 1], a bet ``f(p)`` with ``f >= 0`` and ``integral of f = 1`` has mean 1: who pays 1 gets 1 back on
-average. The bets here are powers, ``f(p) = kappa * p ** (kappa - 1)`` with kappa below 1, which pay where p is small.
+If p is uniform on [0, 1], a bet ``f(p)`` with ``f >= 0`` and ``integral of f = 1`` has mean 1: who pays 1 gets 1 back
+on average. The bets here are powers, ``f(p) = kappa * p ** (kappa - 1)`` with kappa below 1: they pay where p is small.
 
 A fault begins at an unknown row c. Of a fortune of 1, the share ``w_c`` is staked from row c on, and what it makes is
 staked again, row by row. After row t, with the rest that is not staked yet,
@@ -9,14 +9,15 @@ staked again, row by row. After row t, with the rest that is not staked yet,
     ``E_t = S_t + R_t``,   ``S_t = f(p_t) * (S_{t-1} + w_t)``,   ``R_t = 1 - w_1 - ... - w_t``
 
 is a martingale of mean 1 where the p-values are independent and uniform: ``E[E_t | past] = S_{t-1} + w_t + R_t =
-E_{t-1}``. By Ville's inequality the chance that it *ever* reaches ``1 / a`` is at most a, however long it runs. The stakes
-``w_t = 1 / log2(t + 1) - 1 / log2(t + 2)``, of sum 1, fall about as slowly as any: a fault after t clean rows has to make up
-for ``log(t)`` and a little. An average of such martingales, of several kappas, is one too.
+E_{t-1}``. By Ville's inequality the chance that it *ever* reaches ``1 / a`` is at most a, however long it runs. The
+stakes ``w_t = 1 / log2(t + 1) - 1 / log2(t + 2)``, of sum 1, fall about as slowly as any: a fault after t clean rows
+has to make up for ``log(t)`` and a little. An average of such martingales, of several kappas, is one too.
 
-Sources: Ville, *Etude critique de la notion de collectif*, 1939; Vovk, Gammerman and Shafer, *Algorithmic Learning in a
-Random World*, 2005, ch. 7, and Vovk, Nouretdinov and Gammerman, *Testing Exchangeability On-line*, ICML 2003 (powers, and
-their mixture); Shin, Ramdas and Rinaldo, *E-detectors*, 2022 (sums over the moments of a change; theirs bounds how often
-an alarm comes instead of whether one ever does, which takes no stakes).
+Sources: Ville, *Étude critique de la notion de collectif*, 1939; Vovk, Gammerman and Shafer, *Algorithmic Learning in a
+Random World*, 2005, and Vovk, Nouretdinov and Gammerman, *Testing Exchangeability On-line*, ICML 2003 (bets on
+p-values: powers and their mixture); Shin, Ramdas and Rinaldo, *E-detectors: a nonparametric framework for sequential
+change detection*, 2022 (sums over the moments of a change; theirs bound how often a false alarm comes, which takes no
+stakes, instead of whether one ever does).
 """
 
 import math

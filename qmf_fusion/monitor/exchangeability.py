@@ -14,7 +14,7 @@ class ExchangeabilityTest(KeepsPrecision):
     """For each of M modalities, evidence against "reference and stream are exchangeable", and when it sufficed.
 
     A conformal test martingale: each value's rank among the reference and all of the stream so far is a p-value
-    (``ranks``), on which an e-process bets (``e_process``). A modality's rows that do not count are no part of its stream.
+    (``ranks.py``), on which an e-process bets (``e_process.py``). Rows that do not count are no part of the stream.
 
     Args:
         num_modalities: M.
@@ -45,15 +45,15 @@ class ExchangeabilityTest(KeepsPrecision):
         super().__init__()
         self.stream, self.two_sided = stream, two_sided
         bets = len(KAPPAS) * (2 if two_sided else 1)
-        for name, size in (("reference", num_values), ("seen", num_values), ("steps", 0), ("start", bets)):
-            shape = (num_modalities, size) if size else (num_modalities,)
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
-        for name, shape in (("staked", (num_modalities, bets)), ("best", (num_modalities, bets))):
-            self.register_buffer(name, torch.full(shape, -torch.inf, dtype=torch.float64))
+        for name, size in (("reference", num_values), ("seen", num_values), ("start", bets)):
+            self.register_buffer(name, torch.zeros(num_modalities, size, dtype=torch.int64, device="cpu"))
+        for name in ("staked", "best"):
+            nothing = torch.full((num_modalities, bets), -torch.inf, dtype=torch.float64, device="cpu")
+            self.register_buffer(name, nothing)
         for name in ("log_e", "peak"):
-            self.register_buffer(name, torch.zeros(num_modalities, dtype=torch.float64))
-        for name in ("raised", "since"):
-            self.register_buffer(name, torch.zeros(num_modalities, dtype=torch.int64))
+            self.register_buffer(name, torch.zeros(num_modalities, dtype=torch.float64, device="cpu"))
+        for name in ("steps", "raised", "since"):
+            self.register_buffer(name, torch.zeros(num_modalities, dtype=torch.int64, device="cpu"))
 
     def fit(self, values: Tensor, counted: Tensor) -> None:
         """Take a reference, int64 ``[M, N]`` where bool ``[M, N]``, in place of any before, and start."""

@@ -22,10 +22,10 @@ class History(KeepsPrecision):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.register_buffer("values", torch.zeros(POINTS, *shape, dtype=torch.float64))
-        self.register_buffer("rows", torch.zeros(POINTS, dtype=torch.int64))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("stride", torch.ones((), dtype=torch.int64))
+        self.register_buffer("values", torch.zeros(POINTS, *shape, dtype=torch.float64, device="cpu"))
+        self.register_buffer("rows", torch.zeros(POINTS, dtype=torch.int64, device="cpu"))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.register_buffer("stride", torch.ones((), dtype=torch.int64, device="cpu"))
 
     def clear(self) -> None:
         """Forget everything."""

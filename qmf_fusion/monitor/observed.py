@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import Logits, Present, check_logits
 from ..fusion import FusionOutput, Heads, QualityAwareFusion, parts_of
+from ..precision import widened
 from ..processes import gather_columns
 from .ranks import grid_index
 
@@ -68,22 +69,23 @@ def observe(
     """
     _, _, features = parts_of(given, None, features)
     out = given if isinstance(given, FusionOutput) and present is None else fusion(given, present, features)
-    u = fusion.uncertainties(out.unimodal_logits, features).double()
+    u = widened(fusion.uncertainties(out.unimodal_logits, features))
     counted = out.energy < torch.inf
     if out.present is not None:
         counted = counted & out.present
     score = _mean(u, counted)
-    p_clean = _mean(out.weights.double(), counted)
+    p_clean = _mean(widened(out.weights), counted)
     if not fusion.rule.gives_p_clean:
         p_clean = torch.full_like(p_clean, torch.nan)
-    known = score == score  # noqa: PLR0124, NaN is not
     prints = [_hash(x) for x in out.unimodal_logits]
     if features is not None:
         rows, _ = check_logits(out.unimodal_logits, fusion.names, fusion.class_dim)
         for m, f in enumerate(fusion.check_features(features, rows) or ()):
             if f is not None:
                 prints[m] = prints[m] * _FIRST + _hash(f)
-    return Observed(_flat(counted).any(-1), torch.where(known, grid_index(score), -1), torch.stack(prints), p_clean)
+    return Observed(
+        _flat(counted).any(-1), torch.where(score.isnan(), -1, grid_index(score)), torch.stack(prints), p_clean
+    )
 
 
 def _flat(x: Tensor) -> Tensor:

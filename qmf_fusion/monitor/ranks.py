@@ -12,7 +12,7 @@ _GAMMA, _FIRST, _SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE
 
 
 def grid_index(scores: Tensor) -> Tensor:
-    """Which number of bfloat16 each is nearest to, int64 from 0 to ``GRID - 1``, in their order; NaN has no place in it.
+    """Which number of bfloat16 each is nearest to, int64 from 0 to ``GRID - 1``, in their order; NaN has none.
 
     Example:
         >>> grid_index(torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 1.0])).diff() > 0
@@ -23,7 +23,7 @@ def grid_index(scores: Tensor) -> Tensor:
 
 
 def uniforms(stream: int, first: int, num: int, device: torch.device) -> Tensor:
-    """Numbers ``first`` to ``first + num - 1`` of a random sequence in (0, 1), float64 on the CPU's arithmetic.
+    """Numbers ``first`` to ``first + num - 1`` of a random sequence in (0, 1), float64 ``[num]``.
 
     Counted, not drawn (splitmix64; Steele, Lea and Flood, OOPSLA 2014): the same ones however a stream is cut.
     """
@@ -43,10 +43,10 @@ def _shifted(z: Tensor, by: int) -> Tensor:
 def p_values(counts: Tensor, values: Tensor, draws: Tensor) -> Tensor:
     """Of n values that come one after the other, each among all before it and itself; small where it is large.
 
-    ``p = (number of larger ones + draw * number of equal ones) / number of all``. Where the values and those counted are
-    exchangeable, these are independent and uniform (Vovk, Gammerman and Shafer, 2005, ch. 2): a value joins the bag
-    before the next is looked at. Against a bag that stays as it is they would not be independent, and a test that
-    multiplies evidence up would take the bag's chance composition for a shift, sooner or later.
+    ``p = (number of larger ones + draw * number of equal ones) / number of all``. Where the values and those counted
+    are exchangeable, these are independent and uniform (Vovk, Gammerman and Shafer, 2005, ch. 2), because a value joins
+    the bag before the next is looked at. Against a bag that stays as it is they would not be independent, and a test
+    that multiplies evidence up would take the bag's chance composition for a shift, sooner or later.
 
     Args:
         counts: how often each value came so far, int64 ``[V]``.

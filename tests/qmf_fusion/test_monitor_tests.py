@@ -80,9 +80,7 @@ def test_the_e_process_sums_over_moments_of_a_change():
     torch.testing.assert_close(whole.best, parts.max(0).values)
     assert torch.equal(whole.start, rows[parts.argmax(0)])
     torch.testing.assert_close(along[-1].exp(), parts.logsumexp(0).exp().mean() + log_rest(t)[-1].exp())
-    half, first = extend(
-        Evidence(nothing, nothing, torch.zeros(2, dtype=torch.int64)), bets[:, :11], t[:11], rows[:11]
-    )
+    half, first = extend(Evidence(nothing, nothing, torch.zeros(2, dtype=torch.int64)), bets[:, :11], t[:11], rows[:11])
     again, rest = extend(half, bets[:, 11:], t[11:], rows[11:])
     torch.testing.assert_close(torch.cat([first, rest]), along)
     torch.testing.assert_close(again, whole)
@@ -129,7 +127,7 @@ def test_false_alarms_are_rare_however_long_it_runs(kind):
 def test_a_bag_that_stays_as_it_is_would_raise_false_alarms(monkeypatch):
     """Which is why the stream joins it."""
     monkeypatch.setattr(ExchangeabilityTest, "_p_values", _against_the_reference)
-    assert float(run("one-sided", 50, 50, 10_000).double().mean()) > 0.5
+    assert float(run("one-sided", 50, 50, 10_000).double().mean()) > 0.2
 
 
 def _against_the_reference(self, m, values):
