@@ -229,7 +229,7 @@ def picture(subject: Subject, path: Path, title: str) -> list[str]:
     said, index = [], draw(subject, 400, rng)
     monitor.update(answer(subject, draw(subject, 600, rng)))
     said.append(monitor.line())
-    broken = faults(subject, modality)["noise 1"](index, rng)
+    broken = faults(subject, modality)["noise 2"](index, rng)
     said += [str(alarm) for alarm in monitor.update(answer(subject, index, {modality: broken}))]
     said.append(monitor.line())
     figure = monitor.plot(title=title)
