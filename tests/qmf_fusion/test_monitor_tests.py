@@ -112,8 +112,8 @@ def run(kind, streams, reference, rows, seed=0):
 @pytest.mark.parametrize("kind", ["one-sided", "two-sided", "ties", "binary"])
 @pytest.mark.parametrize("reference", [1, 40])
 def test_false_alarms_are_rare(kind, reference):
-    """At most 10 %; with 300 streams, that is up to 15 % by chance."""
-    assert float(run(kind, 300, reference, 512).double().mean()) <= 0.1
+    """Nominally at most 10 %; fewer so early, as most of the fortune is not staked yet."""
+    assert float(run(kind, 200, reference, 384).double().mean()) <= 0.1
 
 
 @pytest.mark.slow

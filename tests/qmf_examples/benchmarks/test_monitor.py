@@ -14,7 +14,7 @@ from ..comparison.test_robustness import write_features
 
 @pytest.fixture
 def short(monkeypatch):
-    for name, value in {"REFERENCE": 40, "HEALTHY": 20, "FAULTY": 60, "ROWS": 50}.items():
+    for name, value in {"REFERENCE": 40, "HEALTHY": 20, "FAULTY": 60, "ROWS": 50, "SLICE": 20}.items():
         monkeypatch.setattr(monitor, name, value)
 
 
