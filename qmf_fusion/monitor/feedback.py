@@ -4,9 +4,11 @@ The mixture of ``robust`` sees each sample alone, with the same odds of broken t
 the share of broken rows of late says more. The odds are multiplied by what the odds of that share have become since the
 reference,
 
-    ``factor = (b / (1 - b)) / (b0 / (1 - b0))``,   b the running mean of ``1 - P(clean)``, b0 that of the reference:
+    ``factor = (b / (1 - b)) / (b0 / (1 - b0))``,   ``1 - b = P(clean) * (1 - share of repeated rows)``,
 
-a step of EM for the mixture's shares, relative to the reference, so that nothing changes on a stream like it.
+with running means for b and those of the reference for b0: a step of EM for the mixture's shares, relative to the
+reference, so that nothing changes on a stream like it. A stuck sensor may give a typical row for ever, which the mixture
+takes for clean; here it is not.
 
 Fed on itself, this could hold a repaired modality down: high odds make P(clean) low, which keeps odds high. So b is of
 P(clean) *at the odds as given*. A modality's own odds stand in ``P(clean) = A / (A + odds * B)``, A and B are free of
@@ -49,7 +51,7 @@ class OddsOfStream(KeepsPrecision):
         self.given.copy_(rule.odds)  # type: ignore[arg-type]
 
     def follow(self, rule: Rule, now: Tensor, usual: Tensor) -> None:
-        """Set the rule's odds by the mean P(clean) ``[M]`` at the odds as given, of late and of the reference."""
+        """Set the rule's odds by the share of clean rows ``[M]`` at the odds as given, of late and of the reference."""
         late, before = ((1 - x).clamp(_SHARE, 1 - _SHARE) for x in (now, usual))
         self._set(rule, (late / (1 - late) * (1 - before) / before).clamp(LEAST, MOST))
 

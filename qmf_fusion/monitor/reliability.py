@@ -81,7 +81,7 @@ class ReliabilityMonitor(KeepsPrecision):
         fusion: QualityAwareFusion,
         *,
         alpha: float = 0.01,
-        memory: int = 100,
+        memory: int = 30,
         feedback: bool = False,
         everywhere: bool = True,
     ) -> None:
@@ -97,7 +97,8 @@ class ReliabilityMonitor(KeepsPrecision):
         self.shift = ExchangeabilityTest(num, GRID, 0, two_sided=not fusion.rule.gives_p_clean)
         self.repetition = ExchangeabilityTest(num, 2, 1)
         self.absence = ExchangeabilityTest(num, 2, 2)
-        self.running = RunningMeans((len(TESTS) + 1, num), check_count("memory", memory))
+        memory = check_count("memory", memory)
+        self.running = RunningMeans((memory, memory / 2, memory, memory), num)  # a pair is two rows
         self.odds = OddsOfStream(num)
         self.history = History(len(TESTS) + 1, num)
         # In the state, so that what was watched is never taken for that of another rate.
@@ -291,4 +292,6 @@ class ReliabilityMonitor(KeepsPrecision):
 
     def _follow(self) -> None:
         if self.feedback and int(self.samples):
-            self.odds.follow(self.fusion.rule, self.running.now[P_CLEAN], self.running.usual[P_CLEAN])
+            repetition = TESTS.index(REPETITION)
+            clean = [x[P_CLEAN] * (1 - x[repetition]) for x in (self.running.now, self.running.usual)]
+            self.odds.follow(self.fusion.rule, *clean)

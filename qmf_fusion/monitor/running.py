@@ -1,6 +1,6 @@
 """Running means that forget: what a stream has been like of late, beside what the reference is like."""
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ class RunningMeans(KeepsPrecision):
     """Exponential means of several quantities of M modalities.
 
     Args:
-        shape: ``[Q, M]``.
-        memory: a value of ``memory`` values ago weighs 1 / e of the newest.
+        memories: Q numbers; a value of so many values ago weighs 1 / e of the newest.
+        num_modalities: M.
     """
 
     now: Tensor
@@ -21,10 +21,11 @@ class RunningMeans(KeepsPrecision):
     usual: Tensor
     """``[Q, M]``: the reference's, from which ``now`` starts."""
 
-    def __init__(self, shape: tuple[int, int], memory: int) -> None:
+    def __init__(self, memories: Sequence[float], num_modalities: int) -> None:
         super().__init__()
-        self.memory = memory
+        self.memories = tuple(memories)
         for name in ("now", "usual"):
+            shape = len(self.memories), num_modalities
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device="cpu"))
 
     def fit(self, usual: Tensor) -> None:
@@ -38,11 +39,11 @@ class RunningMeans(KeepsPrecision):
 
     def add(self, values: Tensor) -> Tensor:
         """The means after each of B values ``[Q, M, B]``, of which NaN change nothing: ``[Q, M, B]``."""
-        known = ~values.isnan()
-        left = (known.to(values) / -self.memory).cumsum(-1)  # log of what is left of the former mean after each
+        known, rate = ~values.isnan(), -1 / values.new_tensor(self.memories).reshape(-1, 1, 1)
+        left = (known * rate).cumsum(-1)  # log of what is left of the former mean after each
         # The weight of each value (the last dimension) after each (the one before), before it was counted as 1 - keep.
         weight = (left.unsqueeze(-1) - left.unsqueeze(-2)).tril().exp().tril()
         gained = (weight * values.nan_to_num().unsqueeze(-2)).sum(-1)
-        along = left.exp() * self.now.unsqueeze(-1) - math.expm1(-1 / self.memory) * gained
+        along = left.exp() * self.now.unsqueeze(-1) - torch.expm1(rate) * gained
         self.now.copy_(along[..., -1])
         return along

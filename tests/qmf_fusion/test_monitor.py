@@ -83,7 +83,7 @@ def test_running_estimates_are_exponential_means():
     said = monitor.as_dict()
     assert [said["p_clean/rgb"], said["p_clean/depth"]] == pytest.approx(clean)
     assert said["absence/depth"] == pytest.approx(absent)
-    assert said["repetition/rgb"] == pytest.approx((1 - keep) * keep**49)  # of pairs; 49 followed
+    assert said["repetition/rgb"] == pytest.approx((1 - keep**2) * keep**98)  # 49 pairs followed
     assert said["repetition/depth"] == 0
     assert set(said) == {
         f"{what}/{name}"
@@ -93,7 +93,7 @@ def test_running_estimates_are_exponential_means():
 
 
 def test_a_line_for_any_logger():
-    monitor, said = watched(), []
+    monitor, said = watched(memory=100), []
     stream, _ = rows(50, 3)
     stream[1] = torch.nan
     monitor.update(stream)
@@ -443,6 +443,18 @@ def test_feedback_lets_odds_follow_a_fault_and_recovers():
     assert fed.odds.factor[1] == 1
     fed.fit(rows(400, 101)[0])
     assert torch.equal(fed.fusion.rule.odds, fed.odds.given)
+
+
+def test_feedback_takes_a_row_that_repeats_for_broken():
+    """However typical it is."""
+    plain, fed = watched(), watched(robust(), feedback=True)
+    stuck = [feed(monitor, 200, 29, lambda x: x[:1].expand_as(x)) for monitor in (plain, fed)]
+    assert plain.running.now[3, 1] > 0.5  # P(clean)
+    assert float(fed.odds.factor[1]) == 30
+    assert float(fed.odds.factor[0]) < 4
+    assert stuck[1] > stuck[0]
+    feed(fed, 200, 30)
+    assert float(fed.odds.factor[1]) < 2.5
 
 
 @pytest.mark.parametrize("start", [30.0, 0.1])
