@@ -7,8 +7,8 @@ reference,
     ``factor = (b / (1 - b)) / (b0 / (1 - b0))``,   ``1 - b = P(clean) * (1 - share of repeated rows)``,
 
 with running means for b and those of the reference for b0: a step of EM for the mixture's shares, relative to the
-reference, so that nothing changes on a stream like it. A stuck sensor may give a typical row for ever, which the mixture
-takes for clean; here it is not.
+reference, so that nothing changes on a stream like it. A stuck sensor may give a typical row for ever, which the
+mixture takes for clean; here it is not.
 
 Fed on itself, this could hold a repaired modality down: high odds make P(clean) low, which keeps odds high. So b is of
 P(clean) *at the odds as given*. A modality's own odds stand in ``P(clean) = A / (A + odds * B)``, A and B are free of
