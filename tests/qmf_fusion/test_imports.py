@@ -49,7 +49,7 @@ def test_importing_the_package_imports_neither_hypothesis_nor_triton():
     assert "'hypothesis" not in loaded
     assert "'triton" not in loaded
     assert "'qmf_examples" not in loaded
-    for beside in ("subsets", "importance", "missing", "selection", "conformal", "consistency"):
+    for beside in ("subsets", "importance", "missing", "selection", "conformal", "consistency", "monitor"):
         assert f"'qmf_fusion.{beside}" not in loaded
 
 

@@ -1,0 +1,133 @@
+"""What the monitor sees of a batch: a few numbers a row and modality, of all processes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import Logits, Present, check_logits
+from ..fusion import FusionOutput, Heads, QualityAwareFusion, parts_of
+from ..precision import widened
+from ..processes import gather_columns
+from .ranks import grid_index
+
+_FIRST, _SECOND = 0x9E3779B97F4A7C15 - 2**64, 0xD6E8FEB86659FD93 - 2**64  # odd, of bits at random
+
+
+class Observed(NamedTuple):
+    """B rows, one a sample, of M modalities; a dense prediction's positions are one row together."""
+
+    counted: Tensor
+    """bool ``[M, B]``: present, and finite."""
+    score: Tensor
+    """int64 ``[M, B]``: where its uncertainty, the mean over positions that count, stands on the grid; -1 for NaN."""
+    fingerprint: Tensor
+    """int64 ``[M, B]``: of its logits and features; equal for rows that are equal in float32."""
+    p_clean: Tensor
+    """float64 ``[M, B]``, the mean over positions that count; NaN for another rule."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Observed":
+        """On another device, ``p_clean`` in its dtype."""
+        counted, score, fingerprint, p_clean = (x.to(device) for x in self)
+        return Observed(counted, score, fingerprint, p_clean.to(dtype))
+
+
+class Events(NamedTuple):
+    """B rows, as the tests take them."""
+
+    counted: Tensor  # bool ``[M, B]``
+    score: Tensor  # int64 ``[M, B]``; -1 for none
+    repeated: Tensor  # int64 ``[M, B]``: 1 for the second of a pair of equal rows, 0 of unequal ones, -1 for the first
+    p_clean: Tensor  # ``[M, B]``; NaN for none
+
+    def rows(self, start: int, end: int) -> "Events":
+        """Some of them."""
+        return Events(*(x[:, start:end] for x in self))
+
+    def gathered(self) -> "Events":
+        """Those of all processes, in the order of their ranks; a collective."""
+        whole = [self.counted.long(), self.score, self.repeated, self.p_clean.contiguous().view(torch.int64)]
+        counted, score, repeated, p_clean = gather_columns(torch.stack(whole)).unbind(0)
+        return Events(counted.bool(), score, repeated, p_clean.contiguous().view(torch.float64))
+
+
+def which_features(fusion: QualityAwareFusion, given: Heads, features: Logits | None) -> list[bool]:
+    """For which modalities there are features that the rule judges by."""
+    logits, _, features = parts_of(given, None, features)
+    rows, _ = check_logits(logits, fusion.names, fusion.class_dim)
+    seen = fusion.check_features(features, rows)
+    return [False] * len(rows) if seen is None else [f is not None for f in seen]
+
+
+def observe(
+    fusion: QualityAwareFusion, given: Heads, present: Present | None = None, features: Logits | None = None
+) -> Observed:
+    """See a batch; a ``FusionOutput`` is taken as it is, logits are fused first.
+
+    Raises:
+        TypeError, ValueError: as the fusion raises them.
+    """
+    _, _, features = parts_of(given, None, features)
+    out = given if isinstance(given, FusionOutput) and present is None else fusion(given, present, features)
+    u = widened(fusion.uncertainties(out.unimodal_logits, features))
+    counted = out.energy < torch.inf
+    if out.present is not None:
+        counted = counted & out.present
+    score = _mean(u, counted)
+    p_clean = _mean(widened(out.weights), counted)
+    if not fusion.rule.gives_p_clean:
+        p_clean = torch.full_like(p_clean, torch.nan)
+    prints = [_hash(x) for x in out.unimodal_logits]
+    if features is not None:
+        rows, _ = check_logits(out.unimodal_logits, fusion.names, fusion.class_dim)
+        for m, f in enumerate(fusion.check_features(features, rows) or ()):
+            if f is not None:
+                prints[m] = prints[m] * _FIRST + _hash(f)
+    return Observed(
+        _flat(counted).any(-1), torch.where(score.isnan(), -1, grid_index(score)), torch.stack(prints), p_clean
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    """``[M, *]`` as ``[M, B, positions]``; without any batch, B is 1."""
+    return x.reshape(len(x), 1 if x.dim() == 1 else x.shape[1], -1)
+
+
+def _mean(x: Tensor, counted: Tensor) -> Tensor:
+    """Over a sample's positions that count, ``[M, B]``; NaN where none does."""
+    x, there = _flat(x), _flat(counted)
+    return torch.where(there, x, 0).sum(-1) / there.sum(-1)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A number for each row of ``[B, ...]``, int64 ``[B]``."""
+    flat = x.reshape(1 if x.dim() == 1 else len(x), -1).detach()
+    bits = flat.float().contiguous().view(torch.int32).long() * _FIRST
+    bits = bits ^ (bits >> 29)
+    place = 2 * torch.arange(flat.shape[1], device=x.device) + 1
+    return (bits * (place * _SECOND)).sum(1)
+
+
+def pair_up(counted: Tensor, fingerprint: Tensor, waiting: Tensor) -> Tensor:
+    """Whether the second of each two rows is the first again, as ``Events.repeated``.
+
+    Pairs do not overlap, so that those of exchangeable rows are exchangeable too, however often rows recur.
+
+    Args:
+        counted: bool ``[M, B]``: a row that does not count is equal to none.
+        fingerprint: int64 ``[M, B]``.
+        waiting: int64 ``[3, M]``: whether a row of before waits for its second, whether it counts, its fingerprint. It
+            is changed.
+    """
+    waits = int(waiting[0, 0])
+    if waits:
+        counted = torch.cat([waiting[1].bool().unsqueeze(1), counted], 1)
+        fingerprint = torch.cat([waiting[2].unsqueeze(1), fingerprint], 1)
+    num = counted.shape[1]
+    repeated = torch.full_like(fingerprint, -1)
+    first, second = slice(0, num - 1, 2), slice(1, num, 2)
+    both = counted[:, first] & counted[:, second]
+    repeated[:, second] = (both & (fingerprint[:, first] == fingerprint[:, second])).long()
+    waiting[0] = num % 2
+    waiting[1:] = torch.stack([counted[:, -1].long(), fingerprint[:, -1]])
+    return repeated[:, waits:]
