@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -31,22 +32,24 @@ with alone_in(Path(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def full_disk():
-    """A function that lets no file grow beyond so many bytes, as a disk with no more room would."""
+@contextmanager
+def full_disk(size):
+    """Let no file grow beyond so many bytes, as a disk with no more room would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:  # before the test ends: what pytest says of it may go to a file, too
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # PyTorch makes a RuntimeError of its own of most of them.
 @pytest.mark.parametrize("size", [0, 100, 1_000, 5_000, 100_000, 200_000, 205_000])
-def test_a_checkpoint_on_a_full_disk_is_the_systems_error_and_leaves_the_old_one(size, full_disk, tmp_path):
+def test_a_checkpoint_on_a_full_disk_is_the_systems_error_and_leaves_the_old_one(size, tmp_path):
     path = tmp_path / "last.ckpt"
     save_checkpoint(path, {"epoch": 2})
     old = path.read_bytes()
-    full_disk(size)
-    with pytest.raises(OSError, match=r"File too large: .*last\.ckpt'"):
+    with full_disk(size), pytest.raises(OSError, match=r"File too large: .*last\.ckpt'"):
         save_checkpoint(path, STATE)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["last.ckpt"]
@@ -61,41 +64,39 @@ def test_an_error_of_the_writers_own_stays_what_it_is(tmp_path):
         write_atomically(tmp_path / "file", fail)
 
 
-def test_an_interrupt_on_a_full_disk_stays_an_interrupt(full_disk, tmp_path):
+def test_an_interrupt_on_a_full_disk_stays_an_interrupt(tmp_path):
     def fail(file):
         file.raw.write(b"as much as there is room for")
         with pytest.raises(OSError, match="File too large"):
             file.raw.write(b"more")
         raise KeyboardInterrupt
 
-    full_disk(10)
-    with pytest.raises(KeyboardInterrupt):
+    with full_disk(10), pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "file", fail)
 
 
 @pytest.mark.parametrize("command", ["train nyud2", "train digits"])
-def test_a_disk_that_fills_up_amid_a_training_is_one_line(command, sample, full_disk, tmp_path, capsys):
+def test_a_disk_that_fills_up_amid_a_training_is_one_line(command, sample, tmp_path, capsys):
     arguments = [*command.split(), "--quick", "--epochs", "1", "--output", str(tmp_path)]
     if "nyud2" in command:
         arguments += ["--method", "rgb", "--limit-batches", "1", "--data-root", str(sample("nyud2"))]
-    full_disk(20_000)
-    assert main(arguments) == 1
+    with full_disk(20_000):
+        assert main(arguments) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qmf-fusion: error: ")]
     assert len(lines) == 1
     assert lines[0].endswith(": File too large")
     assert list(tmp_path.rglob("*.part")) == []
 
 
-def test_the_last_good_checkpoint_outlives_a_full_disk(sample, full_disk, tmp_path, capsys):
+def test_the_last_good_checkpoint_outlives_a_full_disk(sample, tmp_path, capsys):
     arguments = ["train", "nyud2", "--quick", "--method", "rgb", "--limit-batches", "1"]
     arguments += ["--data-root", str(sample("nyud2")), "--output", str(tmp_path)]
     assert main([*arguments, "--epochs", "1"]) == 0
     run = tmp_path / "rgb" / "seed1"
     before = (run / "last.ckpt").read_bytes()
-    full_disk(20_000)
-    assert main([*arguments, "--epochs", "3", "--resume"]) == 1
+    with full_disk(20_000):
+        assert main([*arguments, "--epochs", "3", "--resume"]) == 1
     assert "File too large" in capsys.readouterr().err
-    full_disk(resource.RLIM_INFINITY)
     assert (run / "last.ckpt").read_bytes() == before
     assert load_learner(run)
     assert main([*arguments, "--epochs", "3", "--resume"]) == 0
