@@ -126,7 +126,7 @@ class TestTimeAdaptation(KeepsPrecision):
     @property
     def factors(self) -> dict[str, Tensor]:
         """What each modality's numbers are multiplied by, ``[M]`` each, by their names."""
-        return dict(zip(self.fusion.rule.adaptable, self.log_factors.exp(), strict=True))
+        return dict(zip(self.fusion.rule.adaptable, self._allowed(self.log_factors).exp(), strict=True))
 
     def reset(self) -> "TestTimeAdaptation":
         """Forget all that was learned: the fusion answers as it was calibrated, exactly."""
@@ -135,7 +135,7 @@ class TestTimeAdaptation(KeepsPrecision):
 
     def forward(self, logits: Heads, present: Present | None = None, features: Logits | None = None) -> FusionOutput:
         """What the fusion answers with its numbers as they have been learned; arguments and errors are the fusion's."""
-        return self._fuse(self.log_factors, logits, present, features)
+        return self._fuse(self._allowed(self.log_factors), logits, present, features)
 
     def step(self, logits: Heads, present: Present | None = None, features: Logits | None = None) -> FusionOutput:
         """Learn from a batch, and answer it; arguments and errors are the fusion's, most often a model's whole output.
@@ -146,10 +146,12 @@ class TestTimeAdaptation(KeepsPrecision):
         with torch.inference_mode(False), torch.enable_grad():
             if self.episodic:
                 self.reset()
-            moved = self.log_factors.clone().requires_grad_()
-            out = self._fuse(moved, *(_copied(each) for each in (logits, present, features)))
-            gradient = torch.autograd.grad(self.loss(out), moved, materialize_grads=True)[0]
-            self.log_factors.copy_(self._descended(gradient))
+            start = self._allowed(self.log_factors).requires_grad_()
+            out = self._fuse(start, *(_copied(each) for each in (logits, present, features)))
+            gradient = torch.autograd.grad(self.loss(out), start, materialize_grads=True)[0]
+            finite = torch.isfinite(gradient).all()
+            moved = start.detach() - self.lr * torch.where(finite, gradient, 0)
+            self.log_factors.copy_(self._allowed(moved))
         return self(logits, present, features)
 
     def loss(self, out: FusionOutput) -> Tensor:
@@ -160,14 +162,13 @@ class TestTimeAdaptation(KeepsPrecision):
         counted = ((out.energy != torch.inf).sum(0) > 1) & some
         return adaptation_loss(fused, counted, self.balance)
 
-    def _descended(self, gradient: Tensor) -> Tensor:
-        """``log_factors`` after a step: free ones sum to 0, and none is beyond the limit."""
-        free = (self.fusion.calibration.held == 0).to(gradient)
-        finite = torch.isfinite(gradient).all()
-        moved = (self.log_factors - self.lr * torch.where(finite, gradient, 0)) * free
-        moved = (moved - moved.sum(-1, keepdim=True) / free.sum().clamp(min=1)) * free
+    def _allowed(self, log_factors: Tensor) -> Tensor:
+        """As they may act while calibration stands so: 0 for what is held, the others of sum 0, none over the limit."""
+        free = (self.fusion.calibration.held == 0).to(log_factors)
+        mean = (log_factors * free).sum(-1, keepdim=True) / free.sum().clamp(min=1)
+        moved = (log_factors - mean) * free
         most = moved.abs().amax(-1, keepdim=True) / math.log(self.limit)
-        return (moved / most.clamp_min(1)).detach()
+        return moved / most.clamp_min(1)
 
     def _fuse(self, log_factors: Tensor, *given: Any) -> FusionOutput:
         numbers = {f"rule.{name}": x for name, x in self.fusion.rule.adapted(log_factors.exp()).items()}

@@ -135,15 +135,54 @@ def test_episodic_forgets_every_batch():
         assert torch.equal(out.logits, alone.logits)
 
 
+def hold_the_second(fusion):
+    """As ``calibrate`` does."""
+    held = torch.tensor([0.0, 0.7, 0.0], dtype=torch.float64)
+    if hasattr(fusion.rule, "coefficients"):
+        fusion.rule.coefficients.hold(held)
+    fusion.calibration.set(torch.full((3,), 0.7), held)
+
+
 def test_what_calibration_holds_does_not_move():
     fusion = QualityAwareFusion(NAMES)
-    fusion.rule.coefficients.hold(torch.tensor([0.0, 0.7, 0.0], dtype=torch.float64))
-    fusion.calibration.set(torch.full((3,), 0.7), torch.tensor([0.0, 0.7, 0.0]))
+    hold_the_second(fusion)
     adaptation = TestTimeAdaptation(fusion, lr=10.0)
     out = run(adaptation, stream())[-1]
     assert adaptation.log_factors[:, 1].tolist() == [0.0, 0.0]
     assert adaptation.log_factors[0, 0] == -adaptation.log_factors[0, 2] != 0
     torch.testing.assert_close(out.weights[1], torch.full((32,), 0.7))
+
+
+@pytest.mark.parametrize("name", ["default", "learnable", "robust"])
+def test_what_calibration_holds_from_now_on_stands_at_once(name):
+    """Though factors of it have been learned; the others' go on from theirs, whose logarithms sum to 0."""
+    fusion, batches = FUSIONS[name](), stream()
+    adaptation = TestTimeAdaptation(fusion, lr=50.0, limit=3.0)
+    run(adaptation, batches)
+    learned = {number: factors.log() for number, factors in adaptation.factors.items()}
+    assert all(factors[1] != 0 for factors in learned.values())
+    hold_the_second(fusion)
+    for number, factors in adaptation.factors.items():
+        first, last = learned[number][0], learned[number][2]
+        expected = torch.stack([(first - last) / 2, torch.zeros_like(first), (last - first) / 2])
+        torch.testing.assert_close(factors.log(), expected)
+    out = adaptation(*given(fusion, batches[0]))
+    torch.testing.assert_close(out.weights[1], torch.full((32,), 0.7))
+    alone = TestTimeAdaptation(fusion, lr=50.0, limit=3.0)
+    alone.log_factors.copy_(torch.stack([factors.log() for factors in adaptation.factors.values()]))
+    for x in batches:
+        outs = [each.step(*given(fusion, x)) for each in (adaptation, alone)]
+        torch.testing.assert_close(outs[0].logits, outs[1].logits)
+
+
+def test_factors_stay_within_the_limit_when_some_are_held():
+    fusion = QualityAwareFusion(4)
+    adaptation = TestTimeAdaptation(fusion, limit=2.0)
+    adaptation.log_factors.copy_(math.log(2) * torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    held = torch.tensor([0.0, 0.0, 0.0, 0.7])
+    fusion.calibration.set(torch.full((4,), 0.7), held)
+    factors = adaptation.factors["weights"].tolist()
+    assert factors == pytest.approx([2.0, 0.5**0.5, 0.5**0.5, 1.0])
 
 
 DEGENERATE = {
