@@ -56,7 +56,8 @@ class TestTimeAdaptation(KeepsPrecision):
 
     ``step`` learns from a batch and answers it; ``forward`` answers without learning. The fusion itself stays as it is
     calibrated: all that is learned is ``log_factors``, which multiply its numbers in the calls of this module, and are
-    all that is in ``state_dict``. So signs hold (``alpha < 0``, ``T > 0``, odds above 0), and ``reset`` is exact.
+    all that is in ``state_dict``, beside the fusion's names and kind, as no other's state loads. So signs hold
+    (``alpha < 0``, ``T > 0``, odds above 0), and ``reset`` is exact.
 
     For each number the logarithms of the modalities' factors sum to 0: what moves is which modality is relied on, not
     how much all are, by which confidence alone would rise. One that calibration holds does not move. Samples with
@@ -174,6 +175,20 @@ class TestTimeAdaptation(KeepsPrecision):
         numbers = {f"rule.{name}": x for name, x in self.fusion.rule.adapted(log_factors.exp()).items()}
         out: FusionOutput = functional_call(self.fusion, numbers, given)
         return out
+
+    def get_extra_state(self) -> Tensor:
+        """What the factors belong to: the fusion's own."""
+        return self.fusion.get_extra_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse what was learned of another fusion, as the fusion refuses another's state."""
+        self.fusion.set_extra_state(state)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse it before anything of it is taken: PyTorch asks last."""
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self.set_extra_state(state)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"lr={self.lr}, limit={self.limit}, balance={self.balance}, episodic={self.episodic}"

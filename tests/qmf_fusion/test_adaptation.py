@@ -122,8 +122,31 @@ def test_state_is_all_there_is_and_equal_runs_are_equal():
     second.load_state_dict(first.half().state_dict())  # which leaves it at its precision
     for out, other in zip(run(second, batches[3:]), expected[3:], strict=True):
         assert torch.equal(out.logits, other.logits)
-    assert set(second.state_dict()) == {"log_factors"}
+    assert set(second.state_dict()) == {"log_factors", "_extra_state"}
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_state_of_another_fusion_does_not_load_not_even_in_part():
+    """As with the fusion's own: the same numbers would multiply others, or those of other modalities."""
+    entropy = QualityAwareFusion(["rgb", "depth"], uncertainty="entropy")
+    learned = TestTimeAdaptation(QualityAwareFusion(["rgb", "depth"]), lr=10.0)
+    learned.step(list(stream(1)[0, 1:]))
+    state = learned.state_dict()
+    for names in (["rgb", "depth"], 2):
+        same = TestTimeAdaptation(QualityAwareFusion(names))
+        same.load_state_dict(state)
+        assert torch.equal(same.log_factors, learned.log_factors)
+    for fusion, match in (
+        (
+            QualityAwareFusion(["depth", "rgb"]),
+            r"of the modalities \['rgb', 'depth'\], and this one is of \['depth",
+        ),
+        (entropy, r"of another kind of fusion, .*'energy'.*, and this one is .*'entropy'"),
+    ):
+        other = nn.ModuleDict({"adaptation": TestTimeAdaptation(fusion)})
+        with pytest.raises(RuntimeError, match=match):
+            other.load_state_dict({f"adaptation.{name}": value for name, value in state.items()})
+        assert not other["adaptation"].log_factors.any()
 
 
 def test_episodic_forgets_every_batch():
