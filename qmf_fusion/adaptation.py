@@ -72,7 +72,8 @@ class TestTimeAdaptation(KeepsPrecision):
         episodic: forget before every step what was learned from other batches.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range; a rule that has nothing to adapt.
+        TypeError, ValueError: an argument of the wrong kind or out of its range; a fusion of one modality, or
+            whose rule has nothing to adapt.
 
     Example:
         >>> fusion = QualityAwareFusion.robust(["rgb", "depth"], num_classes=4)
@@ -102,6 +103,8 @@ class TestTimeAdaptation(KeepsPrecision):
     ) -> None:
         super().__init__()
         check_fusion(fusion)
+        if fusion.num_modalities < 2:
+            raise ValueError(f"fusion must be of at least 2 modalities, got {list(fusion.names)}")
         for name, value, least in (("lr", lr, 0.0), ("limit", limit, 1.0)):
             check_number(name, value)
             if not least < value < math.inf:
@@ -109,6 +112,8 @@ class TestTimeAdaptation(KeepsPrecision):
         check_number("balance", balance)
         if not 0 <= balance < math.inf:
             raise ValueError(f"balance must be finite and at least 0, got {balance}")
+        if not isinstance(episodic, bool):
+            raise TypeError(f"episodic must be True or False, got {episodic!r}")
         if not fusion.rule.adaptable:
             rule = f"{type(fusion.rule).__name__}({fusion.rule.extra_repr()})"
             raise ValueError(f"fusion must have numbers to adapt that its fused logits send gradients to, got {rule}")
@@ -116,7 +121,9 @@ class TestTimeAdaptation(KeepsPrecision):
         self._fusion = (fusion,)
         self.lr, self.limit, self.balance, self.episodic = lr, limit, balance, episodic
         held = fusion.calibration.held
-        start = torch.zeros(len(fusion.rule.adaptable), fusion.num_modalities, dtype=held.dtype, device=held.device)
+        size = len(fusion.rule.adaptable), fusion.num_modalities
+        with torch.inference_mode(False):  # whose tensors could not be changed outside it
+            start = torch.zeros(size, dtype=held.dtype, device=held.device)
         self.register_buffer("log_factors", start)
 
     @property
@@ -131,7 +138,7 @@ class TestTimeAdaptation(KeepsPrecision):
 
     def reset(self) -> "TestTimeAdaptation":
         """Forget all that was learned: the fusion answers as it was calibrated, exactly."""
-        self.log_factors.zero_()
+        self._learn(torch.zeros_like(self.log_factors))
         return self
 
     def forward(self, logits: Heads, present: Present | None = None, features: Logits | None = None) -> FusionOutput:
@@ -152,7 +159,7 @@ class TestTimeAdaptation(KeepsPrecision):
             gradient = torch.autograd.grad(self.loss(out), start, materialize_grads=True)[0]
             finite = torch.isfinite(gradient).all()
             moved = start.detach() - self.lr * torch.where(finite, gradient, 0)
-            self.log_factors.copy_(self._allowed(moved))
+            self._learn(self._allowed(moved))
         return self(logits, present, features)
 
     def loss(self, out: FusionOutput) -> Tensor:
@@ -162,6 +169,13 @@ class TestTimeAdaptation(KeepsPrecision):
         some = torch.isfinite(torch.logsumexp(fused.detach(), -1))
         counted = ((out.energy != torch.inf).sum(0) > 1) & some
         return adaptation_loss(fused, counted, self.balance)
+
+    def _learn(self, log_factors: Tensor) -> None:
+        """In place, unless they were loaded or moved in inference mode, whose tensors cannot be changed outside it."""
+        with torch.inference_mode(False):
+            if self.log_factors.is_inference():
+                self.log_factors = torch.empty_like(self.log_factors)
+            self.log_factors.copy_(log_factors)
 
     def _allowed(self, log_factors: Tensor) -> Tensor:
         """As they may act while calibration stands so: 0 for what is held, the others of sum 0, none over the limit."""

@@ -268,6 +268,36 @@ def test_it_takes_a_models_output_in_every_mode():
     assert all(p.grad is None for p in model.parameters())
 
 
+def loaded(adaptation, assign):
+    adaptation.load_state_dict({name: x.clone() for name, x in adaptation.state_dict().items()}, assign=assign)
+    return adaptation
+
+
+IN_INFERENCE_MODE = {
+    "made": lambda fusion: TestTimeAdaptation(fusion, lr=10.0),
+    "reset": lambda fusion: TestTimeAdaptation(fusion, lr=10.0).reset(),
+    "loaded": lambda fusion: loaded(TestTimeAdaptation(fusion, lr=10.0), assign=False),
+    "loaded and taken over": lambda fusion: loaded(TestTimeAdaptation(fusion, lr=10.0), assign=True),
+}
+
+
+@pytest.mark.parametrize("how", IN_INFERENCE_MODE)
+def test_it_learns_and_forgets_wherever_it_was_made(how):
+    fusion, x = FUSIONS["default"](), list(stream(1)[0])
+    expected = TestTimeAdaptation(fusion, lr=10.0)
+    expected.step(x)
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with torch.inference_mode():
+            adaptation, forgetful = (IN_INFERENCE_MODE[how](fusion) for _ in range(2))
+        with mode():
+            adaptation.step(x)
+            forgetful.reset().step(x)
+        assert torch.equal(adaptation.log_factors, expected.log_factors)
+        assert torch.equal(forgetful.log_factors, expected.log_factors)
+        assert not adaptation.reset().log_factors.any()
+        loaded(adaptation, assign=False)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
@@ -281,6 +311,16 @@ def test_it_takes_a_models_output_in_every_mode():
             lambda: TestTimeAdaptation(QualityAwareFusion(2, detach_weights=True)),
             ValueError,
             r"fusion must have numbers to adapt that its fused logits send gradients to, got AffineRule\(.*detach_w",
+        ),
+        (
+            lambda: TestTimeAdaptation(QualityAwareFusion(["rgb"])),
+            ValueError,
+            r"fusion must be of at least 2 modalities, got \['rgb'\]",
+        ),
+        (
+            lambda: TestTimeAdaptation(QualityAwareFusion(2), episodic="no"),
+            TypeError,
+            "episodic must be True or False, got 'no'",
         ),
         (lambda: TestTimeAdaptation(QualityAwareFusion(2)).step([torch.zeros(3, 4)]), ValueError, "logits must hold"),
     ],
