@@ -105,6 +105,27 @@ def test_the_fusion_stays_and_reset_is_exact(name):
         assert torch.equal(out.weights, expected.weights)
 
 
+@pytest.mark.parametrize("name", FUSIONS)
+def test_what_was_learned_can_be_kept_in_the_fusion(name):
+    """As docs/adaptation.md says; the adaptation does not multiply by it again."""
+    fusion, batches = FUSIONS[name](), stream()
+    before = copy.deepcopy(fusion.state_dict())
+    adaptation = TestTimeAdaptation(fusion, lr=50.0)
+    expected = run(adaptation, batches)[-1]
+    factors = torch.stack(list(adaptation.factors.values()))
+    fusion.rule.load_state_dict(fusion.rule.adapted(factors), strict=False)
+    adaptation.reset()
+    for answer in (fusion, adaptation):
+        out = answer(*given(fusion, batches[-1]))
+        torch.testing.assert_close(out.logits, expected.logits)
+        torch.testing.assert_close(out.weights, expected.weights)
+    fusion.reset_calibration()
+    if name == "robust":
+        torch.testing.assert_close(fusion.rule.odds, before["rule.odds"] * factors[0])
+    else:
+        torch.testing.assert_close(fusion.state_dict(), before, rtol=0, atol=0)
+
+
 def test_it_turns_to_the_modalities_that_can_be_relied_on():
     for fusion, number, sign in ((QualityAwareFusion(NAMES), "weights", 1), (FUSIONS["robust"](), "odds", -1)):
         adaptation = TestTimeAdaptation(fusion, lr=10.0)
