@@ -56,7 +56,8 @@ class TestTimeAdaptation(KeepsPrecision):
 
     ``step`` learns from a batch and answers it; ``forward`` answers without learning. The fusion itself stays as it is
     calibrated: all that is learned is ``log_factors``, which multiply its numbers in the calls of this module, and are
-    all that is in ``state_dict``. So signs hold (``alpha < 0``, ``T > 0``, odds above 0), and ``reset`` is exact.
+    all that is in ``state_dict``, beside the fusion's names and kind, as no other's state loads. So signs hold
+    (``alpha < 0``, ``T > 0``, odds above 0), and ``reset`` is exact.
 
     For each number the logarithms of the modalities' factors sum to 0: what moves is which modality is relied on, not
     how much all are, by which confidence alone would rise. One that calibration holds does not move. Samples with
@@ -71,7 +72,8 @@ class TestTimeAdaptation(KeepsPrecision):
         episodic: forget before every step what was learned from other batches.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of its range; a rule that has nothing to adapt.
+        TypeError, ValueError: an argument of the wrong kind or out of its range; a fusion of one modality, or
+            whose rule has nothing to adapt.
 
     Example:
         >>> fusion = QualityAwareFusion.robust(["rgb", "depth"], num_classes=4)
@@ -101,6 +103,8 @@ class TestTimeAdaptation(KeepsPrecision):
     ) -> None:
         super().__init__()
         check_fusion(fusion)
+        if fusion.num_modalities < 2:
+            raise ValueError(f"fusion must be of at least 2 modalities, got {list(fusion.names)}")
         for name, value, least in (("lr", lr, 0.0), ("limit", limit, 1.0)):
             check_number(name, value)
             if not least < value < math.inf:
@@ -108,6 +112,8 @@ class TestTimeAdaptation(KeepsPrecision):
         check_number("balance", balance)
         if not 0 <= balance < math.inf:
             raise ValueError(f"balance must be finite and at least 0, got {balance}")
+        if not isinstance(episodic, bool):
+            raise TypeError(f"episodic must be True or False, got {episodic!r}")
         if not fusion.rule.adaptable:
             rule = f"{type(fusion.rule).__name__}({fusion.rule.extra_repr()})"
             raise ValueError(f"fusion must have numbers to adapt that its fused logits send gradients to, got {rule}")
@@ -115,7 +121,9 @@ class TestTimeAdaptation(KeepsPrecision):
         self._fusion = (fusion,)
         self.lr, self.limit, self.balance, self.episodic = lr, limit, balance, episodic
         held = fusion.calibration.held
-        start = torch.zeros(len(fusion.rule.adaptable), fusion.num_modalities, dtype=held.dtype, device=held.device)
+        size = len(fusion.rule.adaptable), fusion.num_modalities
+        with torch.inference_mode(False):  # whose tensors could not be changed outside it
+            start = torch.zeros(size, dtype=held.dtype, device=held.device)
         self.register_buffer("log_factors", start)
 
     @property
@@ -126,16 +134,16 @@ class TestTimeAdaptation(KeepsPrecision):
     @property
     def factors(self) -> dict[str, Tensor]:
         """What each modality's numbers are multiplied by, ``[M]`` each, by their names."""
-        return dict(zip(self.fusion.rule.adaptable, self.log_factors.exp(), strict=True))
+        return dict(zip(self.fusion.rule.adaptable, self._allowed(self.log_factors).exp(), strict=True))
 
     def reset(self) -> "TestTimeAdaptation":
         """Forget all that was learned: the fusion answers as it was calibrated, exactly."""
-        self.log_factors.zero_()
+        self._learn(torch.zeros_like(self.log_factors))
         return self
 
     def forward(self, logits: Heads, present: Present | None = None, features: Logits | None = None) -> FusionOutput:
         """What the fusion answers with its numbers as they have been learned; arguments and errors are the fusion's."""
-        return self._fuse(self.log_factors, logits, present, features)
+        return self._fuse(self._allowed(self.log_factors), logits, present, features)
 
     def step(self, logits: Heads, present: Present | None = None, features: Logits | None = None) -> FusionOutput:
         """Learn from a batch, and answer it; arguments and errors are the fusion's, most often a model's whole output.
@@ -146,10 +154,12 @@ class TestTimeAdaptation(KeepsPrecision):
         with torch.inference_mode(False), torch.enable_grad():
             if self.episodic:
                 self.reset()
-            moved = self.log_factors.clone().requires_grad_()
-            out = self._fuse(moved, *(_copied(each) for each in (logits, present, features)))
-            gradient = torch.autograd.grad(self.loss(out), moved, materialize_grads=True)[0]
-            self.log_factors.copy_(self._descended(gradient))
+            start = self._allowed(self.log_factors).requires_grad_()
+            out = self._fuse(start, *(_copied(each) for each in (logits, present, features)))
+            gradient = torch.autograd.grad(self.loss(out), start, materialize_grads=True)[0]
+            finite = torch.isfinite(gradient).all()
+            moved = start.detach() - self.lr * torch.where(finite, gradient, 0)
+            self._learn(self._allowed(moved))
         return self(logits, present, features)
 
     def loss(self, out: FusionOutput) -> Tensor:
@@ -160,19 +170,39 @@ class TestTimeAdaptation(KeepsPrecision):
         counted = ((out.energy != torch.inf).sum(0) > 1) & some
         return adaptation_loss(fused, counted, self.balance)
 
-    def _descended(self, gradient: Tensor) -> Tensor:
-        """``log_factors`` after a step: free ones sum to 0, and none is beyond the limit."""
-        free = (self.fusion.calibration.held == 0).to(gradient)
-        finite = torch.isfinite(gradient).all()
-        moved = (self.log_factors - self.lr * torch.where(finite, gradient, 0)) * free
-        moved = (moved - moved.sum(-1, keepdim=True) / free.sum().clamp(min=1)) * free
+    def _learn(self, log_factors: Tensor) -> None:
+        """In place, unless they were loaded or moved in inference mode, whose tensors cannot be changed outside it."""
+        with torch.inference_mode(False):
+            if self.log_factors.is_inference():
+                self.log_factors = torch.empty_like(self.log_factors)
+            self.log_factors.copy_(log_factors)
+
+    def _allowed(self, log_factors: Tensor) -> Tensor:
+        """As they may act while calibration stands so: 0 for what is held, the others of sum 0, none over the limit."""
+        free = (self.fusion.calibration.held == 0).to(log_factors)
+        mean = (log_factors * free).sum(-1, keepdim=True) / free.sum().clamp(min=1)
+        moved = (log_factors - mean) * free
         most = moved.abs().amax(-1, keepdim=True) / math.log(self.limit)
-        return (moved / most.clamp_min(1)).detach()
+        return moved / most.clamp_min(1)
 
     def _fuse(self, log_factors: Tensor, *given: Any) -> FusionOutput:
         numbers = {f"rule.{name}": x for name, x in self.fusion.rule.adapted(log_factors.exp()).items()}
         out: FusionOutput = functional_call(self.fusion, numbers, given)
         return out
+
+    def get_extra_state(self) -> Tensor:
+        """What the factors belong to: the fusion's own."""
+        return self.fusion.get_extra_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse what was learned of another fusion, as the fusion refuses another's state."""
+        self.fusion.set_extra_state(state)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse it before anything of it is taken: PyTorch asks last."""
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self.set_extra_state(state)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"lr={self.lr}, limit={self.limit}, balance={self.balance}, episodic={self.episodic}"

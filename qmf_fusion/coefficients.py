@@ -28,6 +28,9 @@ def check_coefficient(name: str, value: Coefficient, num: int, device: torch.dev
     The argument's name says its sign. The values of a tensor on a device are not looked at, which would wait for it.
     """
     demand, holds = _DEMANDS[name]
+    kind = f"{name} must be a number, a sequence or a tensor of numbers"
+    if _has_truths(value):
+        raise TypeError(f"{kind}, got {value!r}")
     if isinstance(value, int | float):
         if not holds(value):
             raise ValueError(f"{name} must be finite and {demand}, got {value}")
@@ -36,12 +39,19 @@ def check_coefficient(name: str, value: Coefficient, num: int, device: torch.dev
         # On the CPU whatever the default device, so that its values can be looked at.
         given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a number, a sequence or a tensor, got {value!r}") from error
+        raise TypeError(f"{kind}, got {value!r}") from error
     if given.numel() not in (1, num) or given.dim() > 1:
         raise ValueError(f"{name} must be a number or one per modality ({num}), got shape {tuple(given.shape)}")
     if can_look(given) and not bool(holds(given).all()):
         raise ValueError(f"{name} must be finite and {demand}, got {given.tolist()}")
     return given.to(device).expand(num)
+
+
+def _has_truths(value: Coefficient) -> bool:
+    """Which PyTorch takes for 0 and 1."""
+    if isinstance(value, Tensor):
+        return value.dtype == torch.bool
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(isinstance(x, bool) for x in value))
 
 
 def own_coefficient(name: str, value: Coefficient, num: int) -> Tensor:

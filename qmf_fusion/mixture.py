@@ -14,7 +14,7 @@ Small odds give a product of experts, large ones a linear pool with weights 1 / 
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -201,11 +201,6 @@ class ContaminatedProduct(KeepsPrecision, Rule):
 
     def adapted(self, factors: Tensor) -> dict[str, Tensor]:
         return {"odds": self.odds * factors[0]}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """State of when the odds were no part of it leaves them as they are."""
-        state_dict.setdefault(prefix + "odds", self.odds)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def statistics(self, dtype: torch.dtype = torch.float64, *, look: bool = True) -> Statistics | None:
         """The calibrated ones, else those gathered in training; None where there can be seen to be neither.

@@ -105,6 +105,27 @@ def test_the_fusion_stays_and_reset_is_exact(name):
         assert torch.equal(out.weights, expected.weights)
 
 
+@pytest.mark.parametrize("name", FUSIONS)
+def test_what_was_learned_can_be_kept_in_the_fusion(name):
+    """As docs/adaptation.md says; the adaptation does not multiply by it again."""
+    fusion, batches = FUSIONS[name](), stream()
+    before = copy.deepcopy(fusion.state_dict())
+    adaptation = TestTimeAdaptation(fusion, lr=50.0)
+    expected = run(adaptation, batches)[-1]
+    factors = torch.stack(list(adaptation.factors.values()))
+    fusion.rule.load_state_dict(fusion.rule.adapted(factors), strict=False)
+    adaptation.reset()
+    for answer in (fusion, adaptation):
+        out = answer(*given(fusion, batches[-1]))
+        torch.testing.assert_close(out.logits, expected.logits)
+        torch.testing.assert_close(out.weights, expected.weights)
+    fusion.reset_calibration()
+    if name == "robust":
+        torch.testing.assert_close(fusion.rule.odds, before["rule.odds"] * factors[0])
+    else:
+        torch.testing.assert_close(fusion.state_dict(), before, rtol=0, atol=0)
+
+
 def test_it_turns_to_the_modalities_that_can_be_relied_on():
     for fusion, number, sign in ((QualityAwareFusion(NAMES), "weights", 1), (FUSIONS["robust"](), "odds", -1)):
         adaptation = TestTimeAdaptation(fusion, lr=10.0)
@@ -122,8 +143,31 @@ def test_state_is_all_there_is_and_equal_runs_are_equal():
     second.load_state_dict(first.half().state_dict())  # which leaves it at its precision
     for out, other in zip(run(second, batches[3:]), expected[3:], strict=True):
         assert torch.equal(out.logits, other.logits)
-    assert set(second.state_dict()) == {"log_factors"}
+    assert set(second.state_dict()) == {"log_factors", "_extra_state"}
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_state_of_another_fusion_does_not_load_not_even_in_part():
+    """As with the fusion's own: the same numbers would multiply others, or those of other modalities."""
+    entropy = QualityAwareFusion(["rgb", "depth"], uncertainty="entropy")
+    learned = TestTimeAdaptation(QualityAwareFusion(["rgb", "depth"]), lr=10.0)
+    learned.step(list(stream(1)[0, 1:]))
+    state = learned.state_dict()
+    for names in (["rgb", "depth"], 2):
+        same = TestTimeAdaptation(QualityAwareFusion(names))
+        same.load_state_dict(state)
+        assert torch.equal(same.log_factors, learned.log_factors)
+    for fusion, match in (
+        (
+            QualityAwareFusion(["depth", "rgb"]),
+            r"of the modalities \['rgb', 'depth'\], and this one is of \['depth",
+        ),
+        (entropy, r"of another kind of fusion, .*'energy'.*, and this one is .*'entropy'"),
+    ):
+        other = nn.ModuleDict({"adaptation": TestTimeAdaptation(fusion)})
+        with pytest.raises(RuntimeError, match=match):
+            other.load_state_dict({f"adaptation.{name}": value for name, value in state.items()})
+        assert not other["adaptation"].log_factors.any()
 
 
 def test_episodic_forgets_every_batch():
@@ -135,15 +179,54 @@ def test_episodic_forgets_every_batch():
         assert torch.equal(out.logits, alone.logits)
 
 
+def hold_the_second(fusion):
+    """As ``calibrate`` does."""
+    held = torch.tensor([0.0, 0.7, 0.0], dtype=torch.float64)
+    if hasattr(fusion.rule, "coefficients"):
+        fusion.rule.coefficients.hold(held)
+    fusion.calibration.set(torch.full((3,), 0.7), held)
+
+
 def test_what_calibration_holds_does_not_move():
     fusion = QualityAwareFusion(NAMES)
-    fusion.rule.coefficients.hold(torch.tensor([0.0, 0.7, 0.0], dtype=torch.float64))
-    fusion.calibration.set(torch.full((3,), 0.7), torch.tensor([0.0, 0.7, 0.0]))
+    hold_the_second(fusion)
     adaptation = TestTimeAdaptation(fusion, lr=10.0)
     out = run(adaptation, stream())[-1]
     assert adaptation.log_factors[:, 1].tolist() == [0.0, 0.0]
     assert adaptation.log_factors[0, 0] == -adaptation.log_factors[0, 2] != 0
     torch.testing.assert_close(out.weights[1], torch.full((32,), 0.7))
+
+
+@pytest.mark.parametrize("name", ["default", "learnable", "robust"])
+def test_what_calibration_holds_from_now_on_stands_at_once(name):
+    """Though factors of it have been learned; the others' go on from theirs, whose logarithms sum to 0."""
+    fusion, batches = FUSIONS[name](), stream()
+    adaptation = TestTimeAdaptation(fusion, lr=50.0, limit=3.0)
+    run(adaptation, batches)
+    learned = {number: factors.log() for number, factors in adaptation.factors.items()}
+    assert all(factors[1] != 0 for factors in learned.values())
+    hold_the_second(fusion)
+    for number, factors in adaptation.factors.items():
+        first, last = learned[number][0], learned[number][2]
+        expected = torch.stack([(first - last) / 2, torch.zeros_like(first), (last - first) / 2])
+        torch.testing.assert_close(factors.log(), expected)
+    out = adaptation(*given(fusion, batches[0]))
+    torch.testing.assert_close(out.weights[1], torch.full((32,), 0.7))
+    alone = TestTimeAdaptation(fusion, lr=50.0, limit=3.0)
+    alone.log_factors.copy_(torch.stack([factors.log() for factors in adaptation.factors.values()]))
+    for x in batches:
+        outs = [each.step(*given(fusion, x)) for each in (adaptation, alone)]
+        torch.testing.assert_close(outs[0].logits, outs[1].logits)
+
+
+def test_factors_stay_within_the_limit_when_some_are_held():
+    fusion = QualityAwareFusion(4)
+    adaptation = TestTimeAdaptation(fusion, limit=2.0)
+    adaptation.log_factors.copy_(math.log(2) * torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    held = torch.tensor([0.0, 0.0, 0.0, 0.7])
+    fusion.calibration.set(torch.full((4,), 0.7), held)
+    factors = adaptation.factors["weights"].tolist()
+    assert factors == pytest.approx([2.0, 0.5**0.5, 0.5**0.5, 1.0])
 
 
 DEGENERATE = {
@@ -206,6 +289,36 @@ def test_it_takes_a_models_output_in_every_mode():
     assert all(p.grad is None for p in model.parameters())
 
 
+def loaded(adaptation, assign):
+    adaptation.load_state_dict({name: x.clone() for name, x in adaptation.state_dict().items()}, assign=assign)
+    return adaptation
+
+
+IN_INFERENCE_MODE = {
+    "made": lambda fusion: TestTimeAdaptation(fusion, lr=10.0),
+    "reset": lambda fusion: TestTimeAdaptation(fusion, lr=10.0).reset(),
+    "loaded": lambda fusion: loaded(TestTimeAdaptation(fusion, lr=10.0), assign=False),
+    "loaded and taken over": lambda fusion: loaded(TestTimeAdaptation(fusion, lr=10.0), assign=True),
+}
+
+
+@pytest.mark.parametrize("how", IN_INFERENCE_MODE)
+def test_it_learns_and_forgets_wherever_it_was_made(how):
+    fusion, x = FUSIONS["default"](), list(stream(1)[0])
+    expected = TestTimeAdaptation(fusion, lr=10.0)
+    expected.step(x)
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with torch.inference_mode():
+            adaptation, forgetful = (IN_INFERENCE_MODE[how](fusion) for _ in range(2))
+        with mode():
+            adaptation.step(x)
+            forgetful.reset().step(x)
+        assert torch.equal(adaptation.log_factors, expected.log_factors)
+        assert torch.equal(forgetful.log_factors, expected.log_factors)
+        assert not adaptation.reset().log_factors.any()
+        loaded(adaptation, assign=False)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
@@ -219,6 +332,16 @@ def test_it_takes_a_models_output_in_every_mode():
             lambda: TestTimeAdaptation(QualityAwareFusion(2, detach_weights=True)),
             ValueError,
             r"fusion must have numbers to adapt that its fused logits send gradients to, got AffineRule\(.*detach_w",
+        ),
+        (
+            lambda: TestTimeAdaptation(QualityAwareFusion(["rgb"])),
+            ValueError,
+            r"fusion must be of at least 2 modalities, got \['rgb'\]",
+        ),
+        (
+            lambda: TestTimeAdaptation(QualityAwareFusion(2), episodic="no"),
+            TypeError,
+            "episodic must be True or False, got 'no'",
         ),
         (lambda: TestTimeAdaptation(QualityAwareFusion(2)).step([torch.zeros(3, 4)]), ValueError, "logits must hold"),
     ],

@@ -72,7 +72,7 @@ CASES = {
     "robust odds": (
         lambda: QualityAwareFusion.robust(2, 3, odds="a"),
         TypeError,
-        r"odds must be a number, a sequence or a tensor, got 'a'",
+        r"odds must be a number, a sequence or a tensor of numbers, got 'a'",
     ),
     "robust odds, too many": (
         lambda: QualityAwareFusion.robust(2, 3, odds=[0.1, 0.2, 0.3]),
@@ -88,6 +88,21 @@ CASES = {
         lambda: QualityAwareFusion.robust(2, 3).rule.set_odds([0.3, -1.0]),
         ValueError,
         r"odds must be finite and positive, got \[0.3, -1.0\]",
+    ),
+    "set_odds' truth": (
+        lambda: QualityAwareFusion.robust(2, 3).rule.set_odds(True),
+        TypeError,
+        "odds must be a number, a sequence or a tensor of numbers, got True",
+    ),
+    "beta's truth": (
+        layer(2, beta={"0": 0.5, "1": True}),
+        TypeError,
+        r"beta must be a number, a sequence or a tensor of numbers, got \[0.5, True\]",
+    ),
+    "temperature's truth": (
+        layer(2, temperature=torch.tensor([True, True])),
+        TypeError,
+        r"temperature must be a number, a sequence or a tensor of numbers, got tensor\(\[True, True\]\)",
     ),
     "robust floor": (
         lambda: QualityAwareFusion.robust(2, 3, floor=None),
