@@ -2,6 +2,7 @@
 
 from functools import reduce
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from scipy.special import digamma, gammaln, softmax
 from torch import nn
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
-from qmf_fusion.evidential import evidential_loss
+from qmf_fusion.evidential import divergence, evidential_loss
 from qmf_fusion.rules import RCML, TMC
 from qmf_fusion.testing import check_all
 
@@ -232,3 +233,59 @@ def test_bad_arguments_are_named():
         fusion.calibrate(batch(2), torch.tensor([0, 1, 2, 3, 0, 1]))
     with pytest.raises(RuntimeError, match="another kind of fusion"):
         fusion.load_state_dict(QualityAwareFusion(2, combine="rcml").state_dict())
+
+
+def exact_loss(z, y, annealing):
+    """The loss of rows ``[K]`` and the class y, and its slopes ``[K]``, with 60 digits."""
+    with mpmath.workdps(60):
+        a = [mpmath.exp(mpmath.mpf(v)) for v in z]
+        w = [mpmath.mpf(1) if k == y else v for k, v in enumerate(a)]
+        s, t, k = sum(a), sum(w), len(a)
+        loss = mpmath.digamma(s) - mpmath.digamma(a[y])
+        known = mpmath.loggamma(t) - sum(map(mpmath.loggamma, w)) - mpmath.loggamma(k)
+        known += sum((v - 1) * (mpmath.digamma(v) - mpmath.digamma(t)) for v in w)
+        slopes = []
+        for c, v in enumerate(a):
+            slope = v * mpmath.psi(1, s)
+            if c == y:
+                slope -= v * mpmath.psi(1, v)
+            else:
+                slope += annealing * v * ((v - 1) * mpmath.psi(1, v) - (t - k) * mpmath.psi(1, t))
+            slopes.append(float(slope))
+        return float(loss + annealing * known), slopes
+
+
+@pytest.mark.parametrize("largest", [0.0, 1.0, 8.99, 9.01, 1e4, 1e16, 1e30])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_loss_is_exact_whatever_the_evidence(largest, classes):
+    for spread in (torch.linspace(1, 0, classes), torch.eye(classes)[0]):
+        z = torch.log1p(largest * spread.double()).requires_grad_()
+        for y in (0, 1):
+            label = torch.eye(classes, dtype=torch.float64)[y]
+            loss = evidential_loss(z, label, 0.7)
+            expected, slopes = exact_loss(z.tolist(), y, 0.7)
+            assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+            # PyTorch's trigamma has nine digits.
+            np.testing.assert_allclose(torch.autograd.grad(loss, z)[0], slopes, rtol=1e-8, atol=1e-8)
+
+
+def test_the_divergence_keeps_float32s_digits():
+    """Of which it is computed where a device has no float64."""
+    for largest in (1e-3, 1.0, 8.0, 1e3, 1e30):
+        alpha = torch.tensor([1.0, 1 + largest, 1 + largest / 3])
+        z = alpha.double().log().tolist()
+        assert divergence(alpha).item() == pytest.approx(exact_loss(z, 0, 1)[0] - exact_loss(z, 0, 0)[0], abs=2e-5)
+
+
+def test_sure_views_that_agree_on_a_wrong_class_are_no_gain():
+    """Evidence of 1e4 from each of six for one of ten classes, as the others say nothing."""
+    x = torch.full((6, 1, 10), -1e3)
+    x[..., 0] = 1e4
+    x.requires_grad_()
+    fusion = QualityAwareFusion(6, combine="tmc")
+    fusion.rule.steps.fill_(400)
+    out = QMFLoss(fusion, ranking_weight=0)(list(x), torch.tensor([1]))
+    fused = fusion(list(x.detach())).logits[0].tolist()
+    assert out.fused_loss.item() == pytest.approx(exact_loss(fused, 1, 1.0)[0], rel=1e-6)
+    (slope,) = torch.autograd.grad(out.fused_loss, x)
+    assert (slope[:, 0, 0] > 0).all()
