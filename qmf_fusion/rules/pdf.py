@@ -13,6 +13,7 @@ from ..general_objective import labels_of
 from ..precision import without_autocast
 from ..rows import Features, stack_rows
 from ..rule import Weighed, ready_rule
+from ..typicality import LARGEST
 from .weighted_average import WeightedAverage
 
 
@@ -103,15 +104,16 @@ class PDF(WeightedAverage):
         if features is None and self.feature_widths is not None:
             raise ValueError(f"features must be given, of the widths {list(self.feature_widths)}")
         x, counted = stack_rows(rows, present)
+        x = x.clamp(-LARGEST, LARGEST)  # of which sums and linear maps stay finite
         whole, scores = [], []
         for m, network in enumerate(self.networks):
             there, seen = counted[m], x[m].detach()
             width = None if self.feature_widths is None else self.feature_widths[m]
             if features is not None and width is not None:
                 given = features[m]
-                seen = x.new_full((*there.shape, width), torch.nan) if given is None else given.detach()
+                seen = x.new_full((*there.shape, width), torch.nan) if given is None else given.detach().to(x.dtype)
                 there = there & torch.isfinite(seen).all(-1)
-                seen = torch.where(there.unsqueeze(-1), seen, 0)
+                seen = torch.where(there.unsqueeze(-1), seen, 0).clamp(-LARGEST, LARGEST)
             whole.append(there)
             scores.append(network(seen.to(next(network.parameters()).dtype)).squeeze(-1).to(x.dtype))
         counted = torch.stack(whole)

@@ -7,6 +7,7 @@ from ..checks import check_prior
 from ..precision import KeepsPrecision, without_autocast
 from ..rows import Features, stack_rows
 from ..rule import Rule, Weighed, ready_rule
+from ..typicality import LARGEST
 from ..uncertainty import entropy_uncertainty
 
 
@@ -86,6 +87,7 @@ class ProductOfExperts(KeepsPrecision, Rule):
             raise ValueError(f"logits must have the {known} classes of prior, got {got}")
         with without_autocast(rows[0].device):
             x, counted = stack_rows(rows, present)
+            x = x.clamp(-LARGEST, LARGEST)  # of which sums and differences stay finite
             prior = None if self.log_prior is None else self.log_prior[0].to(x.dtype)
             return Weighed(x.unbind(0), counted, ready_rule(counted.to(x.dtype), multiply_experts(x, counted, prior)))
 

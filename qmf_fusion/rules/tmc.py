@@ -77,7 +77,7 @@ class TMC(Rule):
         self.annealing_steps = check_integer("annealing_steps", annealing_steps)
         if annealing_steps < 1:
             raise ValueError(f"annealing_steps must be at least 1, got {annealing_steps}")
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @property
     def judged_by(self) -> str:
