@@ -13,6 +13,7 @@ from scipy.special import digamma, gammaln, softmax
 from torch import nn
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
+from qmf_fusion.conflict import degree_of_conflict
 from qmf_fusion.evidential import divergence, evidential_loss
 from qmf_fusion.rules import RCML, TMC
 from qmf_fusion.testing import check_all
@@ -195,13 +196,44 @@ def test_training_by_name_learns_anneals_and_resumes(name):
     assert model.fusion.rule.steps == 40
 
 
-def test_conflict_as_a_diagnostic():
+@pytest.mark.parametrize("name", NAMES)
+def test_conflict_as_a_diagnostic(name):
     x = batch(3)
-    fusion = QualityAwareFusion(3, combine="rcml")
-    got = fusion.rule.conflict(list(x))
-    np.testing.assert_allclose(got, [published_conflict(softplus(x[:, i].numpy())) for i in range(6)])
-    alone = fusion.rule.conflict(list(x), torch.tensor([True, False, False]).unsqueeze(1).expand(3, 6))
-    assert not alone.any()
+    fusion = QualityAwareFusion(["a", "b", "c"], combine=name)
+    expected = np.array([published_conflict(softplus(x[:, i].numpy())) for i in range(6)])
+    got = degree_of_conflict(fusion, dict(zip("cab", x[[2, 0, 1]], strict=True)))
+    np.testing.assert_allclose(got, expected)
+    np.testing.assert_allclose(degree_of_conflict(fusion, fusion(list(x))), expected)
+    pair = [published_conflict(softplus(x[[0, 2], i].numpy())) for i in range(6)]
+    for logits, present in (
+        ([x[0], None, x[2]], None),
+        (x, torch.tensor([True, False, True])),
+        (x, {"a": torch.ones(6) > 0, "b": torch.zeros(6) > 0, "c": torch.ones(6) > 0}),
+        (fusion(x, torch.tensor([True, False, True])), None),
+    ):
+        np.testing.assert_allclose(degree_of_conflict(fusion, logits, present), pair)
+    assert not degree_of_conflict(fusion, x, torch.tensor([True, False, False])).any()
+    # One sample, three modalities of [K], and pixels.
+    np.testing.assert_allclose(degree_of_conflict(fusion, list(x[:, 0])), expected[0])
+    pixels = x.view(3, 2, 3, 4).movedim(-1, 2)
+    first = QualityAwareFusion(3, combine=name, class_dim=1)
+    np.testing.assert_allclose(degree_of_conflict(first, list(pixels)), expected.reshape(2, 3))
+
+
+def test_conflict_is_of_normalised_logits_and_bad_arguments_are_named():
+    x = batch(2)
+    fusion = QualityAwareFusion(2, combine="rcml", normalize_logits=0.2)
+    rows = x / (0.2 * x.norm(dim=-1, keepdim=True))
+    plain = QualityAwareFusion(2, combine="rcml")
+    torch.testing.assert_close(degree_of_conflict(fusion, x), degree_of_conflict(plain, rows))
+    with pytest.raises(ValueError, match="logits must hold 2 modalities"):
+        degree_of_conflict(plain, [x[0]] * 5)
+    with pytest.raises(TypeError, match="present must be a bool tensor"):
+        degree_of_conflict(plain, x, torch.ones(2))
+    with pytest.raises(ValueError, match=r"fusion must be of the rule rcml or tmc, .* got AffineRule"):
+        degree_of_conflict(QualityAwareFusion(2), x)
+    with pytest.raises(TypeError, match="fusion must be a QualityAwareFusion"):
+        degree_of_conflict(plain.rule, x)
 
 
 @pytest.mark.parametrize("name", NAMES)
