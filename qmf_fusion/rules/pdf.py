@@ -87,7 +87,10 @@ class PDF(WeightedAverage):
     ) -> None:
         super().__init__(num_modalities)
         if num_classes is None:
-            raise TypeError("num_classes must be given for pdf, whose networks see as many logits")
+            raise TypeError(
+                f"num_classes must be given for pdf, whose networks see as many logits: combine=PDF({num_modalities}, "
+                "num_classes=K), or FusionModel(heads, 'pdf', num_classes=K)"
+            )
         self.num_classes = check_count("num_classes", num_classes)
         self.feature_widths = check_widths(features, num_modalities)
         self.networks = nn.ModuleList()

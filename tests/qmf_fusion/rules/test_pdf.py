@@ -212,8 +212,18 @@ def test_training_by_name_learns_who_is_right():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(TypeError, match="num_classes must be given for pdf"):
+    ways = r"num_classes must be given .*combine=PDF\(2, num_classes=K\), or FusionModel\(heads, 'pdf', num_classes=K\)"
+    heads = [nn.Identity(), nn.Identity()]
+    with pytest.raises(TypeError, match=ways):
         QualityAwareFusion(2, combine="pdf")
+    with pytest.raises(TypeError, match=ways):
+        FusionModel(heads, "pdf")
+    with pytest.raises(TypeError, match=r"FusionModel\(heads, 'pdf', num_classes=K\)"):
+        FusionModel(heads, combine="pdf", num_classes=4)
+    with pytest.raises(
+        TypeError, match=r"options of fusion='tmc' must be among \['annealing_steps', .* got \['alpha'\]"
+    ):
+        FusionModel(heads, "tmc", alpha=-1.0)
     with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got 0"):
         PDF(2, 0)
     with pytest.raises(ValueError, match="features must be None or 2 widths"):
