@@ -82,8 +82,8 @@ class FusionModel(nn.Module):
         elif fusion is None:
             if "num_classes" in options:
                 raise TypeError(
-                    "num_classes goes with fusion='robust' or 'pdf', as in FusionModel(heads, 'pdf', num_classes=K); QMF "
-                    "as published takes any number of classes"
+                    "num_classes goes with fusion='robust' or 'pdf', as in FusionModel(heads, 'pdf', num_classes=K); "
+                    "QMF as published takes any number of classes"
                 )
             fusion = QualityAwareFusion(list(heads), **options)
         elif not isinstance(fusion, QualityAwareFusion):

@@ -130,8 +130,8 @@ class Rule(nn.Module):
         """Make Theorem 2's conditions hold on data, starting from the uncalibrated rule.
 
         Returns ``[M]`` what each alpha was multiplied by so that no weight is negative, None for a rule without. A
-        ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet. Published
-        rules other than Eq. 9's have none.
+        ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet. Of the
+        published rules, Eq. 9's has constants, and noisy-or measures what entropy is typical.
         """
         raise ValueError(
             f"calibrate takes a rule with constants or statistics, which {type(self).__name__} has none of"

@@ -53,11 +53,12 @@ class PDF(WeightedAverage):
     """Predictive dynamic fusion: logits averaged by collaborative belief, from networks that predict confidence.
 
     A network per modality sees the head's features and predicts ``c``, the probability that the head gives to the true
-    class. Weights are the softmax over modalities of ``collaborative_belief``, in evaluation times
-    ``relative_calibration``. As released, a network is three linear layers (of 2 D, D and 1) with nothing between and a
-    sigmoid at the end, no gradient passes from it to the features or through the weights, and ``QMFLoss`` adds its
-    distance (L1) to the true class's probability, the mean over a modality's rows and the sum over modalities: give the
-    optimizer ``fusion.parameters()`` too. Eq. 18's ranking has nothing to train here: ``ranking_weight=0``.
+    class. Weights are the softmax over modalities of ``collaborative_belief`` times ``relative_calibration``, without
+    the latter in ``QMFLoss`` in training. As released, a network is three linear layers (of 2 D, D and 1) with nothing
+    between and a sigmoid at the end, no gradient passes from it to the features or through the weights, and ``QMFLoss``
+    adds its distance (L1) to the true class's probability, the mean over a modality's rows and the sum over modalities:
+    give the optimizer ``fusion.parameters()`` too, and ``DistributedDataParallel`` no ``find_unused_parameters=True``.
+    Eq. 18's ranking has nothing to train here: ``ranking_weight=0``.
 
     Args:
         num_modalities: M.
