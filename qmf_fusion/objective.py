@@ -175,7 +175,7 @@ class QMFLoss(KeepsPrecision):
         rows = fusion.prepare(rows)
         weighed = fusion.rule.weigh(rows, mask, seen, plain=training)
         out = self._objective(weighed, target, index, learns)
-        penalty = fusion.rule.penalty(weighed, target, self.ignore_index, seen)
+        penalty = fusion.rule.penalty(weighed, target, self.ignore_index)
         if learns:
             classes, ignored = target, self.ignore_index
             if target.is_floating_point():

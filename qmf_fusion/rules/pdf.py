@@ -99,6 +99,11 @@ class PDF(WeightedAverage):
             d = self.num_classes if width is None else width
             self.networks.append(nn.Sequential(nn.Linear(d, 2 * d), nn.Linear(2 * d, d), nn.Linear(d, 1)))
 
+    def kind(self) -> str:
+        return (
+            super().kind() if self.feature_widths is None else f"{super().kind()}(features={list(self.feature_widths)})"
+        )
+
     def stack(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,13 +137,15 @@ class PDF(WeightedAverage):
             if not plain:
                 belief = belief * relative_calibration(x.detach(), counted)
             weights = clamp_weights(belief.exp(), counted, nonnegative=True, normalize=True)
-            return Weighed(x.unbind(0), counted, ready_rule(weights))
+            return Weighed(x.unbind(0), counted, ready_rule(weights), scores=scores)
 
-    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int, features: Features | None) -> Tensor:
+    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int) -> Tensor:
         """``sum_m mean |c_m - p_m(y)|`` over the rows that count and have a target."""
-        assert weighed.present is not None
+        counted, scores = weighed.present, weighed.scores
+        assert counted is not None
+        assert scores is not None
         with without_autocast(target.device):
-            x, counted, scores = self.stack([row.detach() for row in weighed.rows], weighed.present, features)
+            x = torch.stack([row.detach() for row in weighed.rows])
             label, valid = labels_of(target, x.shape[-1], ignore_index)
             true = (torch.softmax(x, -1) * label).sum(-1)
             missed = (torch.sigmoid(scores) - true).abs()

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ..evidential import evidential_loss
 from ..general_objective import RowLoss
-from ..rows import Features
 from ..rule import Weighed
 from .tmc import TMC, vacuity
 
@@ -77,7 +76,7 @@ class RCML(TMC):
         annealing, terms = self.annealing(), self.num_modalities + 1
         return lambda rows, label: evidential_loss(rows, label, annealing) / terms
 
-    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int, features: Features | None) -> Tensor:
+    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int) -> Tensor:
         """The mean degree of conflict over the samples that have a target and a modality."""
         assert weighed.present is not None
         degree = conflict(torch.stack(list(weighed.rows)), weighed.present)

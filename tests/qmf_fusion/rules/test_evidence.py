@@ -248,6 +248,10 @@ def test_it_compiles_whole_and_exports(name):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="annealing_steps must be at least 1, got 0"):
         TMC(2, annealing_steps=0)
+    assert "TMC(\n    annealing_steps=7" in repr(QualityAwareFusion(2, combine=TMC(2, annealing_steps=7)))
+    for num in (0, -1, True, 2.0):
+        with pytest.raises(ValueError, match="num_modalities must be an integer of at least 1"):
+            TMC(num)
     with pytest.raises(ValueError, match="combine must be of 3 modalities, got 2"):
         QualityAwareFusion(3, combine=RCML(2))
     with pytest.raises(ValueError, match=r"combine must be .*'tmc'.* got 'tcm'"):
