@@ -373,13 +373,17 @@ def check_choice(name: str, value: str | None, choices: Sequence[str | None]) ->
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
 
 
-def check_prior(prior: Tensor) -> Tensor:
-    """The log shares of positive numbers ``[K]``, float64, on the CPU."""
-    if not isinstance(prior, Tensor) or prior.is_complex() or prior.dtype == torch.bool:
-        raise TypeError(f"prior must be a tensor of numbers [K], got {getattr(prior, 'dtype', type(prior).__name__)}")
-    if prior.dim() != 1 or not len(prior):
-        raise ValueError(f"prior must be [K], one number a class, got {tuple(prior.shape)}")
-    shares = prior.detach().cpu().double()
+def check_prior(prior: Sequence[float] | Tensor) -> Tensor:
+    """The log shares of positive numbers ``[K]``, a sequence, an array or a tensor: float64, on the CPU."""
+    try:
+        given = prior if isinstance(prior, Tensor) else torch.as_tensor(prior, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"prior must be a sequence or a tensor of numbers [K], got {prior!r}") from error
+    if given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"prior must be a sequence or a tensor of numbers [K], got {given.dtype}")
+    if given.dim() != 1 or not len(given):
+        raise ValueError(f"prior must be [K], one number a class, got {tuple(given.shape)}")
+    shares = given.detach().cpu().double()
     if not bool((torch.isfinite(shares) & (shares > 0)).all()):
         raise ValueError(f"prior must be positive and finite, got {shares.tolist()}: count a class without a row as 1")
     return (shares / shares.sum()).log()

@@ -38,7 +38,7 @@ def check_coefficient(name: str, value: Coefficient, num: int, device: torch.dev
     try:
         # On the CPU whatever the default device, so that its values can be looked at.
         given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{kind}, got {value!r}") from error
     if given.numel() not in (1, num) or given.dim() > 1:
         raise ValueError(f"{name} must be a number or one per modality ({num}), got shape {tuple(given.shape)}")

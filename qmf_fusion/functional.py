@@ -32,7 +32,7 @@ __all__ = ["energy_score", "fuse", "fusion_weights", "qmf_objective", "ranking_l
 
 
 ObjectiveOutput = Losses
-"""What ``qmf_objective`` and ``QMFLoss`` return."""
+"""What ``qmf_objective`` and ``QMFLoss`` return, whose ``loss`` may hold more: what a rule adds to Eq. 18."""
 
 
 def fusion_weights(uncertainty: Tensor, alpha: Coefficient = -0.1, beta: Coefficient = 0.0) -> Tensor:

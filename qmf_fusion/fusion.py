@@ -232,7 +232,8 @@ class QualityAwareFusion(nn.Module):
     def uncertainties(self, logits: Heads, features: Logits | None = None) -> Tensor:
         """The ``u`` of Eq. 9 for each modality, ``[M, *]``; NaN or infinite where a row's logits are not finite.
 
-        For ``robust`` the untypicality, which its odds rise with: 0 everywhere without statistics.
+        For ``robust`` the untypicality, which its odds rise with: 0 everywhere without statistics. For a published rule
+        what its ``uncertainties`` say: TMC's and RCML's vacuity, PDF's ``1 - c``, else the entropy over its maximum.
         """
         logits, _, features = parts_of(logits, None, features)
         rows, _ = check_logits(logits, self.names, self.class_dim)
@@ -261,8 +262,9 @@ class QualityAwareFusion(nn.Module):
             present: bool ``[M]``, ``[M, B]`` or ``[M, *]``, or masks by name; False where a modality is absent.
             features: what the heads see, as a sequence or a mapping by name, where the rule was built with widths: each
                 is laid out as the logits, with D in place of the classes. None for a modality whose features are not
-                known, which is judged by its logits alone. A row with features that are not finite is absent, as its
-                head saw something broken. Not differentiated. Those of a modality without a width are not looked at.
+                known, which ``robust`` judges by its logits alone, and which is absent for PDF. A row with features
+                that are not finite is absent, as its head saw something broken. Not differentiated. Those of a modality
+                without a width are not looked at.
 
         Raises:
             TypeError, ValueError: arguments of the wrong kind, count, shape, dtype or device, naming them.
@@ -321,11 +323,12 @@ class QualityAwareFusion(nn.Module):
         """Make Theorem 2's conditions hold on clean data, held out if there is any, and keep them in ``state_dict``.
 
         Eq. 5: ``beta`` becomes, by Lemma 1, what makes each modality's mean weight that of the static rule, to 1e-6. No
-        weight becomes negative by that on this data, as Theorem 1 needs them: where one would, ``alpha`` shrinks as
-        far as it takes, with a warning that says how far. Eq. 6: a modality whose weights correlate positively with
-        its loss is held at its static weight, with a warning. ``robust`` also fits its statistics, for which the data
-        must be held out: those of logits that a head has fitted describe the training set alone. Calling it again
-        starts from the uncalibrated layer, and ``reset_calibration`` restores that exactly.
+        weight becomes negative by that on this data, as Theorem 1 needs them: where one would, ``alpha`` shrinks as far
+        as it takes, with a warning that says how far. Eq. 6: a modality whose weights correlate positively with its
+        loss is held at its static weight, with a warning. ``robust`` also fits its statistics, for which the data must
+        be held out: those of logits that a head has fitted describe the training set alone. Noisy-or measures what
+        entropy is typical, on such data too, and nothing else; of the other published rules there is nothing to
+        calibrate. Calling it again starts from the uncalibrated layer, and ``reset_calibration`` restores that exactly.
 
         Weights that only act by their shares (``normalize``, fused probabilities) are compared as shares: with those
         that the static weights have among the modalities that are there; the mean of their sum stays. If one of them is
@@ -347,9 +350,10 @@ class QualityAwareFusion(nn.Module):
 
         Raises:
             TypeError, ValueError: arguments of the wrong kind, shape or range, static weights that cannot be met, a
-                target that -inf rules out. For ``robust`` also data on which the heads are perfect: every one is right
-                on every row, with a softmax of 0.99 and more. Held-out data has harder rows. Where any head is right on
-                every row, for which held-out data may be easy enough, it warns. Fewer than 30 rows tell neither.
+                target that -inf rules out. For ``robust`` and noisy-or also data on which the heads are perfect: every
+                one is right on every row, with a softmax of 0.99 and more. Held-out data has harder rows. Where any
+                head is right on every row, for which held-out data may be easy enough, it warns. Fewer than 30 rows
+                tell neither.
 
         Example:
             >>> logits = 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))

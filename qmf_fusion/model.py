@@ -1,5 +1,6 @@
 """Wrapping the heads one already has: a model from named inputs to fused logits."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -80,7 +81,10 @@ class FusionModel(nn.Module):
             fusion = _by_name(fusion, list(heads), options)
         elif fusion is None:
             if "num_classes" in options:
-                raise TypeError("num_classes goes with fusion='robust'; QMF as published takes any number of classes")
+                raise TypeError(
+                    "num_classes goes with fusion='robust' or 'pdf', as in FusionModel(heads, 'pdf', num_classes=K); "
+                    "QMF as published takes any number of classes"
+                )
             fusion = QualityAwareFusion(list(heads), **options)
         elif not isinstance(fusion, QualityAwareFusion):
             raise TypeError(f"fusion must be a QualityAwareFusion, a rule's name or None, got {type(fusion).__name__}")
@@ -277,6 +281,10 @@ def _by_name(rule: str, names: list[str], options: dict[str, Any]) -> QualityAwa
         if "num_classes" not in options:
             raise TypeError("num_classes must be given with fusion='robust': FusionModel(heads, ..., num_classes=K)")
         return QualityAwareFusion.robust(names, **options)
+    known = [*list(inspect.signature(RULES[rule]).parameters)[1:], "normalize_logits", "class_dim"]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"options of fusion={rule!r} must be among {known}, got {unknown}")
     of_layer = {key: options.pop(key) for key in ("normalize_logits", "class_dim") if key in options}
     if "features" in options:
         options["features"] = in_order("features", options["features"], names)

@@ -51,7 +51,9 @@ class QMFLoss(KeepsPrecision):
         backend: see ``functional.qmf_objective``.
 
     A rule may have its own loss in place of the cross-entropies, and more to add to it: TMC's is evidential, RCML also
-    counts conflict (``qmf_fusion.rules``). Such rules were published without a ranking: ``ranking_weight=0``.
+    counts conflict (``qmf_fusion.rules``). ``fused_loss`` and ``unimodal_losses`` are then the rule's own losses, and
+    what it adds is in ``loss`` alone, which is ``fused_loss + unimodal_losses.sum() + lambda * ranking_loss`` for other
+    rules. Published rules other than QMF have no ranking: ``ranking_weight=0``.
 
     A modality that is absent counts in no loss, and a sample with none in none. Of one of which no row counts in a
     training step though some should, a warning says so once: its head has probably diverged. On a device, and in a
@@ -173,7 +175,7 @@ class QMFLoss(KeepsPrecision):
         rows = fusion.prepare(rows)
         weighed = fusion.rule.weigh(rows, mask, seen, plain=training)
         out = self._objective(weighed, target, index, learns)
-        penalty = fusion.rule.penalty(weighed, target, self.ignore_index, seen)
+        penalty = fusion.rule.penalty(weighed, target, self.ignore_index)
         if learns:
             classes, ignored = target, self.ignore_index
             if target.is_floating_point():

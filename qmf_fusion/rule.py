@@ -11,6 +11,7 @@ from qmf_kernels import WeightRule
 from qmf_kernels.eager.fusion import per_modality
 
 from .calibration import Calibration, CleanData
+from .checks import check_count
 from .coefficients import Constants
 from .general_objective import RowLoss
 from .rows import Features, stack_rows
@@ -23,6 +24,7 @@ class Weighed(NamedTuple):
     present: Tensor | None  # ``[M, *]`` bool; None for all
     weights: WeightRule
     energy: Tensor | None = None  # ``[M, *]``; None for the rows' own. Beside ready weights and fused logits only
+    scores: Tensor | None = None  # ``[M, *]``: what the rule's ``penalty`` trains, where the weights stop the gradient
 
 
 def ready_rule(weights: Tensor, fused: Tensor | None = None, temperature: Tensor | None = None) -> WeightRule:
@@ -71,8 +73,8 @@ class Rule(nn.Module):
 
     def __init__(self, num_modalities: int) -> None:
         super().__init__()
-        self.num_modalities = num_modalities
-        self.calibration = Calibration(num_modalities)
+        self.num_modalities = check_count("num_modalities", num_modalities)
+        self.calibration = Calibration(self.num_modalities)
 
     def weigh(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None = None, *, plain: bool = False
@@ -107,14 +109,13 @@ class Rule(nn.Module):
         """
         return None
 
-    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int, features: Features | None) -> Tensor | None:
+    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int) -> Tensor | None:
         """What the rule adds to Eq. 18, a scalar, or None.
 
         Args:
             weighed: what ``weigh`` returned.
             target: ``[*]``, classes or ``ignore_index``, or probabilities ``[*, K]``.
             ignore_index: of targets that do not count.
-            features: as given to ``weigh``.
         """
         return None
 
@@ -130,8 +131,8 @@ class Rule(nn.Module):
         """Make Theorem 2's conditions hold on data, starting from the uncalibrated rule.
 
         Returns ``[M]`` what each alpha was multiplied by so that no weight is negative, None for a rule without. A
-        ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet. Published
-        rules other than Eq. 9's have none.
+        ValueError says which static weights ``[M]`` or constants to ``fit`` it does not have or cannot meet. Of the
+        published rules, Eq. 9's has constants, and noisy-or measures what entropy is typical.
         """
         raise ValueError(
             f"calibrate takes a rule with constants or statistics, which {type(self).__name__} has none of"

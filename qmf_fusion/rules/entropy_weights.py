@@ -18,9 +18,9 @@ class EntropyWeights(WeightedAverage):
     H is the entropy of each modality's softmax in nats, so that a modality is worth at most K times another.
 
     Weights are of the test, as published: in training they are computed alike, and the gradient of the fused logits
-    stops at them. MLA trains each head by its own cross-entropy, in turn, on a classifier that they share; that is no
-    part of this rule, which fuses heads however trained. Nothing is learned and there is nothing to calibrate. Noise
-    that makes a head sure is trusted.
+    stops at them (a ranking's does not: ``ranking_weight=0``). MLA trains each head by its own cross-entropy, in turn,
+    on a classifier that they share; that is no part of this rule, which fuses heads however trained. Nothing is learned
+    and there is nothing to calibrate. Noise that makes a head sure is trusted.
 
     Args:
         num_modalities: M.

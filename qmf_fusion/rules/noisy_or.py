@@ -46,9 +46,9 @@ class NoisyOr(KeepsPrecision, Rule):
 
     ``q(y) = 1 - prod_m (1 - p_m(y))``, normalised over the classes, of ``p_m = softmax(d_m * x_m)`` with the deviation
     ratio ``d = mu / (mu + max(0, H - mu - sigma))``: H the row's entropy in nats, mu and sigma its mean and standard
-    deviation on clean data. ``calibrate`` measures them, on held-out data; before, and in training, d is 1. Weights are
-    d, from 0 to 1: how much of its logits a modality is left with. Fused logits are log-probabilities. It trains by
-    Eq. 18.
+    deviation on clean data. ``calibrate`` measures them, on held-out data; before, and in ``QMFLoss`` in training, d is
+    1. Weights are d, from 0 to 1: how much of its logits a modality is left with. Fused logits are log-probabilities.
+    It trains by Eq. 18.
 
     One modality that is sure wins whatever the others say, and two that are sure of different classes share: entropy
     sees a modality that is sure of nothing, not one that is sure of something wrong.

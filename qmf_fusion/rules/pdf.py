@@ -13,6 +13,7 @@ from ..general_objective import labels_of
 from ..precision import without_autocast
 from ..rows import Features, stack_rows
 from ..rule import Weighed, ready_rule
+from ..typicality import LARGEST
 from .weighted_average import WeightedAverage
 
 
@@ -52,11 +53,12 @@ class PDF(WeightedAverage):
     """Predictive dynamic fusion: logits averaged by collaborative belief, from networks that predict confidence.
 
     A network per modality sees the head's features and predicts ``c``, the probability that the head gives to the true
-    class. Weights are the softmax over modalities of ``collaborative_belief``, in evaluation times
-    ``relative_calibration``. As released, a network is three linear layers (of 2 D, D and 1) with nothing between and a
-    sigmoid at the end, no gradient passes from it to the features or through the weights, and ``QMFLoss`` adds its
-    distance (L1) to the true class's probability, the mean over a modality's rows and the sum over modalities: give the
-    optimizer ``fusion.parameters()`` too. Eq. 18's ranking has nothing to train here: ``ranking_weight=0``.
+    class. Weights are the softmax over modalities of ``collaborative_belief`` times ``relative_calibration``, without
+    the latter in ``QMFLoss`` in training. As released, a network is three linear layers (of 2 D, D and 1) with nothing
+    between and a sigmoid at the end, no gradient passes from it to the features or through the weights, and ``QMFLoss``
+    adds its distance (L1) to the true class's probability, the mean over a modality's rows and the sum over modalities:
+    give the optimizer ``fusion.parameters()`` too, and ``DistributedDataParallel`` no ``find_unused_parameters=True``.
+    Eq. 18's ranking has nothing to train here: ``ranking_weight=0``.
 
     Args:
         num_modalities: M.
@@ -86,13 +88,21 @@ class PDF(WeightedAverage):
     ) -> None:
         super().__init__(num_modalities)
         if num_classes is None:
-            raise TypeError("num_classes must be given for pdf, whose networks see as many logits")
+            raise TypeError(
+                f"num_classes must be given for pdf, whose networks see as many logits: combine=PDF({num_modalities}, "
+                "num_classes=K), or FusionModel(heads, 'pdf', num_classes=K)"
+            )
         self.num_classes = check_count("num_classes", num_classes)
         self.feature_widths = check_widths(features, num_modalities)
         self.networks = nn.ModuleList()
         for width in self.feature_widths or (None,) * num_modalities:
             d = self.num_classes if width is None else width
             self.networks.append(nn.Sequential(nn.Linear(d, 2 * d), nn.Linear(2 * d, d), nn.Linear(d, 1)))
+
+    def kind(self) -> str:
+        return (
+            super().kind() if self.feature_widths is None else f"{super().kind()}(features={list(self.feature_widths)})"
+        )
 
     def stack(
         self, rows: list[Tensor], present: Tensor | None, features: Features | None
@@ -103,15 +113,16 @@ class PDF(WeightedAverage):
         if features is None and self.feature_widths is not None:
             raise ValueError(f"features must be given, of the widths {list(self.feature_widths)}")
         x, counted = stack_rows(rows, present)
+        x = x.clamp(-LARGEST, LARGEST)  # of which sums and linear maps stay finite
         whole, scores = [], []
         for m, network in enumerate(self.networks):
             there, seen = counted[m], x[m].detach()
             width = None if self.feature_widths is None else self.feature_widths[m]
             if features is not None and width is not None:
                 given = features[m]
-                seen = x.new_full((*there.shape, width), torch.nan) if given is None else given.detach()
+                seen = x.new_full((*there.shape, width), torch.nan) if given is None else given.detach().to(x.dtype)
                 there = there & torch.isfinite(seen).all(-1)
-                seen = torch.where(there.unsqueeze(-1), seen, 0)
+                seen = torch.where(there.unsqueeze(-1), seen, 0).clamp(-LARGEST, LARGEST)
             whole.append(there)
             scores.append(network(seen.to(next(network.parameters()).dtype)).squeeze(-1).to(x.dtype))
         counted = torch.stack(whole)
@@ -126,13 +137,15 @@ class PDF(WeightedAverage):
             if not plain:
                 belief = belief * relative_calibration(x.detach(), counted)
             weights = clamp_weights(belief.exp(), counted, nonnegative=True, normalize=True)
-            return Weighed(x.unbind(0), counted, ready_rule(weights))
+            return Weighed(x.unbind(0), counted, ready_rule(weights), scores=scores)
 
-    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int, features: Features | None) -> Tensor:
+    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int) -> Tensor:
         """``sum_m mean |c_m - p_m(y)|`` over the rows that count and have a target."""
-        assert weighed.present is not None
+        counted, scores = weighed.present, weighed.scores
+        assert counted is not None
+        assert scores is not None
         with without_autocast(target.device):
-            x, counted, scores = self.stack([row.detach() for row in weighed.rows], weighed.present, features)
+            x = torch.stack([row.detach() for row in weighed.rows])
             label, valid = labels_of(target, x.shape[-1], ignore_index)
             true = (torch.softmax(x, -1) * label).sum(-1)
             missed = (torch.sigmoid(scores) - true).abs()

@@ -1,5 +1,7 @@
 """Product of experts: modalities that are independent given the class (ProbEn; Chen et al., ECCV 2022)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from ..checks import check_prior
 from ..precision import KeepsPrecision, without_autocast
 from ..rows import Features, stack_rows
 from ..rule import Rule, Weighed, ready_rule
+from ..typicality import LARGEST
 from ..uncertainty import entropy_uncertainty
 
 
@@ -42,13 +45,13 @@ class ProductOfExperts(KeepsPrecision, Rule):
 
     Args:
         num_modalities: M.
-        prior: positive numbers ``[K]``, such as the classes' counts in the training set, divided by their sum
-            here; by default uniform, as in the published code.
+        prior: positive numbers ``[K]``, a sequence or a tensor, such as the classes' counts in the training set,
+            divided by their sum here; by default uniform, as in the published code.
 
     A row with any value that is not finite is absent.
 
     Raises:
-        TypeError, ValueError: a prior that is no sequence of positive numbers.
+        TypeError, ValueError: a prior that is none of positive numbers; in use, other classes than its.
 
     Source: Chen, Shi, Ye, Mertz, Ramanan and Kong, *Multimodal Object Detection via Probabilistic Ensembling*, ECCV
     2022, of which this is the fusion of class scores: the fusion of boxes is left out, and so is its background class,
@@ -56,7 +59,7 @@ class ProductOfExperts(KeepsPrecision, Rule):
 
     Example:
         >>> from qmf_fusion import QualityAwareFusion
-        >>> fusion = QualityAwareFusion(2, combine=ProductOfExperts(2, prior=torch.tensor([0.9, 0.1])))
+        >>> fusion = QualityAwareFusion(2, combine=ProductOfExperts(2, prior=[0.9, 0.1]))
         >>> even = torch.zeros(1, 2)  # a head that knows the prior and says one half has seen evidence against it
         >>> fusion([even, even]).logits.exp()
         tensor([[0.1000, 0.9000]])
@@ -65,7 +68,7 @@ class ProductOfExperts(KeepsPrecision, Rule):
     log_prior: Tensor | None
     gives_log_probabilities = True
 
-    def __init__(self, num_modalities: int, prior: Tensor | None = None) -> None:
+    def __init__(self, num_modalities: int, prior: Sequence[float] | Tensor | None = None) -> None:
         super().__init__(num_modalities)
         if prior is None:
             self.register_buffer("log_prior", None)
@@ -86,6 +89,7 @@ class ProductOfExperts(KeepsPrecision, Rule):
             raise ValueError(f"logits must have the {known} classes of prior, got {got}")
         with without_autocast(rows[0].device):
             x, counted = stack_rows(rows, present)
+            x = x.clamp(-LARGEST, LARGEST)  # of which sums and differences stay finite
             prior = None if self.log_prior is None else self.log_prior[0].to(x.dtype)
             return Weighed(x.unbind(0), counted, ready_rule(counted.to(x.dtype), multiply_experts(x, counted, prior)))
 

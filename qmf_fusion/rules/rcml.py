@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ..evidential import evidential_loss
 from ..general_objective import RowLoss
-from ..rows import Features
 from ..rule import Weighed
 from .tmc import TMC, vacuity
 
@@ -54,7 +53,9 @@ class RCML(TMC):
     """Reliable conflictive multi-view learning: average belief, and a loss that counts conflict.
 
     As ``TMC``, but for the fusion (the order of the modalities matters from three on, see ``average_evidence``), and
-    for the loss: the mean, not the sum, of the evidential losses, fused and unimodal, and the mean degree of conflict.
+    for the loss: the mean, not the sum, of the evidential losses, fused and unimodal, and the mean degree of conflict,
+    which ``qmf_fusion.conflict`` gives sample by sample. The mean is over all M + 1 losses, as published for views that
+    are always there; that of a modality which a whole batch lacks is 0 in it.
 
     Args: as ``TMC``'s.
 
@@ -66,8 +67,6 @@ class RCML(TMC):
         >>> against = [torch.tensor([[9.0, -9.0]]), torch.tensor([[-9.0, 9.0]])]
         >>> fusion(against).logits.softmax(-1)
         tensor([[0.5000, 0.5000]])
-        >>> fusion.rule.conflict(against)  # of two, up to 2
-        tensor([1.0954])
     """
 
     def combine(self, rows: Tensor, counted: Tensor) -> Tensor:
@@ -77,13 +76,7 @@ class RCML(TMC):
         annealing, terms = self.annealing(), self.num_modalities + 1
         return lambda rows, label: evidential_loss(rows, label, annealing) / terms
 
-    def conflict(self, logits: list[Tensor], present: Tensor | None = None) -> Tensor:
-        """How far modalities with logits ``[*, K]`` contradict each other, ``[*]``: see ``conflict``."""
-        weighed = self.weigh(list(logits), present)
-        assert weighed.present is not None
-        return conflict(torch.stack(list(weighed.rows)), weighed.present)
-
-    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int, features: Features | None) -> Tensor:
+    def penalty(self, weighed: Weighed, target: Tensor, ignore_index: int) -> Tensor:
         """The mean degree of conflict over the samples that have a target and a modality."""
         assert weighed.present is not None
         degree = conflict(torch.stack(list(weighed.rows)), weighed.present)

@@ -50,7 +50,8 @@ class TMC(Rule):
 
     Args:
         num_modalities: M.
-        annealing_steps: the number of training steps over which the loss's divergence comes in, at least 1.
+        annealing_steps: over how many steps the loss's divergence comes in, at least 1. A step is a call of ``QMFLoss``
+            in training with gradients on, each of accumulated batches too.
 
     Raises:
         TypeError, ValueError: ``annealing_steps`` is no whole number, or below 1.
@@ -77,7 +78,7 @@ class TMC(Rule):
         self.annealing_steps = check_integer("annealing_steps", annealing_steps)
         if annealing_steps < 1:
             raise ValueError(f"annealing_steps must be at least 1, got {annealing_steps}")
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @property
     def judged_by(self) -> str:
@@ -110,6 +111,9 @@ class TMC(Rule):
         # As the largest of equal numbers: of a mere quotient, torch.compile saves the steps instead and divides them
         # again in the backward pass, when ``observe`` has counted on.
         return (self.steps / self.annealing_steps).clamp_max(1).expand(64).amax()
+
+    def extra_repr(self) -> str:
+        return f"annealing_steps={self.annealing_steps}"
 
     def row_loss(self) -> RowLoss:
         annealing = self.annealing()

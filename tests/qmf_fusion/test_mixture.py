@@ -486,4 +486,7 @@ def test_odds_of_each_modality_pass_the_checks():
     testing.check_all(fusion, settings=settings(testing.DEFAULTS, max_examples=8))
     with pytest.raises(ValueError, match="odds and onset must make odds of 1e-30 to 1e30"):
         fusion.rule.set_odds([0.3, 1e-31, 0.3])
+    for odds in (True, {"a": 0.3}):
+        with pytest.raises(TypeError, match="odds must be a number, a sequence or a tensor"):
+            fusion.rule.set_odds(odds)
     assert fusion.rule.odds.tolist() == [0.05, 0.3, 20.0]

@@ -89,7 +89,7 @@ def test_nothing_is_learned_or_differentiated():
         ({"subsets": torch.ones(4, 2)}, TypeError, "subsets must be a bool tensor"),
         ({"subsets": torch.ones(4, 3, dtype=torch.bool)}, ValueError, r"subsets must be \[S, 2\]"),
         ({"present": torch.ones(2)}, TypeError, "present must be a bool tensor"),
-        ({"prior": [0.5, 0.5]}, TypeError, "prior must be a tensor"),
+        ({"prior": "even"}, TypeError, "prior must be a sequence or a tensor"),
         ({"prior": torch.ones(3)}, ValueError, r"prior must be \[4\]"),
         ({"prior": torch.tensor([1.0, 0, 1, 1])}, ValueError, "prior must be positive and finite"),
         ({"features": [torch.zeros(5, 2)] * 2}, ValueError, "features must be None for a rule that takes none"),

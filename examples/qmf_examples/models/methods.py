@@ -275,12 +275,25 @@ def oracle(given: Frozen) -> Fused:
     return Fused((weights.unsqueeze(-1) * given.logits.softmax(-1)).sum(0).log(), weights)
 
 
+def _all_fitted(fusion: QualityAwareFusion, given: Frozen) -> bool:
+    """Whether every head is right, and sure, on all that it was trained on, of which ``calibrate`` takes nothing."""
+    data = fusion.clean_data(given.clean, given.labels)
+    try:
+        data.fitted(fusion.names)
+    except ValueError:
+        return True
+    return False
+
+
 def _layer(calibrated: bool = False, **options: Any) -> Callable[[Frozen], Fused]:
-    """A layer that fuses heads as they are, ``calibrated`` on what they were trained on, as there is no other data."""
+    """A layer that fuses heads as they are, ``calibrated`` on what they were trained on, as there is no other data.
+
+    Where every head fits all of that, it says nothing of what is typical, and the layer stays uncalibrated.
+    """
 
     def answer(given: Frozen) -> Fused:
         fusion = QualityAwareFusion(len(given.logits), **options)
-        if calibrated:
+        if calibrated and not _all_fitted(fusion, given):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "the heads of .* are right on every row")
                 fusion.calibrate(given.clean, given.labels)

@@ -62,6 +62,21 @@ def test_the_bench_has_every_published_rule(views):
     assert 0 < table["noisy_or"].answer(given).weights.min() < 1
 
 
+def test_noisy_or_of_heads_that_fit_their_training_set_stays_uncalibrated(views):
+    """As linear heads do of a small set: what they say of it is typical of nothing else, which ends no bench."""
+    learner = ROBUSTNESS.heads.build(feature_heads(WIDTHS, 3, 6, 8, seed=0, steps=10)).eval()
+    labels = torch.arange(60) % 3
+    clean = (20 * torch.eye(3)[labels],) * 2
+    given = Frozen(learner(views), torch.zeros(2, 6), 0, clean, labels)
+    noisy_or = next(method for method in ROBUSTNESS.methods if method.name == "noisy_or")
+    fusion = QualityAwareFusion(2, combine="noisy_or")
+    with pytest.raises(ValueError, match="held-out data"):
+        fusion.calibrate(clean, labels)
+    torch.testing.assert_close(noisy_or.answer(given).scores, fusion(given.logits).logits, rtol=0, atol=0)
+    with pytest.raises(IndexError):  # any other fault is told
+        noisy_or.answer(given._replace(labels=labels + 1))
+
+
 def test_rules_share_the_heads_of_a_training():
     names = [training.name for training in TABLES["digits"].trainings]
     assert names == ["unimodal", "qmf-no-ranking", "qmf-paper", "qmf-margin", "qmf-released", "logitnorm", "robust"]

@@ -250,3 +250,41 @@ def test_trains_and_reports(name):
     report = fusion_report(model.eval(), inputs, target, resamples=20)
     assert report.sentence
     assert (report.bound is not None) == (name in ("pdf", "entropy_weights"))
+
+
+@every_rule
+def test_logits_near_the_largest_number_that_float32_holds(name):
+    """No NaN, from heads that contradict each other as far as they can; nor from features."""
+    x = torch.zeros(3, 4, K)
+    x[0] = 3e38 * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    x[1, :, 1], x[2, :, 2] = 2e38, -2e38
+    fusion = MAKE[name](3)
+    cases = [(fusion, None)]
+    if name == "pdf":
+        wide = QualityAwareFusion(3, combine=RULES["pdf"](3, K, [2, 2, 2]))
+        cases.append((wide, 3e38 * torch.tensor([1.0, -1.0]).expand(3, 4, 2)))
+    for layer, features in cases:
+        leaves = x.clone().requires_grad_()
+        criterion = QMFLoss(layer, ranking_weight=0)
+        res = criterion(leaves, torch.arange(4), features=features)
+        out = layer(leaves, features=features)
+        (res.loss + out.logits.clamp(-1, 1).sum()).backward()
+        assert torch.isfinite(out.logits).all()
+        for value in (out.weights, res.loss, leaves.grad, *(p.grad for p in layer.parameters())):
+            assert not torch.isnan(value).any()
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "noisy_or, calibrated"])
+def test_what_it_learns_is_made_on_the_cpu(name):
+    """Whatever the default device: criterion and fusion are moved together."""
+    with torch.device("meta"):
+        fusion = MAKE[name](3)
+    held = dict(fusion.named_buffers())
+    assert held
+    assert {each.device.type for each in held.values()} == {"cpu"}
+
+
+def test_what_robust_learns_is_made_on_the_cpu():
+    with torch.device("meta"):
+        fusion = QualityAwareFusion.robust(3, num_classes=K)
+    assert {each.device.type for each in fusion.buffers()} == {"cpu"}

@@ -2,6 +2,7 @@
 
 from functools import reduce
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,8 @@ from scipy.special import digamma, gammaln, softmax
 from torch import nn
 
 from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion
-from qmf_fusion.evidential import evidential_loss
+from qmf_fusion.conflict import degree_of_conflict
+from qmf_fusion.evidential import divergence, evidential_loss
 from qmf_fusion.rules import RCML, TMC
 from qmf_fusion.testing import check_all
 
@@ -194,13 +196,44 @@ def test_training_by_name_learns_anneals_and_resumes(name):
     assert model.fusion.rule.steps == 40
 
 
-def test_conflict_as_a_diagnostic():
+@pytest.mark.parametrize("name", NAMES)
+def test_conflict_as_a_diagnostic(name):
     x = batch(3)
-    fusion = QualityAwareFusion(3, combine="rcml")
-    got = fusion.rule.conflict(list(x))
-    np.testing.assert_allclose(got, [published_conflict(softplus(x[:, i].numpy())) for i in range(6)])
-    alone = fusion.rule.conflict(list(x), torch.tensor([True, False, False]).unsqueeze(1).expand(3, 6))
-    assert not alone.any()
+    fusion = QualityAwareFusion(["a", "b", "c"], combine=name)
+    expected = np.array([published_conflict(softplus(x[:, i].numpy())) for i in range(6)])
+    got = degree_of_conflict(fusion, dict(zip("cab", x[[2, 0, 1]], strict=True)))
+    np.testing.assert_allclose(got, expected)
+    np.testing.assert_allclose(degree_of_conflict(fusion, fusion(list(x))), expected)
+    pair = [published_conflict(softplus(x[[0, 2], i].numpy())) for i in range(6)]
+    for logits, present in (
+        ([x[0], None, x[2]], None),
+        (x, torch.tensor([True, False, True])),
+        (x, {"a": torch.ones(6) > 0, "b": torch.zeros(6) > 0, "c": torch.ones(6) > 0}),
+        (fusion(x, torch.tensor([True, False, True])), None),
+    ):
+        np.testing.assert_allclose(degree_of_conflict(fusion, logits, present), pair)
+    assert not degree_of_conflict(fusion, x, torch.tensor([True, False, False])).any()
+    # One sample, three modalities of [K], and pixels.
+    np.testing.assert_allclose(degree_of_conflict(fusion, list(x[:, 0])), expected[0])
+    pixels = x.view(3, 2, 3, 4).movedim(-1, 2)
+    first = QualityAwareFusion(3, combine=name, class_dim=1)
+    np.testing.assert_allclose(degree_of_conflict(first, list(pixels)), expected.reshape(2, 3))
+
+
+def test_conflict_is_of_normalised_logits_and_bad_arguments_are_named():
+    x = batch(2)
+    fusion = QualityAwareFusion(2, combine="rcml", normalize_logits=0.2)
+    rows = x / (0.2 * x.norm(dim=-1, keepdim=True))
+    plain = QualityAwareFusion(2, combine="rcml")
+    torch.testing.assert_close(degree_of_conflict(fusion, x), degree_of_conflict(plain, rows))
+    with pytest.raises(ValueError, match="logits must hold 2 modalities"):
+        degree_of_conflict(plain, [x[0]] * 5)
+    with pytest.raises(TypeError, match="present must be a bool tensor"):
+        degree_of_conflict(plain, x, torch.ones(2))
+    with pytest.raises(ValueError, match=r"fusion must be of the rule rcml or tmc, .* got AffineRule"):
+        degree_of_conflict(QualityAwareFusion(2), x)
+    with pytest.raises(TypeError, match="fusion must be a QualityAwareFusion"):
+        degree_of_conflict(plain.rule, x)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -215,6 +248,10 @@ def test_it_compiles_whole_and_exports(name):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="annealing_steps must be at least 1, got 0"):
         TMC(2, annealing_steps=0)
+    assert "TMC(\n    annealing_steps=7" in repr(QualityAwareFusion(2, combine=TMC(2, annealing_steps=7)))
+    for num in (0, -1, True, 2.0):
+        with pytest.raises(ValueError, match="num_modalities must be an integer of at least 1"):
+            TMC(num)
     with pytest.raises(ValueError, match="combine must be of 3 modalities, got 2"):
         QualityAwareFusion(3, combine=RCML(2))
     with pytest.raises(ValueError, match=r"combine must be .*'tmc'.* got 'tcm'"):
@@ -232,3 +269,59 @@ def test_bad_arguments_are_named():
         fusion.calibrate(batch(2), torch.tensor([0, 1, 2, 3, 0, 1]))
     with pytest.raises(RuntimeError, match="another kind of fusion"):
         fusion.load_state_dict(QualityAwareFusion(2, combine="rcml").state_dict())
+
+
+def exact_loss(z, y, annealing):
+    """The loss of rows ``[K]`` and the class y, and its slopes ``[K]``, with 60 digits."""
+    with mpmath.workdps(60):
+        a = [mpmath.exp(mpmath.mpf(v)) for v in z]
+        w = [mpmath.mpf(1) if k == y else v for k, v in enumerate(a)]
+        s, t, k = sum(a), sum(w), len(a)
+        loss = mpmath.digamma(s) - mpmath.digamma(a[y])
+        known = mpmath.loggamma(t) - sum(map(mpmath.loggamma, w)) - mpmath.loggamma(k)
+        known += sum((v - 1) * (mpmath.digamma(v) - mpmath.digamma(t)) for v in w)
+        slopes = []
+        for c, v in enumerate(a):
+            slope = v * mpmath.psi(1, s)
+            if c == y:
+                slope -= v * mpmath.psi(1, v)
+            else:
+                slope += annealing * v * ((v - 1) * mpmath.psi(1, v) - (t - k) * mpmath.psi(1, t))
+            slopes.append(float(slope))
+        return float(loss + annealing * known), slopes
+
+
+@pytest.mark.parametrize("largest", [0.0, 1.0, 8.99, 9.01, 1e4, 1e16, 1e30])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_loss_is_exact_whatever_the_evidence(largest, classes):
+    for spread in (torch.linspace(1, 0, classes), torch.eye(classes)[0]):
+        z = torch.log1p(largest * spread.double()).requires_grad_()
+        for y in (0, 1):
+            label = torch.eye(classes, dtype=torch.float64)[y]
+            loss = evidential_loss(z, label, 0.7)
+            expected, slopes = exact_loss(z.tolist(), y, 0.7)
+            assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+            # PyTorch's trigamma has nine digits.
+            np.testing.assert_allclose(torch.autograd.grad(loss, z)[0], slopes, rtol=1e-8, atol=1e-8)
+
+
+def test_the_divergence_keeps_float32s_digits():
+    """Of which it is computed where a device has no float64."""
+    for largest in (1e-3, 1.0, 8.0, 1e3, 1e30):
+        alpha = torch.tensor([1.0, 1 + largest, 1 + largest / 3])
+        z = alpha.double().log().tolist()
+        assert divergence(alpha).item() == pytest.approx(exact_loss(z, 0, 1)[0] - exact_loss(z, 0, 0)[0], abs=2e-5)
+
+
+def test_sure_views_that_agree_on_a_wrong_class_are_no_gain():
+    """Evidence of 1e4 from each of six for one of ten classes, as the others say nothing."""
+    x = torch.full((6, 1, 10), -1e3)
+    x[..., 0] = 1e4
+    x.requires_grad_()
+    fusion = QualityAwareFusion(6, combine="tmc")
+    fusion.rule.steps.fill_(400)
+    out = QMFLoss(fusion, ranking_weight=0)(list(x), torch.tensor([1]))
+    fused = fusion(list(x.detach())).logits[0].tolist()
+    assert out.fused_loss.item() == pytest.approx(exact_loss(fused, 1, 1.0)[0], rel=1e-6)
+    (slope,) = torch.autograd.grad(out.fused_loss, x)
+    assert (slope[:, 0, 0] > 0).all()

@@ -135,12 +135,29 @@ def test_gradients_stay_where_they_belong():
         for w, grad in zip(out.weights, grads, strict=True):
             torch.testing.assert_close(grad, w.detach().unsqueeze(-1) * slope)
         weighed = fusion.rule.weigh(logits, None, given, plain=True)
-        penalty = fusion.rule.penalty(weighed, target, -100, given)
+        penalty = fusion.rule.penalty(weighed, target, -100)
         assert torch.autograd.grad(penalty, [*logits, *features], allow_unused=True) == (None,) * 6
         for p in fusion.parameters():
             p.grad = None
         QMFLoss(fusion, ranking_weight=0)(logits, target, features=given).loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fusion.parameters())
+
+
+def test_a_training_step_runs_each_network_once():
+    logits, features, target = batch()
+    fusion = layer(3, 4, [5, 5, 5])
+    ran = []
+    for network in fusion.rule.networks:
+        network.register_forward_hook(lambda *_: ran.append(1))
+    QMFLoss(fusion, ranking_weight=0)(logits, target, features=features).loss.backward()
+    assert len(ran) == 3
+
+
+def test_state_says_what_its_networks_see():
+    """Features as wide as the logits are many make networks of the same shapes."""
+    with pytest.raises(RuntimeError, match="another kind of fusion"):
+        layer(3, 4).load_state_dict(layer(3, 4, [4, 4, 4]).state_dict())
+    layer(3, 4, [4, None, 4]).load_state_dict(layer(3, 4, [4, None, 4]).state_dict())
 
 
 def test_absence_is_that_of_a_rule_without_the_modality():
@@ -212,8 +229,18 @@ def test_training_by_name_learns_who_is_right():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(TypeError, match="num_classes must be given for pdf"):
+    ways = r"num_classes must be given .*combine=PDF\(2, num_classes=K\), or FusionModel\(heads, 'pdf', num_classes=K\)"
+    heads = [nn.Identity(), nn.Identity()]
+    with pytest.raises(TypeError, match=ways):
         QualityAwareFusion(2, combine="pdf")
+    with pytest.raises(TypeError, match=ways):
+        FusionModel(heads, "pdf")
+    with pytest.raises(TypeError, match=r"FusionModel\(heads, 'pdf', num_classes=K\)"):
+        FusionModel(heads, combine="pdf", num_classes=4)
+    with pytest.raises(
+        TypeError, match=r"options of fusion='tmc' must be among \['annealing_steps', .* got \['alpha'\]"
+    ):
+        FusionModel(heads, "tmc", alpha=-1.0)
     with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got 0"):
         PDF(2, 0)
     with pytest.raises(ValueError, match="features must be None or 2 widths"):

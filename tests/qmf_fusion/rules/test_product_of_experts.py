@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from qmf_fusion import QMFLoss, QualityAwareFusion, testing
+from qmf_fusion import FusionModel, QMFLoss, QualityAwareFusion, testing
 from qmf_fusion.rules import ProductOfExperts
 
 
@@ -82,10 +84,19 @@ def test_bad_priors_are_refused():
     for prior in (torch.tensor([0.5, -0.5]), torch.tensor([1.0, math.inf]), torch.ones(2, 2), torch.tensor([])):
         with pytest.raises(ValueError, match="prior must be"):
             ProductOfExperts(2, prior)
-    with pytest.raises(TypeError, match="prior must be a tensor"):
-        ProductOfExperts(2, "even")
+    for prior in ("even", [1j, 1.0], [None, 1.0], torch.tensor([True, True])):
+        with pytest.raises(TypeError, match="prior must be a sequence or a tensor of numbers"):
+            ProductOfExperts(2, prior)
     with pytest.raises(ValueError, match="logits must have the 2 classes of prior, got 3"):
         layer(2, torch.ones(2))(torch.zeros(2, 1, 3))
+
+
+@pytest.mark.parametrize("prior", [[0.9, 0.1], (0.9, 0.1), np.array([0.9, 0.1]), [9, 1]])
+def test_a_prior_may_be_any_sequence(prior):
+    expected = ProductOfExperts(2, torch.tensor([0.9, 0.1], dtype=torch.float64)).log_prior
+    torch.testing.assert_close(ProductOfExperts(2, prior).log_prior, expected)
+    model = FusionModel([nn.Identity(), nn.Identity()], "product_of_experts", prior=prior)
+    torch.testing.assert_close(model.fusion.rule.log_prior, expected)
 
 
 def test_a_prior_is_state():

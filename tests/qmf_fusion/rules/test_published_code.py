@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qmf_fusion import QMFLoss, QualityAwareFusion
+from qmf_fusion.conflict import degree_of_conflict
 from qmf_fusion.rules import PDF, RCML, TMC, EntropyWeights, NoisyOr, ProductOfExperts
 
 # Three modalities, four samples, three classes.
@@ -104,11 +105,11 @@ def test_rcml_evidence():
 def test_rcml_loss(modalities, step):
     rule = RCML(modalities, annealing_steps=50)
     rule.steps.fill_(step)
-    criterion = QMFLoss(QualityAwareFusion(modalities, combine=rule).eval(), ranking_weight=0).eval()
-    loss = criterion(LOGITS[:modalities], TARGET).loss
+    fusion = QualityAwareFusion(modalities, combine=rule).eval()
+    loss = QMFLoss(fusion, ranking_weight=0).eval()(LOGITS[:modalities], TARGET).loss
     # Their log-gamma of K is in float32.
     agrees(f"RCML, loss of {modalities} at {step} of 50", loss, RCML_LOSSES[modalities, step], within=1e-6)
-    degree = rule.conflict(list(LOGITS[:modalities])).mean()
+    degree = degree_of_conflict(fusion, LOGITS[:modalities]).mean()
     agrees(f"RCML, conflict of {modalities}", degree, CONFLICT[modalities])
 
 
