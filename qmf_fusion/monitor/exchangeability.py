@@ -78,19 +78,29 @@ class ExchangeabilityTest(KeepsPrecision):
             threshold: the log of the e-value that is enough.
 
         Returns:
-            The p-values, NaN where a row does not count, and the log of the e-value after each row, ``[M, B]`` both.
+            The log of the e-value after each row, ``[M, B]``.
         """
-        p = torch.full(values.shape, math.nan, dtype=self.log_e.dtype, device=values.device)
-        after = torch.empty_like(p)
+        after = torch.empty(values.shape, dtype=self.log_e.dtype, device=values.device)
         for m in range(len(values)):
             place = counted[m].nonzero().flatten()
             along = self.log_e[m : m + 1]
             if len(place):
-                p[m, place] = self._p_values(m, values[m, place])
-                along = torch.cat([along, self._bet(m, p[m, place], rows[place], threshold)])
+                p = self._p_values(m, values[m, place])
+                along = torch.cat([along, self._bet(m, p, rows[place], threshold)])
             after[m] = along[counted[m].cumsum(0)]
             self.log_e[m] = along[-1]
-        return p, after
+        return after
+
+    def standing(self, values: Tensor, counted: Tensor) -> Tensor:
+        """Where values stand in the reference alone, ``[M, B]``: the share below less the share above; NaN for none.
+
+        Not from the p-values: among reference *and stream*, a fault that lasts becomes usual.
+        """
+        upto = self.reference.cumsum(1)
+        values = torch.where(counted, values, 0)
+        upto_value = upto.gather(1, values)
+        below, above = upto_value - self.reference.gather(1, values), upto[:, -1:] - upto_value
+        return torch.where(counted, (below - above).to(self.log_e.dtype) / upto[:, -1:], math.nan)
 
     def _p_values(self, m: int, values: Tensor) -> Tensor:
         draws = uniforms(self.stream * len(self.steps) + m, int(self.steps[m]), len(values), values.device)

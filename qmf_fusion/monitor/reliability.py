@@ -281,12 +281,14 @@ class ReliabilityMonitor(KeepsPrecision):
     def _add(self, events: Events) -> None:
         rows = int(self.rows) + torch.arange(1, events.counted.shape[1] + 1, device=self.rows.device)
         absent, every = (~events.counted).long(), torch.ones_like(events.counted)
-        p, shift = self.shift.add(events.score, events.score >= 0, rows, self.threshold)
+        scored = events.score >= 0
+        shift = self.shift.add(events.score, scored, rows, self.threshold)
         paired = events.repeated >= 0
-        _, repetition = self.repetition.add(events.repeated, paired, rows, self.threshold)
-        _, absence = self.absence.add(absent, every, rows, self.threshold)
-        values = [1 - 2 * p, torch.where(paired, events.repeated, torch.nan), absent, events.p_clean]
-        along = self.running.add(torch.stack([x.to(p) for x in values]))
+        repetition = self.repetition.add(events.repeated, paired, rows, self.threshold)
+        absence = self.absence.add(absent, every, rows, self.threshold)
+        standing = self.shift.standing(events.score, scored)
+        values = [standing, torch.where(paired, events.repeated, torch.nan), absent, events.p_clean]
+        along = self.running.add(torch.stack([x.to(standing) for x in values]))
         self.history.add(rows, torch.stack([shift, repetition, absence, along[P_CLEAN]]).movedim(-1, 0))
         self.rows += len(rows)
 

@@ -92,6 +92,16 @@ def test_running_estimates_are_exponential_means():
     }
 
 
+def test_shift_stays_up_as_long_as_a_fault_lasts():
+    monitor = watched()
+    stream, _ = rows(2000, 31)
+    stream[1] *= 5
+    monitor.update(stream)
+    said = monitor.as_dict()
+    assert said["shift/depth"] > 0.9
+    assert abs(said["shift/rgb"]) < 0.3
+
+
 def test_a_line_for_any_logger():
     monitor, said = watched(memory=100), []
     stream, _ = rows(50, 3)
