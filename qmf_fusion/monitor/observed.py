@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Logits, Present, check_logits
-from ..fusion import FusionOutput, Heads, QualityAwareFusion, parts_of
+from ..checks import Logits, Present
+from ..fusion import Heads, QualityAwareFusion
 from ..precision import widened
 from ..processes import gather_columns
 from .ranks import grid_index
@@ -25,11 +25,13 @@ class Observed(NamedTuple):
     """int64 ``[M, B]``: of its logits and features; equal for rows that are equal in float32."""
     p_clean: Tensor
     """float64 ``[M, B]``, the mean over positions that count; NaN for another rule."""
+    judged: Tensor
+    """bool ``[M]``: which modalities have features that the rule judges by."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Observed":
         """On another device, ``p_clean`` in its dtype."""
-        counted, score, fingerprint, p_clean = (x.to(device) for x in self)
-        return Observed(counted, score, fingerprint, p_clean.to(dtype))
+        counted, score, fingerprint, p_clean, judged = (x.to(device) for x in self)
+        return Observed(counted, score, fingerprint, p_clean.to(dtype), judged)
 
 
 class Events(NamedTuple):
@@ -51,25 +53,18 @@ class Events(NamedTuple):
         return Events(counted.bool(), score, repeated, p_clean.contiguous().view(torch.float64))
 
 
-def which_features(fusion: QualityAwareFusion, given: Heads, features: Logits | None) -> list[bool]:
-    """For which modalities there are features that the rule judges by."""
-    logits, _, features = parts_of(given, None, features)
-    rows, _ = check_logits(logits, fusion.names, fusion.class_dim)
-    seen = fusion.check_features(features, rows)
-    return [False] * len(rows) if seen is None else [f is not None for f in seen]
-
-
 def observe(
     fusion: QualityAwareFusion, given: Heads, present: Present | None = None, features: Logits | None = None
 ) -> Observed:
-    """See a batch; a ``FusionOutput`` is taken as it is, logits are fused first.
+    """See a batch, fused anew: of a ``FusionOutput`` count its logits, what is present, and the features.
+
+    Its weights may be of other odds than the rule's now, and of other features than those given beside it.
 
     Raises:
         TypeError, ValueError: as the fusion raises them.
     """
-    _, _, features = parts_of(given, None, features)
-    out = given if isinstance(given, FusionOutput) and present is None else fusion(given, present, features)
-    u = widened(fusion.uncertainties(out.unimodal_logits, features))
+    out = fusion(given, present, features)
+    u = widened(fusion.uncertainties(out))
     counted = out.energy < torch.inf
     if out.present is not None:
         counted = counted & out.present
@@ -78,14 +73,12 @@ def observe(
     if not fusion.rule.gives_p_clean:
         p_clean = torch.full_like(p_clean, torch.nan)
     prints = [_hash(x) for x in out.unimodal_logits]
-    if features is not None:
-        rows, _ = check_logits(out.unimodal_logits, fusion.names, fusion.class_dim)
-        for m, f in enumerate(fusion.check_features(features, rows) or ()):
-            if f is not None:
-                prints[m] = prints[m] * _FIRST + _hash(f)
-    return Observed(
-        _flat(counted).any(-1), torch.where(score.isnan(), -1, grid_index(score)), torch.stack(prints), p_clean
-    )
+    judged = torch.zeros(len(prints), dtype=torch.bool)
+    for m, f in enumerate(out.features or ()):
+        if f is not None:
+            prints[m], judged[m] = prints[m] * _FIRST + _hash(f), True
+    score = torch.where(score.isnan(), -1, grid_index(score))
+    return Observed(_flat(counted).any(-1), score, torch.stack(prints), p_clean, judged)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..checks import Logits, Present, check_count, check_number
 from ..fusion import Heads, QualityAwareFusion, check_fusion
 from ..precision import KeepsPrecision
+from ..warn import warn_user
 from .alarm import ABSENCE, REPETITION, SHIFT, TESTS, Alarm
 from .exchangeability import ExchangeabilityTest
 from .feedback import OddsOfStream
 from .history import History
-from .observed import Events, observe, pair_up, which_features
+from .observed import Events, observe, pair_up
 from .picture import draw
 from .ranks import GRID
 from .running import RunningMeans
@@ -136,7 +137,8 @@ class ReliabilityMonitor(KeepsPrecision):
         A few hundred will do; more speak sooner. Of several processes, each is given the same rows.
 
         Args:
-            given: a ``FusionOutput``, or logits ``[N, *, K]`` as the fusion takes them.
+            given: a ``FusionOutput``, of which its weights are made anew, or logits ``[N, *, K]`` as the fusion takes
+                them.
             present: as the fusion takes it.
             features: as the fusion takes them.
 
@@ -145,8 +147,12 @@ class ReliabilityMonitor(KeepsPrecision):
             RuntimeError: a fusion in training mode.
         """
         self._check_mode()
-        judged = which_features(self.fusion, given, features)
         seen = observe(self.fusion, given, present, features).to(self.level.device, self.level.dtype)
+        if self.fusion.rule.feature_widths is not None and not bool(seen.judged.any()):
+            warn_user(
+                "features are not given, though the rule has widths for some: it sees what is wrong with logits alone. "
+                "Pass a whole output, or features="
+            )
         lacking = [name for name, some in zip(self.fusion.names, seen.counted.any(1).tolist(), strict=True) if not some]
         if lacking:
             raise ValueError(f"the reference must have rows of every modality, got none that counts of {lacking}")
@@ -164,7 +170,7 @@ class ReliabilityMonitor(KeepsPrecision):
         self.history.clear()
         self.rows.zero_()
         self.samples.fill_(seen.counted.shape[1])
-        self.judged.copy_(torch.tensor(judged))
+        self.judged.copy_(seen.judged)
         return self
 
     @torch.no_grad()
@@ -186,11 +192,10 @@ class ReliabilityMonitor(KeepsPrecision):
         self._check_mode()
         if not int(self.samples):
             raise RuntimeError("fit() this monitor first, on clean held-out rows")
-        judged = which_features(self.fusion, given, features)
-        if judged != self.judged.tolist():
-            kinds = [[n for n, f in zip(self.fusion.names, each, strict=True) if f] for each in (self.judged, judged)]
-            raise ValueError(f"features must be of the reference's modalities, {kinds[0]}, got those of {kinds[1]}")
         seen = observe(self.fusion, given, present, features).to(self.level.device, self.level.dtype)
+        if not torch.equal(seen.judged, self.judged):
+            kinds = [[n for n, f in zip(self.fusion.names, x, strict=True) if f] for x in (self.judged, seen.judged)]
+            raise ValueError(f"features must be of the reference's modalities, {kinds[0]}, got those of {kinds[1]}")
         repeated = pair_up(seen.counted, seen.fingerprint, self.waiting)
         events = Events(seen.counted, seen.score, repeated, self.odds.p_clean(seen.p_clean))
         if self.everywhere:

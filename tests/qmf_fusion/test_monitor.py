@@ -214,6 +214,30 @@ def test_features_show_what_logits_do_not():
     )
 
 
+@pytest.mark.parametrize("class_dim", [-1, 1])
+def test_an_output_of_the_layer_alone_brings_its_features(class_dim):
+    g = torch.Generator().manual_seed(0)
+    fusion = QualityAwareFusion.robust(["rgb", "depth"], 5, features=[6, None], class_dim=class_dim)
+    logits, features = torch.randn(2, 400, 3, 5, generator=g), torch.randn(400, 3, 6, generator=g)
+    if class_dim == 1:
+        logits, features = logits.movedim(-1, 2), features.movedim(-1, 1)
+    fusion.calibrate(logits[:, :200], torch.randint(5, (200, 3), generator=g), features=[features[:200], None]).eval()
+    out = fusion(logits[:, 200:], features={"rgb": features[200:], "depth": None})
+    assert torch.equal(out.features[0], features[200:])
+    assert out.features[1] is None
+    whole, parts = ReliabilityMonitor(fusion).fit(out), ReliabilityMonitor(fusion)
+    parts.fit(logits[:, 200:], features=[features[200:], None])
+    assert whole.judged.tolist() == [True, False]
+    broken = [torch.full_like(features[:50], torch.nan), None]
+    for monitor in (whole, parts):
+        monitor.update(fusion(logits[:, :50], features=[features[:50], None]), features=broken)
+        assert monitor.absence.seen[:, 1].tolist() == [50, 0]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), parts.state_dict()[name].nan_to_num(7)), name
+    with pytest.warns(UserWarning, match="features are not given, though the rule has widths for some"):
+        parts.fit(logits[:, 200:])
+
+
 def test_a_whole_model_is_watched():
     heads = {name: torch.nn.Linear(4, 3) for name in ("rgb", "depth")}
     model = FusionModel(heads, "robust", num_classes=3).eval()
