@@ -160,6 +160,7 @@ class ReliabilityMonitor(KeepsPrecision):
         repeated = pair_up(seen.counted, seen.fingerprint, torch.zeros_like(self.waiting))
         self.waiting.zero_()
         self.shift.fit(seen.score, seen.score >= 0)
+        self._tell_of_blindness()
         self.repetition.fit(repeated, repeated >= 0)
         self.absence.fit((~seen.counted).long(), torch.ones_like(seen.counted))
         shares = [test.reference[:, 1] / test.reference.sum(1).clamp_min(1) for test in (self.repetition, self.absence)]
@@ -278,6 +279,18 @@ class ReliabilityMonitor(KeepsPrecision):
         """
         rows, values = (x.cpu() for x in self.history.points())
         return draw(self.fusion.names, rows, values, self.threshold, self.alarms, path, title)
+
+    def _tell_of_blindness(self) -> None:
+        """Warn of modalities of whose uncertainty nothing can be seen, as the reference has next to one value of it."""
+        different, rows = (self.shift.reference > 0).sum(1), self.shift.reference.sum(1)
+        few = (different <= (rows // 10).clamp_max(15)).tolist()
+        blind = {name: n for name, n, is_few in zip(self.fusion.names, different.tolist(), few, strict=True) if is_few}
+        if blind:
+            warn_user(
+                f"the uncertainties of the reference have hardly any different values, {blind}: a shift may not be "
+                "seen. A rule without statistics needs calibrate() first; values are compared in bfloat16, so "
+                "that logits must not all have a large offset"
+            )
 
     def _check_mode(self) -> None:
         if self.fusion.training:

@@ -304,10 +304,24 @@ def test_a_reference_of_one_row_and_of_equal_rows():
     stream, _ = rows(60, 17)
     stream[0] = stream[0, 0]
     assert "repetition" in {alarm.test for alarm in alone.update(stream)}
-    equal = ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"]).eval()).fit(torch.zeros(2, 50, 5))
+    with pytest.warns(UserWarning, match="hardly any different values"):
+        equal = ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"]).eval()).fit(torch.zeros(2, 50, 5))
     assert equal.as_dict()["repetition/rgb"] == 1
     assert equal.update(torch.zeros(2, 200, 5)) == []  # as it always was
     assert "shift" in {alarm.test for alarm in equal.update(rows(200, 18)[0])}
+
+
+def test_a_reference_in_which_no_shift_could_be_seen_is_told_of():
+    blind = "the uncertainties of the reference have hardly any different values, "
+    monitor = ReliabilityMonitor(QualityAwareFusion.robust(["rgb", "depth"], 5).eval())
+    with pytest.warns(UserWarning, match=blind + "{'rgb': 1, 'depth': 1}: .*calibrate"):
+        monitor.fit(rows(400, 15)[0])
+    monitor = ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"]).eval())
+    reference, _ = rows(400, 15)
+    reference[1] += 10_000
+    with pytest.warns(UserWarning, match=blind + r"{'depth': \d}: .*bfloat16"):
+        monitor.fit(reference)
+    ReliabilityMonitor(robust()).fit(rows(20, 15)[0])
 
 
 def test_rows_of_the_reference_that_do_not_count():
