@@ -277,7 +277,9 @@ class QualityAwareFusion(nn.Module):
             fused = fused.movedim(-1, self.class_dim)
             rows = [x.movedim(-1, self.class_dim) for x in rows]
             seen = None if seen is None else [f if f is None else f.movedim(-1, self.class_dim) for f in seen]
-        return exportable(FusionOutput(fused, weights, energy, tuple(rows), mask, None if seen is None else tuple(seen)))
+        return exportable(
+            FusionOutput(fused, weights, energy, tuple(rows), mask, None if seen is None else tuple(seen))
+        )
 
     def observe(
         self,

@@ -68,7 +68,7 @@ class ExchangeabilityTest(KeepsPrecision):
             buffer[modality] = 0
         self.staked[modality] = self.best[modality] = -torch.inf
 
-    def add(self, values: Tensor, counted: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    def add(self, values: Tensor, counted: Tensor, rows: Tensor, threshold: float) -> Tensor:
         """The next rows of the stream.
 
         Args:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qmf_kernels.eager.fusion import per_modality
+
 from ..checks import Logits, Present
 from ..fusion import Heads, QualityAwareFusion
 from ..precision import widened
@@ -54,11 +56,22 @@ class Events(NamedTuple):
 
 
 def observe(
-    fusion: QualityAwareFusion, given: Heads, present: Present | None = None, features: Logits | None = None
+    fusion: QualityAwareFusion,
+    given: Heads,
+    present: Present | None = None,
+    features: Logits | None = None,
+    ratio: Tensor | None = None,
 ) -> Observed:
     """See a batch, fused anew: of a ``FusionOutput`` count its logits, what is present, and the features.
 
     Its weights may be of other odds than the rule's now, and of other features than those given beside it.
+
+    Args:
+        fusion: the layer.
+        given: as the fusion takes it.
+        present: as the fusion takes it.
+        features: as the fusion takes them.
+        ratio: what the rule's odds are of those at which P(clean) is asked for, ``[M]``; None for the rule's own.
 
     Raises:
         TypeError, ValueError: as the fusion raises them.
@@ -69,7 +82,7 @@ def observe(
     if out.present is not None:
         counted = counted & out.present
     score = _mean(u, counted)
-    p_clean = _mean(widened(out.weights), counted)
+    p_clean = _mean(_at_odds(widened(out.weights), ratio), counted)
     if not fusion.rule.gives_p_clean:
         p_clean = torch.full_like(p_clean, torch.nan)
     prints = [_hash(x) for x in out.unimodal_logits]
@@ -79,6 +92,14 @@ def observe(
             prints[m], judged[m] = prints[m] * _FIRST + _hash(f), True
     score = torch.where(score.isnan(), -1, grid_index(score))
     return Observed(_flat(counted).any(-1), score, torch.stack(prints), p_clean, judged)
+
+
+def _at_odds(p_clean: Tensor, ratio: Tensor | None) -> Tensor:
+    """What P(clean) ``[M, *]`` would be at the rule's odds divided by ``ratio`` ``[M]``, each modality for itself."""
+    if ratio is None:
+        return p_clean
+    clean = p_clean * per_modality(ratio.to(p_clean), p_clean)
+    return clean / (clean + 1 - p_clean)
 
 
 def _flat(x: Tensor) -> Tensor:

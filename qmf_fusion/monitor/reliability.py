@@ -15,7 +15,7 @@ from .alarm import ABSENCE, REPETITION, SHIFT, TESTS, Alarm
 from .exchangeability import ExchangeabilityTest
 from .feedback import OddsOfStream
 from .history import History
-from .observed import Events, observe, pair_up
+from .observed import Events, Observed, observe, pair_up
 from .picture import draw
 from .ranks import GRID
 from .running import RunningMeans
@@ -49,7 +49,8 @@ class ReliabilityMonitor(KeepsPrecision):
         alpha: the chance of a false alarm, ever, between 0 and 1.
         memory: in the running estimates, a row of ``memory`` rows ago weighs 1 / e of the newest.
         feedback: let the odds of the rule's mixture follow the stream (``feedback.py``), within 0.1 to 30 times those
-            given. For a rule with ``set_odds``, as ``robust``. Evidence and alarms do not depend on it.
+            given, as the rule has them at ``fit``. For a rule with ``set_odds``, as ``robust``. Evidence and alarms do
+            not depend on it. No other monitor with feedback may watch the same fusion.
         everywhere: where ``torch.distributed`` is initialised, ``update`` is a collective, by which each process knows
             the rows of all, in the order of their ranks. False leaves each to its own.
 
@@ -108,6 +109,7 @@ class ReliabilityMonitor(KeepsPrecision):
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.register_buffer("waiting", torch.zeros(3, num, dtype=torch.int64, device="cpu"))
         self.register_buffer("judged", torch.zeros(num, dtype=torch.bool, device="cpu"))
+        self.register_load_state_dict_post_hook(_set_odds_of_state)
 
     @property
     def fusion(self) -> QualityAwareFusion:
@@ -147,16 +149,8 @@ class ReliabilityMonitor(KeepsPrecision):
             RuntimeError: a fusion in training mode.
         """
         self._check_mode()
-        seen = observe(self.fusion, given, present, features).to(self.level.device, self.level.dtype)
-        if self.fusion.rule.feature_widths is not None and not bool(seen.judged.any()):
-            warn_user(
-                "features are not given, though the rule has widths for some: it sees what is wrong with logits alone. "
-                "Pass a whole output, or features="
-            )
-        lacking = [name for name, some in zip(self.fusion.names, seen.counted.any(1).tolist(), strict=True) if not some]
-        if lacking:
-            raise ValueError(f"the reference must have rows of every modality, got none that counts of {lacking}")
-        p_clean = self.odds.p_clean(seen.p_clean)
+        seen = self._see_reference(given, present, features)
+        self.odds.start(self.fusion.rule)
         repeated = pair_up(seen.counted, seen.fingerprint, torch.zeros_like(self.waiting))
         self.waiting.zero_()
         self.shift.fit(seen.score, seen.score >= 0)
@@ -164,10 +158,8 @@ class ReliabilityMonitor(KeepsPrecision):
         self.repetition.fit(repeated, repeated >= 0)
         self.absence.fit((~seen.counted).long(), torch.ones_like(seen.counted))
         shares = [test.reference[:, 1] / test.reference.sum(1).clamp_min(1) for test in (self.repetition, self.absence)]
-        means = [torch.zeros_like(shares[0]), *shares, p_clean.nanmean(1)]
-        self.running.fit(torch.stack([x.to(p_clean) for x in means]))
-        if self.feedback:
-            self.odds.start(self.fusion.rule, fitted=bool(self.samples))
+        means = [torch.zeros_like(shares[0]), *shares, seen.p_clean.nanmean(1)]
+        self.running.fit(torch.stack([x.to(seen.p_clean) for x in means]))
         self.history.clear()
         self.rows.zero_()
         self.samples.fill_(seen.counted.shape[1])
@@ -188,17 +180,20 @@ class ReliabilityMonitor(KeepsPrecision):
 
         Raises:
             TypeError, ValueError: as the fusion raises them; features of other modalities than the reference's.
-            RuntimeError: a fusion in training mode, or no reference yet.
+            RuntimeError: a fusion in training mode, no reference yet, or, with ``feedback``, odds that somebody else
+                has set meanwhile.
         """
         self._check_mode()
         if not int(self.samples):
             raise RuntimeError("fit() this monitor first, on clean held-out rows")
-        seen = observe(self.fusion, given, present, features).to(self.level.device, self.level.dtype)
+        if self.feedback:
+            self.odds.check(self.fusion.rule)
+        seen = self._see(given, present, features, self.odds.ratio(self.fusion.rule))
         if not torch.equal(seen.judged, self.judged):
             kinds = [[n for n, f in zip(self.fusion.names, x, strict=True) if f] for x in (self.judged, seen.judged)]
             raise ValueError(f"features must be of the reference's modalities, {kinds[0]}, got those of {kinds[1]}")
         repeated = pair_up(seen.counted, seen.fingerprint, self.waiting)
-        events = Events(seen.counted, seen.score, repeated, self.odds.p_clean(seen.p_clean))
+        events = Events(seen.counted, seen.score, repeated, seen.p_clean)
         if self.everywhere:
             events = events.gathered()
         before, num = int(self.rows), events.counted.shape[1]
@@ -225,8 +220,11 @@ class ReliabilityMonitor(KeepsPrecision):
 
         Raises:
             ValueError: no such modality.
+            RuntimeError: as ``update`` raises it for odds.
         """
         names = self.fusion.names
+        if self.feedback and int(self.samples):
+            self.odds.check(self.fusion.rule)
         if modality is not None and modality not in (*names, *range(len(names))):
             raise ValueError(f"modality must be one of {list(names)} or a number below {len(names)}, got {modality!r}")
         for m, name in enumerate(names):
@@ -280,6 +278,32 @@ class ReliabilityMonitor(KeepsPrecision):
         rows, values = (x.cpu() for x in self.history.points())
         return draw(self.fusion.names, rows, values, self.threshold, self.alarms, path, title)
 
+    def _see(self, *given: Any) -> Observed:
+        return observe(self.fusion, *given).to(self.level.device, self.level.dtype)
+
+    def _see_reference(self, given: Heads, present: Present | None, features: Logits | None) -> Observed:
+        """At the odds as given, which feedback gives back; after an error they are as before."""
+        rule = self.fusion.rule
+        own = self.feedback and self.odds.are_set(rule)
+        try:
+            if own:
+                rule.set_odds(self.odds.given)  # type: ignore[operator]
+            seen = self._see(given, present, features)
+            there = seen.counted.any(1).tolist()
+            lacking = [name for name, some in zip(self.fusion.names, there, strict=True) if not some]
+            if lacking:
+                raise ValueError(f"the reference must have rows of every modality, got none that counts of {lacking}")
+        except BaseException:
+            if own:
+                self.odds.set(rule, self.odds.factor)
+            raise
+        if rule.feature_widths is not None and not bool(seen.judged.any()):
+            warn_user(
+                "features are not given, though the rule has widths for some: it sees what is wrong with logits alone. "
+                "Pass a whole output, or features="
+            )
+        return seen
+
     def _tell_of_blindness(self) -> None:
         """Warn of modalities of whose uncertainty nothing can be seen, as the reference has next to one value of it."""
         different, rows = (self.shift.reference > 0).sum(1), self.shift.reference.sum(1)
@@ -315,3 +339,9 @@ class ReliabilityMonitor(KeepsPrecision):
             repetition = TESTS.index(REPETITION)
             clean = [x[P_CLEAN] * (1 - x[repetition]) for x in (self.running.now, self.running.usual)]
             self.odds.follow(self.fusion.rule, *clean)
+
+
+def _set_odds_of_state(monitor: ReliabilityMonitor, _: object) -> None:
+    """Bring a fusion whose own state is of before, as the model was trained, to where the stream was."""
+    if monitor.feedback and int(monitor.samples):
+        monitor.odds.set(monitor.fusion.rule, monitor.odds.factor)

@@ -509,7 +509,7 @@ def test_feedback_takes_a_row_that_repeats_for_broken():
 def test_feedback_forgets_from_either_bound(start):
     """Odds at a bound change every later P(clean), but not what it would be at the odds as given."""
     fed = watched(robust(), feedback=True, memory=30)
-    fed.odds._set(fed.fusion.rule, torch.tensor([1.0, start], dtype=torch.float64))
+    fed.odds.set(fed.fusion.rule, torch.tensor([1.0, start], dtype=torch.float64))
     fed.running.now[3, 1] = 0.02 if start > 1 else 0.999
     feed(fed, 400, 26)
     assert 0.3 < float(fed.odds.factor[1]) < 3
@@ -529,6 +529,69 @@ def test_feedback_stays_within_its_bounds_and_leaves_evidence_alone():
     again.load_state_dict(fed.state_dict())
     again.reset()
     torch.testing.assert_close(fed.fusion.rule.odds, plain.fusion.rule.odds)
+
+
+def fault_of(monitor, factor):
+    """Feedback in the middle of a fault of depth."""
+    monitor.odds.set(monitor.fusion.rule, torch.tensor([1.0, factor], dtype=torch.float64))
+    return monitor
+
+
+def test_p_clean_is_at_the_odds_as_given_whoever_multiplies_them():
+    stream, _ = rows(200, 32)
+    plain, fed, as_trained = watched(), watched(feedback=True), watched(feedback=True)
+    plain.update(stream)
+    beside = watched(fed.fusion)
+    fault_of(fed, 30.0)
+    out = fed.fusion(stream)
+    as_trained.load_state_dict(fed.state_dict())
+    torch.testing.assert_close(as_trained.fusion.rule.odds, torch.tensor([0.3, 9.0]).double())
+    for monitor in (beside, as_trained, fed):
+        monitor.update(out)
+        assert monitor.running.now[3, 1] == pytest.approx(float(plain.running.now[3, 1]), abs=1e-6)
+    torch.testing.assert_close(as_trained.fusion.rule.odds, fed.fusion.rule.odds)
+
+
+def test_p_clean_of_a_map_is_at_the_odds_as_given_position_by_position():
+    g = torch.Generator().manual_seed(0)
+    maps, target = 3 * torch.randn(2, 300, 7, 5, generator=g), torch.randint(5, (300, 7), generator=g)
+    fusion = QualityAwareFusion.robust(["rgb", "depth"], 5).calibrate(maps[:, :100], target[:100]).eval()
+    plain = ReliabilityMonitor(fusion).fit(maps[:, 100:200])
+    plain.update(maps[:, 200:])
+    fed = fault_of(ReliabilityMonitor(copy.deepcopy(fusion), feedback=True).fit(maps[:, 100:200]), 30.0)
+    fed.update(maps[:, 200:])
+    assert fed.running.now[3, 1] == pytest.approx(float(plain.running.now[3, 1]), abs=1e-6)
+
+
+def test_odds_that_somebody_else_sets_are_not_lost():
+    fed = fault_of(watched(feedback=True), 5.0)
+    rule, stream = fed.fusion.rule, rows(20, 33)[0]
+    rule.set_odds([2.0, 2.0])
+    state = copy.deepcopy(fed.state_dict())
+    for call in (lambda: fed.update(stream), fed.reset):
+        with pytest.raises(RuntimeError, match=r"the rule's odds are \[2.0, 2.0\], and feedback has set \[0.3, 1.5\]"):
+            call()
+    for name, value in fed.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), state[name].nan_to_num(7))
+    fed.fit(rows(400, 101)[0])
+    assert rule.odds.tolist() == fed.odds.given.tolist() == [2.0, 2.0]
+    fed.update(stream)
+    fed.reset()
+    assert rule.odds.tolist() == [2.0, 2.0]
+    other = ReliabilityMonitor(fed.fusion, feedback=True).fit(rows(400, 101)[0])
+    fault_of(other, 5.0)
+    with pytest.raises(RuntimeError, match="another monitor"):
+        fed.update(stream)
+
+
+def test_a_reference_taken_in_a_fault_is_at_the_odds_as_given():
+    fed, plain = fault_of(watched(feedback=True), 30.0), watched()
+    with pytest.raises(ValueError, match="got none that counts"):
+        fed.fit(torch.full((2, 20, 5), torch.nan))
+    torch.testing.assert_close(fed.fusion.rule.odds, torch.tensor([0.3, 9.0]).double())
+    fed.fit(fed.fusion(rows(400, 101)[0]))  # an output that was made at the raised odds
+    assert torch.equal(fed.running.usual, plain.running.usual)
+    assert fed.fusion.rule.odds.tolist() == [0.3, 0.3]
 
 
 @pytest.mark.slow
