@@ -116,10 +116,12 @@ def _mean(x: Tensor, counted: Tensor) -> Tensor:
 def _hash(x: Tensor) -> Tensor:
     """A number for each row of ``[B, ...]``, int64 ``[B]``."""
     flat = x.reshape(1 if x.dim() == 1 else len(x), -1).detach()
-    bits = flat.float().contiguous().view(torch.int32).long() * _FIRST
-    bits = bits ^ (bits >> 29)
-    place = 2 * torch.arange(flat.shape[1], device=x.device) + 1
-    return (bits * (place * _SECOND)).sum(1)
+    place = torch.arange(flat.shape[1], device=x.device)
+    # Place and value are mixed together: from a value's mixture times a place's weight, equal values at places whose
+    # weights have the same sum would make equal numbers.
+    bits = (flat.float().contiguous().view(torch.int32).long() + place * _SECOND) * _FIRST
+    bits = (bits ^ (bits >> 29)) * _SECOND
+    return (bits ^ (bits >> 32)).sum(1)
 
 
 def pair_up(counted: Tensor, fingerprint: Tensor, waiting: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from qmf_fusion import FusionModel, QualityAwareFusion
 from qmf_fusion.monitor import Alarm, ReliabilityMonitor
 from qmf_fusion.monitor.history import POINTS, History
-from qmf_fusion.monitor.observed import pair_up
+from qmf_fusion.monitor.observed import _hash, pair_up
 
 from ..two_processes import run_two
 
@@ -385,6 +385,14 @@ def test_pairs_do_not_overlap_and_wait_for_their_second():
     waiting.zero_()
     parts = [pair_up(counted[:, n : n + 1], prints[:, n : n + 1], waiting) for n in range(7)]
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_rows_of_the_same_few_values_in_other_places_are_other_rows():
+    values = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 0.5, 2.0])] * 7)
+    assert len(_hash(values).unique()) == len(values)
+    assert torch.equal(_hash(values[:9].repeat(2, 1))[:9], _hash(values[:9]))
+    stream = torch.tensor([[2.0, -1.0, -1.0, 2.0], [-1.0, 2.0, 2.0, -1.0]]).repeat(50, 1).expand(2, -1, -1)
+    assert ReliabilityMonitor(QualityAwareFusion(2).eval()).fit(stream[:, :9]).as_dict()["repetition/0"] == 0
 
 
 @pytest.mark.parametrize("step", [1, 3, 700])
