@@ -20,9 +20,9 @@ class Observed(NamedTuple):
     """B rows, one a sample, of M modalities; a dense prediction's positions are one row together."""
 
     counted: Tensor
-    """bool ``[M, B]``: present, and finite."""
+    """bool ``[M, B]``: present, and finite, with an uncertainty that is a number."""
     score: Tensor
-    """int64 ``[M, B]``: where its uncertainty, the mean over positions that count, stands on the grid; -1 for NaN."""
+    """int64 ``[M, B]``: where its uncertainty, the mean over positions that count, stands on the grid; -1 for none."""
     fingerprint: Tensor
     """int64 ``[M, B]``: of its logits and features; equal for rows that are equal in float32."""
     p_clean: Tensor
@@ -78,7 +78,7 @@ def observe(
     """
     out = fusion(given, present, features)
     u = widened(fusion.uncertainties(out))
-    counted = out.energy < torch.inf
+    counted = (out.energy < torch.inf) & ~u.isnan()
     if out.present is not None:
         counted = counted & out.present
     score = _mean(u, counted)
@@ -90,8 +90,8 @@ def observe(
     for m, f in enumerate(out.features or ()):
         if f is not None:
             prints[m], judged[m] = prints[m] * _FIRST + _hash(f), True
-    score = torch.where(score.isnan(), -1, grid_index(score))
-    return Observed(_flat(counted).any(-1), score, torch.stack(prints), p_clean, judged)
+    there = ~score.isnan()  # where no position counts, the mean is NaN
+    return Observed(there, torch.where(there, grid_index(score), -1), torch.stack(prints), p_clean, judged)
 
 
 def _at_odds(p_clean: Tensor, ratio: Tensor | None) -> Tensor:

@@ -39,7 +39,8 @@ class ReliabilityMonitor(KeepsPrecision):
       both ways. Of a dense prediction, a sample's mean over its positions that count.
     - ``"repetition"``: equal logits and features, in pairs of rows, the first with the second, the third with the
       fourth. Of a dense prediction, all of them.
-    - ``"absence"``: rows that do not count: absent, or with logits or features that are not finite.
+    - ``"absence"``: rows that do not count: absent, or with logits or features that are not finite, or an uncertainty
+      that is not a number.
 
     Nothing is trained, no gradient kept, no random state touched. Memory: 1 MB a modality, however long it runs. It
     has only its own state; the fusion is the model's. It lies on the CPU unless moved, and waits for what it is given.
@@ -153,7 +154,7 @@ class ReliabilityMonitor(KeepsPrecision):
         self.odds.start(self.fusion.rule)
         repeated = pair_up(seen.counted, seen.fingerprint, torch.zeros_like(self.waiting))
         self.waiting.zero_()
-        self.shift.fit(seen.score, seen.score >= 0)
+        self.shift.fit(seen.score, seen.counted)
         self._tell_of_blindness()
         self.repetition.fit(repeated, repeated >= 0)
         self.absence.fit((~seen.counted).long(), torch.ones_like(seen.counted))
@@ -323,12 +324,11 @@ class ReliabilityMonitor(KeepsPrecision):
     def _add(self, events: Events) -> None:
         rows = int(self.rows) + torch.arange(1, events.counted.shape[1] + 1, device=self.rows.device)
         absent, every = (~events.counted).long(), torch.ones_like(events.counted)
-        scored = events.score >= 0
-        shift = self.shift.add(events.score, scored, rows, self.threshold)
+        shift = self.shift.add(events.score, events.counted, rows, self.threshold)
         paired = events.repeated >= 0
         repetition = self.repetition.add(events.repeated, paired, rows, self.threshold)
         absence = self.absence.add(absent, every, rows, self.threshold)
-        standing = self.shift.standing(events.score, scored)
+        standing = self.shift.standing(events.score, events.counted)
         values = [standing, torch.where(paired, events.repeated, torch.nan), absent, events.p_clean]
         along = self.running.add(torch.stack([x.to(standing) for x in values]))
         self.history.add(rows, torch.stack([shift, repetition, absence, along[P_CLEAN]]).movedim(-1, 0))

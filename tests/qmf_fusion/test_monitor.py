@@ -339,6 +339,20 @@ def test_rows_of_the_reference_that_do_not_count():
         monitor.fit(reference)
 
 
+def test_a_row_without_an_uncertainty_is_absent():
+    """As where a head of its own measure gives none."""
+
+    def undefined(x):
+        return torch.where(x[..., 0] > 50, torch.nan, -torch.logsumexp(x, -1))
+
+    monitor = watched(QualityAwareFusion(["rgb", "depth"], uncertainty=undefined).eval())
+    stream = rows(50, 34)[0]
+    stream[1] += 100
+    assert [alarm.test for alarm in monitor.update(stream)] == ["absence"]
+    with pytest.raises(ValueError, match=r"none that counts of \['depth'\]"):
+        monitor.fit(stream)
+
+
 def test_errors_name_the_argument():
     fusion = robust()
     with pytest.raises(TypeError, match="fusion must be a QualityAwareFusion, got int"):
