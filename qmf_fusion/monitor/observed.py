@@ -29,11 +29,13 @@ class Observed(NamedTuple):
     """float64 ``[M, B]``, the mean over positions that count; NaN for another rule."""
     judged: Tensor
     """bool ``[M]``: which modalities have features that the rule judges by."""
+    classes: int
+    """K."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Observed":
         """On another device, ``p_clean`` in its dtype."""
-        counted, score, fingerprint, p_clean, judged = (x.to(device) for x in self)
-        return Observed(counted, score, fingerprint, p_clean.to(dtype), judged)
+        counted, score, fingerprint, p_clean, judged = (x.to(device) for x in self[:-1])
+        return Observed(counted, score, fingerprint, p_clean.to(dtype), judged, self.classes)
 
 
 class Events(NamedTuple):
@@ -91,7 +93,8 @@ def observe(
         if f is not None:
             prints[m], judged[m] = prints[m] * _FIRST + _hash(f), True
     there = ~score.isnan()  # where no position counts, the mean is NaN
-    return Observed(there, torch.where(there, grid_index(score), -1), torch.stack(prints), p_clean, judged)
+    score, classes = torch.where(there, grid_index(score), -1), out.logits.shape[fusion.class_dim]
+    return Observed(there, score, torch.stack(prints), p_clean, judged, classes)
 
 
 def _at_odds(p_clean: Tensor, ratio: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """The monitor: running estimates, three tests for each modality, alarms, and odds that follow the stream if asked."""
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any, Self
@@ -75,6 +76,8 @@ class ReliabilityMonitor(KeepsPrecision):
     """int64: how many of the stream, since ``fit``."""
     samples: Tensor
     """int64: of the reference; 0 before ``fit``."""
+    classes: Tensor
+    """int64: K, as in the reference."""
     judged: Tensor
     """bool ``[M]``: of which modalities the reference had features."""
     waiting: Tensor
@@ -97,17 +100,17 @@ class ReliabilityMonitor(KeepsPrecision):
         if feedback and not hasattr(fusion.rule, "set_odds"):
             raise ValueError(f"feedback must be False for {fusion.rule.kind()}, which has no odds; robust() has")
         num, self.feedback, self.everywhere = fusion.num_modalities, feedback, everywhere
+        self.memory = check_count("memory", memory)
         self.shift = ExchangeabilityTest(num, GRID, 0, two_sided=not fusion.rule.gives_p_clean)
         self.repetition = ExchangeabilityTest(num, 2, 1)
         self.absence = ExchangeabilityTest(num, 2, 2)
-        memory = check_count("memory", memory)
         self.running = RunningMeans((memory, memory / 2, memory, memory), num)  # a pair is two rows
         self.odds = OddsOfStream(num)
         self.history = History(len(TESTS) + 1, num)
         # In the state, so that what was watched is never taken for that of another rate.
         self.register_buffer("level", torch.tensor(float(alpha), dtype=torch.float64, device="cpu"))
-        self.register_buffer("rows", torch.zeros((), dtype=torch.int64, device="cpu"))
-        self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device="cpu"))
+        for name in ("rows", "samples", "classes"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device="cpu"))
         self.register_buffer("waiting", torch.zeros(3, num, dtype=torch.int64, device="cpu"))
         self.register_buffer("judged", torch.zeros(num, dtype=torch.bool, device="cpu"))
         self.register_load_state_dict_post_hook(_set_odds_of_state)
@@ -164,6 +167,7 @@ class ReliabilityMonitor(KeepsPrecision):
         self.history.clear()
         self.rows.zero_()
         self.samples.fill_(seen.counted.shape[1])
+        self.classes.fill_(seen.classes)
         self.judged.copy_(seen.judged)
         return self
 
@@ -180,7 +184,8 @@ class ReliabilityMonitor(KeepsPrecision):
             features: as ``fit`` takes them.
 
         Raises:
-            TypeError, ValueError: as the fusion raises them; features of other modalities than the reference's.
+            TypeError, ValueError: as the fusion raises them; features of other modalities, or other classes, than the
+                reference's.
             RuntimeError: a fusion in training mode, no reference yet, or, with ``feedback``, odds that somebody else
                 has set meanwhile.
         """
@@ -193,6 +198,8 @@ class ReliabilityMonitor(KeepsPrecision):
         if not torch.equal(seen.judged, self.judged):
             kinds = [[n for n, f in zip(self.fusion.names, x, strict=True) if f] for x in (self.judged, seen.judged)]
             raise ValueError(f"features must be of the reference's modalities, {kinds[0]}, got those of {kinds[1]}")
+        if seen.classes != int(self.classes):
+            raise ValueError(f"logits must have the {int(self.classes)} classes of the reference, got {seen.classes}")
         repeated = pair_up(seen.counted, seen.fingerprint, self.waiting)
         events = Events(seen.counted, seen.score, repeated, seen.p_clean)
         if self.everywhere:
@@ -278,6 +285,25 @@ class ReliabilityMonitor(KeepsPrecision):
         """
         rows, values = (x.cpu() for x in self.history.points())
         return draw(self.fusion.names, rows, values, self.threshold, self.alarms, path, title)
+
+    def get_extra_state(self) -> Tensor:
+        """What the rest of the state belongs to, as text in bytes: the fusion's kind, and what numbers depend on."""
+        of_fusion = bytes(self.fusion.get_extra_state().tolist()).decode()
+        own = {"memory": self.memory, "feedback": self.feedback}
+        return torch.tensor(list(json.dumps([own, of_fusion]).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the state of a monitor of another kind of fusion, or of another memory or feedback."""
+        (given, of_fusion), (own, _) = (json.loads(bytes(x.tolist())) for x in (state, self.get_extra_state()))
+        self.fusion.set_extra_state(torch.tensor(list(of_fusion.encode()), dtype=torch.uint8))
+        if given != own:
+            raise RuntimeError(f"state is of a monitor with {given}, and this one has {own}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Look whose state it is before anything of it is taken."""
+        if (whose := state_dict.get(prefix + "_extra_state")) is not None:
+            self.set_extra_state(whose)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _see(self, *given: Any) -> Observed:
         return observe(self.fusion, *given).to(self.level.device, self.level.dtype)

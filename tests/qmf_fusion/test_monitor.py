@@ -385,8 +385,23 @@ def test_errors_name_the_argument():
             call(rows(5, 0)[0])
     for name, value in monitor.state_dict().items():
         assert torch.equal(value, state[name])
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        ReliabilityMonitor(QualityAwareFusion(3)).load_state_dict(state)
+    with pytest.raises(ValueError, match="logits must have the 5 classes of the reference, got 7"):
+        watched(QualityAwareFusion(["rgb", "depth"]).eval()).update(torch.zeros(2, 3, 7))
+
+
+def test_state_of_another_monitor_is_refused_before_any_of_it_is_taken():
+    state = watched(QualityAwareFusion(["rgb", "depth"]).eval(), memory=50).state_dict()
+    for other, message in (
+        (ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"], combine="tmc"), memory=50), "another kind of fusion"),
+        (ReliabilityMonitor(QualityAwareFusion(["rgb", "text"]), memory=50), "of the modalities"),
+        (ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"])), "'memory': 50, .* and this one has {'memory': 30"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            other.load_state_dict(state)
+        assert int(other.samples) == int(other.absence.reference.sum()) == 0
+    fed = watched(feedback=True)
+    with pytest.raises(RuntimeError, match="'feedback': True"):
+        ReliabilityMonitor(fed.fusion).load_state_dict(fed.state_dict())
 
 
 def test_pairs_do_not_overlap_and_wait_for_their_second():
