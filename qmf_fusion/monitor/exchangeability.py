@@ -38,8 +38,8 @@ class ExchangeabilityTest(KeepsPrecision):
     """int64 ``[M]``: the row by which it had reached the threshold; 0 as long as it has not."""
     since: Tensor
     """int64 ``[M]``: the row from which on the evidence was best, when it had."""
-    peak: Tensor
-    """``[M]``: log of the largest e-value so far."""
+    sufficed: Tensor
+    """``[M]``: log of the e-value then."""
 
     def __init__(self, num_modalities: int, num_values: int, stream: int, two_sided: bool = False) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ExchangeabilityTest(KeepsPrecision):
         for name in ("staked", "best"):
             nothing = torch.full((num_modalities, bets), -torch.inf, dtype=torch.float64, device="cpu")
             self.register_buffer(name, nothing)
-        for name in ("log_e", "peak"):
+        for name in ("log_e", "sufficed"):
             self.register_buffer(name, torch.zeros(num_modalities, dtype=torch.float64, device="cpu"))
         for name in ("steps", "raised", "since"):
             self.register_buffer(name, torch.zeros(num_modalities, dtype=torch.int64, device="cpu"))
@@ -64,7 +64,7 @@ class ExchangeabilityTest(KeepsPrecision):
     def restart(self, modality: int) -> None:
         """Forget a modality's stream, and with it its evidence and alarm."""
         self.seen[modality] = self.reference[modality]
-        for buffer in (self.steps, self.start, self.log_e, self.peak, self.raised, self.since):
+        for buffer in (self.steps, self.start, self.log_e, self.sufficed, self.raised, self.since):
             buffer[modality] = 0
         self.staked[modality] = self.best[modality] = -torch.inf
 
@@ -118,7 +118,7 @@ class ExchangeabilityTest(KeepsPrecision):
             n = int(reached.int().argmax())
             then, _ = extend(before, bets[:, : n + 1], t[: n + 1].to(p.dtype), rows[: n + 1])
             self.raised[m], self.since[m] = rows[n], then.start[then.staked.argmax()]
+            self.sufficed[m] = log_e[n]
         self.steps[m] += len(p)
         self.staked[m], self.best[m], self.start[m] = now
-        self.peak[m] = torch.maximum(self.peak[m], log_e.max())
         return log_e

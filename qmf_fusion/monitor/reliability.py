@@ -214,7 +214,7 @@ class ReliabilityMonitor(KeepsPrecision):
     def alarms(self) -> list[Alarm]:
         """All that were raised and not ``reset``, modality by modality."""
         return [
-            Alarm(name, kind, int(test.since[m]), int(test.raised[m]), float(test.peak[m]), self.alpha)
+            Alarm(name, kind, int(test.since[m]), int(test.raised[m]), float(test.sufficed[m]), self.alpha)
             for m, name in enumerate(self.fusion.names)
             for kind, test in self.tests.items()
             if int(test.raised[m])

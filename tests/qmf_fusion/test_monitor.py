@@ -281,7 +281,9 @@ def test_repair():
     stream[1] = torch.nan
     monitor.update(stream)
     assert [alarm.modality for alarm in monitor.alarms] == ["depth"]
+    told = monitor.alarms
     assert monitor.update(stream[:, :10]) == []  # told once
+    assert set(monitor.alarms) == set(told)  # though evidence grows
     rgb = monitor.shift.steps[0].clone()
     monitor.reset("depth")
     assert monitor.alarms == []
