@@ -240,6 +240,7 @@ class ReliabilityMonitor(KeepsPrecision):
                 for test in self.tests.values():
                     test.restart(m)
                 self.running.restart(m)
+                self.waiting[1, m] = 0  # a row of before the repair is no later row's equal
         self._follow()
         return self
 

@@ -299,6 +299,15 @@ def test_repair():
         monitor.reset("text")
 
 
+def test_no_pair_straddles_a_repair():
+    monitor, same = watched(), rows(1, 35)[0]
+    monitor.update(same)
+    monitor.reset("depth")
+    monitor.update(same)
+    usual = monitor.repetition.reference[:, 1]
+    assert (monitor.repetition.seen[:, 1] - usual).tolist() == [1, 0]
+
+
 def test_a_reference_of_one_row_and_of_equal_rows():
     alone = ReliabilityMonitor(robust()).fit(rows(1, 15)[0])
     assert alone.update(rows(400, 16)[0]) == []
