@@ -21,8 +21,10 @@ class ExchangeabilityTest(KeepsPrecision):
         num_values: V, how many different values there are, in an order whose upper end means a fault.
         stream: which random numbers break ties: another for each test.
         two_sided: whether the lower end means one too.
+        seed: of those numbers, which is part of the state.
     """
 
+    seed: Tensor
     reference: Tensor
     """int64 ``[M, V]``: how often each value came in the reference."""
     seen: Tensor
@@ -41,9 +43,12 @@ class ExchangeabilityTest(KeepsPrecision):
     sufficed: Tensor
     """``[M]``: log of the e-value then."""
 
-    def __init__(self, num_modalities: int, num_values: int, stream: int, two_sided: bool = False) -> None:
+    def __init__(
+        self, num_modalities: int, num_values: int, stream: int, two_sided: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
         self.stream, self.two_sided = stream, two_sided
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device="cpu"))
         bets = len(KAPPAS) * (2 if two_sided else 1)
         for name, size in (("reference", num_values), ("seen", num_values), ("start", bets)):
             self.register_buffer(name, torch.zeros(num_modalities, size, dtype=torch.int64, device="cpu"))
@@ -103,7 +108,9 @@ class ExchangeabilityTest(KeepsPrecision):
         return torch.where(counted, (below - above).to(self.log_e.dtype) / upto[:, -1:], math.nan)
 
     def _p_values(self, m: int, values: Tensor) -> Tensor:
-        draws = uniforms(self.stream * len(self.steps) + m, int(self.steps[m]), len(values), values.device)
+        draws = uniforms(
+            self.stream * len(self.steps) + m, int(self.steps[m]), len(values), values.device, int(self.seed)
+        )
         p = p_values(self.seen[m], values, draws.to(self.log_e.dtype))
         self.seen[m].scatter_add_(0, values, torch.ones_like(values))
         return p

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..checks import Logits, Present, check_count, check_number
+from ..checks import Logits, Present, check_count, check_integer, check_number
 from ..fusion import Heads, QualityAwareFusion, check_fusion
 from ..precision import KeepsPrecision
 from ..warn import warn_user
@@ -55,6 +55,9 @@ class ReliabilityMonitor(KeepsPrecision):
             not depend on it. No other monitor with feedback may watch the same fusion.
         everywhere: where ``torch.distributed`` is initialised, ``update`` is a collective, by which each process knows
             the rows of all, in the order of their ranks. False leaves each to its own.
+        seed: of the random numbers that break ties, 0 to 2**32 - 1, kept in ``state_dict``. Two monitors of one seed
+            take the same numbers at the same rows, so that their false alarms are not independent: give each device of
+            a fleet its own.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range; feedback for a rule without odds.
@@ -90,6 +93,7 @@ class ReliabilityMonitor(KeepsPrecision):
         memory: int = 30,
         feedback: bool = False,
         everywhere: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         # In a tuple, where nn.Module does not take it for a part of its own.
@@ -101,9 +105,12 @@ class ReliabilityMonitor(KeepsPrecision):
             raise ValueError(f"feedback must be False for {fusion.rule.kind()}, which has no odds; robust() has")
         num, self.feedback, self.everywhere = fusion.num_modalities, feedback, everywhere
         self.memory = check_count("memory", memory)
-        self.shift = ExchangeabilityTest(num, GRID, 0, two_sided=not fusion.rule.gives_p_clean)
-        self.repetition = ExchangeabilityTest(num, 2, 1)
-        self.absence = ExchangeabilityTest(num, 2, 2)
+        if not 0 <= check_integer("seed", seed) < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
+        two_sided = not fusion.rule.gives_p_clean
+        self.shift = ExchangeabilityTest(num, GRID, 0, two_sided=two_sided, seed=seed)
+        self.repetition = ExchangeabilityTest(num, 2, 1, seed=seed)
+        self.absence = ExchangeabilityTest(num, 2, 2, seed=seed)
         self.running = RunningMeans((memory, memory / 2, memory, memory), num)  # a pair is two rows
         self.odds = OddsOfStream(num)
         self.history = History(len(TESTS) + 1, num)

@@ -165,6 +165,20 @@ def test_a_stream_goes_on_from_its_state():
     assert not list(again.parameters())
 
 
+def test_ties_are_broken_by_the_seed_which_is_part_of_the_state():
+    stream, evidence = rows(200, 36)[0], []
+    for monitor in (watched(), watched(seed=0), watched(seed=1), watched(seed=2**31)):
+        monitor.update(stream)
+        evidence.append(monitor.absence.log_e.tolist())
+    assert evidence[0] == evidence[1]
+    assert len({each for pair in evidence[1:] for each in pair}) == 6
+    again = ReliabilityMonitor(monitor.fusion)
+    again.load_state_dict(monitor.state_dict())
+    for each in (monitor, again):
+        each.update(stream)
+    assert again.as_dict() == monitor.as_dict()
+
+
 def test_nothing_but_the_monitor_changes():
     monitor = watched()
     before, random = copy.deepcopy(monitor.fusion.state_dict()), torch.get_rng_state()
@@ -373,6 +387,8 @@ def test_errors_name_the_argument():
             ReliabilityMonitor(fusion, alpha=alpha)
     with pytest.raises(ValueError, match="memory must be an integer of at least 1, got 0"):
         ReliabilityMonitor(fusion, memory=0)
+    with pytest.raises(ValueError, match="seed must"):
+        ReliabilityMonitor(fusion, seed=-1)
     with pytest.raises(ValueError, match="feedback must be False for AffineRule"):
         ReliabilityMonitor(QualityAwareFusion(2), feedback=True)
     monitor = ReliabilityMonitor(fusion)

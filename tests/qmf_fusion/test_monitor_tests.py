@@ -34,6 +34,8 @@ def test_random_numbers_are_those_of_splitmix64():
 
     got = uniforms(3, 5, 1000, torch.device("cpu"))
     assert got.tolist() == [reference((3 << 40) + n) for n in range(5, 1005)]
+    other = uniforms(3, 5, 10, torch.device("cpu"), seed=2**32 - 1)
+    assert other.tolist() == [reference((3 << 40) + n + (2**32 - 1) * 0xD6E8FEB86659FD93) for n in range(5, 15)]
     assert torch.equal(got[700:], uniforms(3, 705, 300, torch.device("cpu")))
     assert 0 < float(got.min()) < float(got.max()) < 1
     assert abs(float(got.mean()) - 0.5) < 0.03
