@@ -85,6 +85,7 @@ class ReliabilityMonitor(KeepsPrecision):
     """bool ``[M]``: of which modalities the reference had features."""
     waiting: Tensor
 
+    @torch.inference_mode(False)  # buffers made under it could never be changed outside
     def __init__(
         self,
         fusion: QualityAwareFusion,

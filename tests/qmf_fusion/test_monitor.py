@@ -192,6 +192,18 @@ def test_nothing_but_the_monitor_changes():
     assert not any(value.requires_grad for value in monitor.state_dict().values())
 
 
+def test_a_monitor_that_was_made_under_inference_mode_goes_on_outside():
+    fusion, plain = robust(), watched(feedback=True)
+    with torch.inference_mode():
+        monitor = watched(fusion, feedback=True)
+        monitor.update(rows(30, 7)[0])
+    monitor.update(rows(30, 8)[0])
+    plain.update(rows(30, 7)[0])
+    plain.update(rows(30, 8)[0])
+    assert monitor.as_dict() == plain.as_dict()
+    assert monitor.reset().alarms == []
+
+
 def test_outputs_and_logits_are_the_same():
     fusion, (stream, _) = robust(), rows(60, 8)
     present = torch.rand(2, 60, generator=torch.Generator().manual_seed(0)) < 0.8
