@@ -44,7 +44,9 @@ class ReliabilityMonitor(KeepsPrecision):
       that is not a number.
 
     Nothing is trained, no gradient kept, no random state touched. Memory: 1 MB a modality, however long it runs. It
-    has only its own state; the fusion is the model's. It lies on the CPU unless moved, and waits for what it is given.
+    has only its own state; the fusion is the model's. It lies on the CPU unless moved, and waits for what it is given;
+    a device without float64 (MPS) is refused. ``copy.deepcopy`` and pickles of the monitor alone copy its fusion: take
+    ``(model, monitor)`` together.
 
     Args:
         fusion: of a model in evaluation mode.
@@ -54,7 +56,9 @@ class ReliabilityMonitor(KeepsPrecision):
             given, as the rule has them at ``fit``. For a rule with ``set_odds``, as ``robust``. Evidence and alarms do
             not depend on it. No other monitor with feedback may watch the same fusion.
         everywhere: where ``torch.distributed`` is initialised, ``update`` is a collective, by which each process knows
-            the rows of all, in the order of their ranks. False leaves each to its own.
+            the rows of all, in the order of their ranks. False leaves each to its own. Pairs of successive rows are of
+            one process each, and of an odd number the last waits in its process: save each process's state, or give
+            even numbers.
         seed: of the random numbers that break ties, 0 to 2**32 - 1, kept in ``state_dict``. Two monitors of one seed
             take the same numbers at the same rows, so that their false alarms are not independent: give each device of
             a fleet its own.
@@ -158,7 +162,7 @@ class ReliabilityMonitor(KeepsPrecision):
 
         Raises:
             TypeError, ValueError: as the fusion raises them; a modality without any row that counts.
-            RuntimeError: a fusion in training mode.
+            RuntimeError: a fusion in training mode, or a device without float64.
         """
         self._check_mode()
         seen = self._see_reference(given, present, features)
@@ -355,6 +359,8 @@ class ReliabilityMonitor(KeepsPrecision):
     def _check_mode(self) -> None:
         if self.fusion.training:
             raise RuntimeError("the fusion is in training mode: a monitor watches a model after model.eval()")
+        if self.level.dtype != torch.float64:
+            raise RuntimeError("the monitor needs float64, which this device has not: leave it on the CPU")
 
     def _add(self, events: Events) -> None:
         rows = int(self.rows) + torch.arange(1, events.counted.shape[1] + 1, device=self.rows.device)
