@@ -53,7 +53,7 @@ class ReliabilityMonitor(KeepsPrecision):
         alpha: the chance of a false alarm, ever, between 0 and 1.
         memory: in the running estimates, a row of ``memory`` rows ago weighs 1 / e of the newest.
         feedback: let the odds of the rule's mixture follow the stream (``feedback.py``), within 0.1 to 30 times those
-            given, as the rule has them at ``fit``. For a rule with ``set_odds``, as ``robust``. Evidence and alarms do
+            given, as the rule has them at ``fit``. For a rule that has odds, as ``robust``. Evidence and alarms do
             not depend on it. No other monitor with feedback may watch the same fusion.
         everywhere: where ``torch.distributed`` is initialised, ``update`` is a collective, by which each process knows
             the rows of all, in the order of their ranks. False leaves each to its own. Pairs of successive rows are of
@@ -106,13 +106,13 @@ class ReliabilityMonitor(KeepsPrecision):
         check_number("alpha", alpha)
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
-        if feedback and not hasattr(fusion.rule, "set_odds"):
+        if feedback and not fusion.rule.has_odds:
             raise ValueError(f"feedback must be False for {fusion.rule.kind()}, which has no odds; robust() has")
         num, self.feedback, self.everywhere = fusion.num_modalities, feedback, everywhere
         self.memory = check_count("memory", memory)
         if not 0 <= check_integer("seed", seed) < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
-        two_sided = not fusion.rule.gives_p_clean
+        two_sided = not fusion.rule.measures_untypicality
         self.shift = ExchangeabilityTest(num, GRID, 0, two_sided=two_sided, seed=seed)
         self.repetition = ExchangeabilityTest(num, 2, 1, seed=seed)
         self.absence = ExchangeabilityTest(num, 2, 2, seed=seed)

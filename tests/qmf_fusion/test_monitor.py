@@ -13,7 +13,7 @@ from qmf_fusion import FusionModel, QualityAwareFusion
 from qmf_fusion.monitor import Alarm, ReliabilityMonitor
 from qmf_fusion.monitor.history import POINTS, History
 from qmf_fusion.monitor.observed import _hash, pair_up
-from qmf_fusion.rules import RULES
+from qmf_fusion.rules import RULES, EntropyWeights
 
 from ..two_processes import run_two
 
@@ -130,6 +130,14 @@ def test_every_published_rule_is_watched(rule):
     assert "p_clean/rgb" not in monitor.as_dict()
     with pytest.raises(ValueError, match="feedback must be False"):
         ReliabilityMonitor(fusion, feedback=True)
+
+
+def test_a_rule_says_itself_what_its_uncertainty_means():
+    class Own(EntropyWeights):
+        gives_p_clean = True
+
+    assert ReliabilityMonitor(QualityAwareFusion(2, combine=Own(2))).shift.two_sided
+    assert not ReliabilityMonitor(robust()).shift.two_sided
 
 
 @pytest.mark.parametrize("sizes", [[1] * 120, [7, 50, 1, 62], [119, 1]])
