@@ -669,6 +669,15 @@ def test_p_clean_of_a_map_is_at_the_odds_as_given_position_by_position():
     assert fed.running.now[3, 1] == pytest.approx(float(plain.running.now[3, 1]), abs=1e-6)
 
 
+def test_p_clean_that_calibration_holds_follows_no_odds():
+    fusion = robust()
+    fusion.calibration.held[1] = 0.6
+    fed = fault_of(watched(fusion, feedback=True), 30.0)
+    fed.update(rows(50, 40)[0])
+    assert fed.running.now[3, 1] == pytest.approx(0.6)
+    assert fed.odds.factor[1] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_odds_that_somebody_else_sets_are_not_lost():
     fed = fault_of(watched(feedback=True), 5.0)
     rule, stream = fed.fusion.rule, rows(20, 33)[0]
