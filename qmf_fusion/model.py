@@ -77,8 +77,15 @@ class FusionModel(nn.Module):
                 raise TypeError(f"heads[{name!r}] must be a module, got {type(head).__name__}")
             if not isinstance(name, str) or name in ("", "fusion") or "." in name or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"heads must have names, other than 'fusion', that a ModuleDict takes, got {name!r}")
-        if isinstance(fusion, str):
-            fusion = _by_name(fusion, list(heads), options)
+        if fusion == "robust":
+            if "num_classes" not in options:
+                raise TypeError(
+                    "num_classes must be given with fusion='robust': FusionModel(heads, ..., num_classes=K)"
+                )
+            # Spelled out, as is the default below: jsonargparse reads here which options a configuration may hold.
+            fusion = QualityAwareFusion.robust(list(heads), **options)
+        elif isinstance(fusion, str):
+            fusion = _published(fusion, list(heads), options)
         elif fusion is None:
             if "num_classes" in options:
                 raise TypeError(
@@ -274,13 +281,9 @@ class FusionModel(nn.Module):
         return names
 
 
-def _by_name(rule: str, names: list[str], options: dict[str, Any]) -> QualityAwareFusion:
-    """The layer of a rule with options of its own, and those of every layer."""
+def _published(rule: str, names: list[str], options: dict[str, Any]) -> QualityAwareFusion:
+    """The layer of a published rule with options of its own, and those of every layer."""
     check_choice("fusion", rule, ["robust", *RULES])
-    if rule == "robust":
-        if "num_classes" not in options:
-            raise TypeError("num_classes must be given with fusion='robust': FusionModel(heads, ..., num_classes=K)")
-        return QualityAwareFusion.robust(names, **options)
     known = [*list(inspect.signature(RULES[rule]).parameters)[1:], "normalize_logits", "class_dim"]
     unknown = [name for name in options if name not in known]
     if unknown:
