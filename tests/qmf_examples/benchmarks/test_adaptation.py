@@ -48,6 +48,7 @@ def test_streams_replace_what_the_condition_says():
     assert answers(qmf, stream, 64, partial(TestTimeAdaptation, lr=10.0)).right.tolist() != expected.tolist()
 
 
+@pytest.mark.slow
 def test_it_prints_and_writes_a_row_for_each_condition_and_variant(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(adaptation, "DIGITS_DAMAGES", {"noise": 2.0})
     main(["--seeds", "2", "--epochs", "1", "--batch-sizes", "512", "1024", "--output", str(tmp_path / "x.json")])
