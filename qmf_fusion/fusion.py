@@ -49,7 +49,8 @@ class FusionOutput(NamedTuple):
     present: Tensor | None
     """Which modalities were there, bool ``[M, *]``; None for all."""
     features: tuple[Tensor | None, ...] | None = None
-    """What ``FusionModel``'s heads returned beside their logits, ``[*, D]`` each or None, if the rule judges by it."""
+    """What the rule judged by beside the logits, as given (from ``FusionModel`` as its heads returned it), ``[*, D]``
+    each or None; None if there was nothing."""
 
 
 Heads = Logits | FusionOutput
@@ -275,7 +276,10 @@ class QualityAwareFusion(nn.Module):
         if self.class_dim != -1:
             fused = fused.movedim(-1, self.class_dim)
             rows = [x.movedim(-1, self.class_dim) for x in rows]
-        return exportable(FusionOutput(fused, weights, energy, tuple(rows), mask))
+            seen = None if seen is None else [f if f is None else f.movedim(-1, self.class_dim) for f in seen]
+        return exportable(
+            FusionOutput(fused, weights, energy, tuple(rows), mask, None if seen is None else tuple(seen))
+        )
 
     def observe(
         self,

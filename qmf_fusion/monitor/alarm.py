@@ -15,7 +15,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Alarm:
-    """One modality fails one test; a sentence by ``print``."""
+    """One modality fails one test; a sentence by ``print``. Told again, it is equal to itself."""
 
     modality: str
     test: str
@@ -25,7 +25,7 @@ class Alarm:
     raised: int
     """The row that made it sure."""
     log_e: float
-    """Natural logarithm of the largest e-value so far, which itself may be too large to write down."""
+    """Natural logarithm of the e-value then, which itself may be too large to write down."""
     alpha: float
     """The chance that all modalities and tests together ever raise an alarm where nothing is wrong."""
 

@@ -1,7 +1,8 @@
 """Evidence that grows where p-values stop being uniform: bets, and an e-process over every moment of a change.
 
 If p is uniform on [0, 1], a bet ``f(p)`` with ``f >= 0`` and ``integral of f = 1`` has mean 1: who pays 1 gets 1 back
-on average. The bets here are powers, ``f(p) = kappa * p ** (kappa - 1)`` with kappa below 1: they pay where p is small.
+on average. The bets here are powers, ``f(p) ~ max(p, 1e-12) ** (kappa - 1)`` with kappa below 1: they pay where p is
+small.
 
 A fault begins at an unknown row c. Of a fortune of 1, the share ``w_c`` is staked from row c on, and what it makes is
 staked again, row by row. After row t, with the rest that is not staked yet,
@@ -41,11 +42,12 @@ class Evidence(NamedTuple):
 def log_bets(p: Tensor, two_sided: bool) -> Tensor:
     """``log f(p)`` of p-values ``[n]`` in (0, 1): ``[J, n]``; two-sided, bets on large ones too.
 
-    Below ``LEAST`` they pay no more, so that a rounding of ``1 - p`` never does: less than is fair, which is safe.
+    Below ``LEAST`` they are constant, so that a rounding of ``1 - p`` never pays; above it they pay more for that.
     """
     sides = [p, 1 - p] if two_sided else [p]
     kappas = p.new_tensor(KAPPAS).unsqueeze(1)
-    return torch.cat([kappas.log() + (kappas - 1) * side.clamp_min(LEAST).log() for side in sides])
+    scale = kappas.log() - torch.log1p((kappas - 1) * LEAST**kappas)  # so that the integral is 1
+    return torch.cat([scale + (kappas - 1) * side.clamp_min(LEAST).log() for side in sides])
 
 
 def log_rest(t: Tensor) -> Tensor:

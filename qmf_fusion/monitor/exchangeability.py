@@ -21,8 +21,10 @@ class ExchangeabilityTest(KeepsPrecision):
         num_values: V, how many different values there are, in an order whose upper end means a fault.
         stream: which random numbers break ties: another for each test.
         two_sided: whether the lower end means one too.
+        seed: of those numbers, which is part of the state.
     """
 
+    seed: Tensor
     reference: Tensor
     """int64 ``[M, V]``: how often each value came in the reference."""
     seen: Tensor
@@ -38,19 +40,22 @@ class ExchangeabilityTest(KeepsPrecision):
     """int64 ``[M]``: the row by which it had reached the threshold; 0 as long as it has not."""
     since: Tensor
     """int64 ``[M]``: the row from which on the evidence was best, when it had."""
-    peak: Tensor
-    """``[M]``: log of the largest e-value so far."""
+    sufficed: Tensor
+    """``[M]``: log of the e-value then."""
 
-    def __init__(self, num_modalities: int, num_values: int, stream: int, two_sided: bool = False) -> None:
+    def __init__(
+        self, num_modalities: int, num_values: int, stream: int, two_sided: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
         self.stream, self.two_sided = stream, two_sided
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device="cpu"))
         bets = len(KAPPAS) * (2 if two_sided else 1)
         for name, size in (("reference", num_values), ("seen", num_values), ("start", bets)):
             self.register_buffer(name, torch.zeros(num_modalities, size, dtype=torch.int64, device="cpu"))
         for name in ("staked", "best"):
             nothing = torch.full((num_modalities, bets), -torch.inf, dtype=torch.float64, device="cpu")
             self.register_buffer(name, nothing)
-        for name in ("log_e", "peak"):
+        for name in ("log_e", "sufficed"):
             self.register_buffer(name, torch.zeros(num_modalities, dtype=torch.float64, device="cpu"))
         for name in ("steps", "raised", "since"):
             self.register_buffer(name, torch.zeros(num_modalities, dtype=torch.int64, device="cpu"))
@@ -64,11 +69,11 @@ class ExchangeabilityTest(KeepsPrecision):
     def restart(self, modality: int) -> None:
         """Forget a modality's stream, and with it its evidence and alarm."""
         self.seen[modality] = self.reference[modality]
-        for buffer in (self.steps, self.start, self.log_e, self.peak, self.raised, self.since):
+        for buffer in (self.steps, self.start, self.log_e, self.sufficed, self.raised, self.since):
             buffer[modality] = 0
         self.staked[modality] = self.best[modality] = -torch.inf
 
-    def add(self, values: Tensor, counted: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    def add(self, values: Tensor, counted: Tensor, rows: Tensor, threshold: float) -> Tensor:
         """The next rows of the stream.
 
         Args:
@@ -78,22 +83,34 @@ class ExchangeabilityTest(KeepsPrecision):
             threshold: the log of the e-value that is enough.
 
         Returns:
-            The p-values, NaN where a row does not count, and the log of the e-value after each row, ``[M, B]`` both.
+            The log of the e-value after each row, ``[M, B]``.
         """
-        p = torch.full(values.shape, math.nan, dtype=self.log_e.dtype, device=values.device)
-        after = torch.empty_like(p)
+        after = torch.empty(values.shape, dtype=self.log_e.dtype, device=values.device)
         for m in range(len(values)):
             place = counted[m].nonzero().flatten()
             along = self.log_e[m : m + 1]
             if len(place):
-                p[m, place] = self._p_values(m, values[m, place])
-                along = torch.cat([along, self._bet(m, p[m, place], rows[place], threshold)])
+                p = self._p_values(m, values[m, place])
+                along = torch.cat([along, self._bet(m, p, rows[place], threshold)])
             after[m] = along[counted[m].cumsum(0)]
             self.log_e[m] = along[-1]
-        return p, after
+        return after
+
+    def standing(self, values: Tensor, counted: Tensor) -> Tensor:
+        """Where values stand in the reference alone, ``[M, B]``: the share below less the share above; NaN for none.
+
+        Not from the p-values: among reference *and stream*, a fault that lasts becomes usual.
+        """
+        upto = self.reference.cumsum(1)
+        values = torch.where(counted, values, 0)
+        upto_value = upto.gather(1, values)
+        below, above = upto_value - self.reference.gather(1, values), upto[:, -1:] - upto_value
+        return torch.where(counted, (below - above).to(self.log_e.dtype) / upto[:, -1:], math.nan)
 
     def _p_values(self, m: int, values: Tensor) -> Tensor:
-        draws = uniforms(self.stream * len(self.steps) + m, int(self.steps[m]), len(values), values.device)
+        draws = uniforms(
+            self.stream * len(self.steps) + m, int(self.steps[m]), len(values), values.device, int(self.seed)
+        )
         p = p_values(self.seen[m], values, draws.to(self.log_e.dtype))
         self.seen[m].scatter_add_(0, values, torch.ones_like(values))
         return p
@@ -108,7 +125,7 @@ class ExchangeabilityTest(KeepsPrecision):
             n = int(reached.int().argmax())
             then, _ = extend(before, bets[:, : n + 1], t[: n + 1].to(p.dtype), rows[: n + 1])
             self.raised[m], self.since[m] = rows[n], then.start[then.staked.argmax()]
+            self.sufficed[m] = log_e[n]
         self.steps[m] += len(p)
         self.staked[m], self.best[m], self.start[m] = now
-        self.peak[m] = torch.maximum(self.peak[m], log_e.max())
         return log_e

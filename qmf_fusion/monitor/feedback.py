@@ -39,22 +39,46 @@ class OddsOfStream(KeepsPrecision):
         for name in ("given", "factor"):
             self.register_buffer(name, torch.ones(num_modalities, dtype=torch.float64, device="cpu"))
 
-    def p_clean(self, p_clean: Tensor) -> Tensor:
-        """What P(clean) ``[M, B]`` of the rule now would be at the odds as given."""
-        factor = self.factor.unsqueeze(1)
-        return p_clean * factor / (p_clean * factor + 1 - p_clean)
+    def ratio(self, rule: Rule) -> Tensor | None:
+        """What the rule's odds now are of those as given, ``[M]``, whoever has set them; None for a rule without.
 
-    def start(self, rule: Rule, fitted: bool) -> None:
-        """Take the rule's odds for the given ones; where it was ``fitted`` before, after giving those back."""
-        if fitted:
-            self._set(rule, torch.ones_like(self.factor))
-        self.given.copy_(rule.odds)  # type: ignore[arg-type]
+        1 where calibration holds a weight, which no odds change.
+        """
+        if not hasattr(rule, "set_odds"):
+            return None
+        held = rule.calibration.held.to(self.given)
+        return torch.where(held == 0, self._odds(rule) / self.given, 1)
+
+    def start(self, rule: Rule) -> None:
+        """Take the rule's odds for the given ones."""
+        if hasattr(rule, "set_odds"):
+            self.given.copy_(self._odds(rule))
+            self.factor.fill_(1)
+
+    def are_set(self, rule: Rule) -> bool:
+        """Whether the rule's odds are those that this has set."""
+        return torch.allclose(self._odds(rule), self.given * self.factor, rtol=1e-5, atol=0)
+
+    def check(self, rule: Rule) -> None:
+        """Refuse to go on where somebody else has set the rule's odds."""
+        if not self.are_set(rule):
+            raise RuntimeError(
+                f"the rule's odds are {self._odds(rule).tolist()}, and feedback has set "
+                f"{(self.given * self.factor).tolist()}: set_odds, another monitor or a loaded state has changed them. "
+                "fit() takes them as given; of a model and a monitor, load the monitor's state last"
+            )
 
     def follow(self, rule: Rule, now: Tensor, usual: Tensor) -> None:
         """Set the rule's odds by the share of clean rows ``[M]`` at the odds as given, of late and of the reference."""
         late, before = ((1 - x).clamp(_SHARE, 1 - _SHARE) for x in (now, usual))
-        self._set(rule, (late / (1 - late) * (1 - before) / before).clamp(LEAST, MOST))
+        self.set(rule, (late / (1 - late) * (1 - before) / before).clamp(LEAST, MOST))
 
-    def _set(self, rule: Rule, factor: Tensor) -> None:
+    def set(self, rule: Rule, factor: Tensor) -> None:
+        """Multiply the odds as given by ``[M]``."""
         self.factor.copy_(factor)
         rule.set_odds(self.given * factor)  # type: ignore[operator]
+
+    def _odds(self, rule: Rule) -> Tensor:
+        odds = rule.odds
+        assert isinstance(odds, Tensor)
+        return odds.to(self.given)

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Logits, Present, check_logits
-from ..fusion import FusionOutput, Heads, QualityAwareFusion, parts_of
+from qmf_kernels.eager.fusion import per_modality
+
+from ..checks import Logits, Present
+from ..fusion import Heads, QualityAwareFusion
 from ..precision import widened
 from ..processes import gather_columns
 from .ranks import grid_index
@@ -18,18 +20,22 @@ class Observed(NamedTuple):
     """B rows, one a sample, of M modalities; a dense prediction's positions are one row together."""
 
     counted: Tensor
-    """bool ``[M, B]``: present, and finite."""
+    """bool ``[M, B]``: present, and finite, with an uncertainty that is a number."""
     score: Tensor
-    """int64 ``[M, B]``: where its uncertainty, the mean over positions that count, stands on the grid; -1 for NaN."""
+    """int64 ``[M, B]``: where its uncertainty, the mean over positions that count, stands on the grid; -1 for none."""
     fingerprint: Tensor
     """int64 ``[M, B]``: of its logits and features; equal for rows that are equal in float32."""
     p_clean: Tensor
     """float64 ``[M, B]``, the mean over positions that count; NaN for another rule."""
+    judged: Tensor
+    """bool ``[M]``: which modalities have features that the rule judges by."""
+    classes: int
+    """K."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Observed":
         """On another device, ``p_clean`` in its dtype."""
-        counted, score, fingerprint, p_clean = (x.to(device) for x in self)
-        return Observed(counted, score, fingerprint, p_clean.to(dtype))
+        counted, score, fingerprint, p_clean, judged = (x.to(device) for x in self[:-1])
+        return Observed(counted, score, fingerprint, p_clean.to(dtype), judged, self.classes)
 
 
 class Events(NamedTuple):
@@ -51,41 +57,52 @@ class Events(NamedTuple):
         return Events(counted.bool(), score, repeated, p_clean.contiguous().view(torch.float64))
 
 
-def which_features(fusion: QualityAwareFusion, given: Heads, features: Logits | None) -> list[bool]:
-    """For which modalities there are features that the rule judges by."""
-    logits, _, features = parts_of(given, None, features)
-    rows, _ = check_logits(logits, fusion.names, fusion.class_dim)
-    seen = fusion.check_features(features, rows)
-    return [False] * len(rows) if seen is None else [f is not None for f in seen]
-
-
 def observe(
-    fusion: QualityAwareFusion, given: Heads, present: Present | None = None, features: Logits | None = None
+    fusion: QualityAwareFusion,
+    given: Heads,
+    present: Present | None = None,
+    features: Logits | None = None,
+    ratio: Tensor | None = None,
 ) -> Observed:
-    """See a batch; a ``FusionOutput`` is taken as it is, logits are fused first.
+    """See a batch, fused anew: of a ``FusionOutput`` count its logits, what is present, and the features.
+
+    Its weights may be of other odds than the rule's now, and of other features than those given beside it.
+
+    Args:
+        fusion: the layer.
+        given: as the fusion takes it.
+        present: as the fusion takes it.
+        features: as the fusion takes them.
+        ratio: what the rule's odds are of those at which P(clean) is asked for, ``[M]``; None for the rule's own.
 
     Raises:
         TypeError, ValueError: as the fusion raises them.
     """
-    _, _, features = parts_of(given, None, features)
-    out = given if isinstance(given, FusionOutput) and present is None else fusion(given, present, features)
-    u = widened(fusion.uncertainties(out.unimodal_logits, features))
-    counted = out.energy < torch.inf
+    out = fusion(given, present, features)
+    u = widened(fusion.uncertainties(out))
+    counted = (out.energy < torch.inf) & ~u.isnan()
     if out.present is not None:
         counted = counted & out.present
     score = _mean(u, counted)
-    p_clean = _mean(widened(out.weights), counted)
+    p_clean = _mean(_at_odds(widened(out.weights), ratio), counted)
     if not fusion.rule.gives_p_clean:
         p_clean = torch.full_like(p_clean, torch.nan)
     prints = [_hash(x) for x in out.unimodal_logits]
-    if features is not None:
-        rows, _ = check_logits(out.unimodal_logits, fusion.names, fusion.class_dim)
-        for m, f in enumerate(fusion.check_features(features, rows) or ()):
-            if f is not None:
-                prints[m] = prints[m] * _FIRST + _hash(f)
-    return Observed(
-        _flat(counted).any(-1), torch.where(score.isnan(), -1, grid_index(score)), torch.stack(prints), p_clean
-    )
+    judged = torch.zeros(len(prints), dtype=torch.bool)
+    for m, f in enumerate(out.features or ()):
+        if f is not None:
+            prints[m], judged[m] = prints[m] * _FIRST + _hash(f), True
+    there = ~score.isnan()  # where no position counts, the mean is NaN
+    score, classes = torch.where(there, grid_index(score), -1), out.logits.shape[fusion.class_dim]
+    return Observed(there, score, torch.stack(prints), p_clean, judged, classes)
+
+
+def _at_odds(p_clean: Tensor, ratio: Tensor | None) -> Tensor:
+    """What P(clean) ``[M, *]`` would be at the rule's odds divided by ``ratio`` ``[M]``, each modality for itself."""
+    if ratio is None:
+        return p_clean
+    clean = p_clean * per_modality(ratio.to(p_clean), p_clean)
+    return clean / (clean + 1 - p_clean)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -102,10 +119,12 @@ def _mean(x: Tensor, counted: Tensor) -> Tensor:
 def _hash(x: Tensor) -> Tensor:
     """A number for each row of ``[B, ...]``, int64 ``[B]``."""
     flat = x.reshape(1 if x.dim() == 1 else len(x), -1).detach()
-    bits = flat.float().contiguous().view(torch.int32).long() * _FIRST
-    bits = bits ^ (bits >> 29)
-    place = 2 * torch.arange(flat.shape[1], device=x.device) + 1
-    return (bits * (place * _SECOND)).sum(1)
+    place = torch.arange(flat.shape[1], device=x.device)
+    # Place and value are mixed together: from a value's mixture times a place's weight, equal values at places whose
+    # weights have the same sum would make equal numbers.
+    bits = (flat.float().contiguous().view(torch.int32).long() + place * _SECOND) * _FIRST
+    bits = (bits ^ (bits >> 29)) * _SECOND
+    return (bits ^ (bits >> 32)).sum(1)
 
 
 def pair_up(counted: Tensor, fingerprint: Tensor, waiting: Tensor) -> Tensor:

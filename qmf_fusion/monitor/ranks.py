@@ -1,7 +1,8 @@
 """Where a new score stands among all before it: conformal p-values, exactly uniform if all are exchangeable.
 
 Scores are rounded to bfloat16, of which there are 65,536: how often each came says all that ranks need, in a memory
-that does not grow. Rounding makes ties; they are broken at random, by numbers that follow from a row's number alone.
+that does not grow. Rounding makes ties; they are broken at random, by numbers that follow from a seed and a row's
+number.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 GRID = 2**16  # bfloat16's numbers
 _GAMMA, _FIRST, _SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_APART = 0xD6E8FEB86659FD93 - 2**64  # odd, of bits at random
 
 
 def grid_index(scores: Tensor) -> Tensor:
@@ -22,12 +24,14 @@ def grid_index(scores: Tensor) -> Tensor:
     return torch.where(bits < 0, -(bits + 2**15), bits) + 2**15
 
 
-def uniforms(stream: int, first: int, num: int, device: torch.device) -> Tensor:
+def uniforms(stream: int, first: int, num: int, device: torch.device, seed: int = 0) -> Tensor:
     """Numbers ``first`` to ``first + num - 1`` of a random sequence in (0, 1), float64 ``[num]``.
 
-    Counted, not drawn (splitmix64; Steele, Lea and Flood, OOPSLA 2014): the same ones however a stream is cut.
+    Counted, not drawn (splitmix64; Steele, Lea and Flood, OOPSLA 2014): the same ones however a stream is cut. Each
+    seed's streams lie elsewhere in one long sequence.
     """
     z = torch.arange(first, first + num, device=device) + (stream << 40)
+    z = z + torch.tensor(seed, device=device) * _APART
     z = (z + 1) * _GAMMA
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
         z = (z ^ _shifted(z, shift)) * factor

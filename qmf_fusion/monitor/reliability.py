@@ -1,5 +1,6 @@
 """The monitor: running estimates, three tests for each modality, alarms, and odds that follow the stream if asked."""
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any, Self
@@ -7,14 +8,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..checks import Logits, Present, check_count, check_number
+from ..checks import Logits, Present, check_count, check_integer, check_number
 from ..fusion import Heads, QualityAwareFusion, check_fusion
 from ..precision import KeepsPrecision
+from ..warn import warn_user
 from .alarm import ABSENCE, REPETITION, SHIFT, TESTS, Alarm
 from .exchangeability import ExchangeabilityTest
 from .feedback import OddsOfStream
 from .history import History
-from .observed import Events, observe, pair_up, which_features
+from .observed import Events, Observed, observe, pair_up
 from .picture import draw
 from .ranks import GRID
 from .running import RunningMeans
@@ -38,7 +40,8 @@ class ReliabilityMonitor(KeepsPrecision):
       both ways. Of a dense prediction, a sample's mean over its positions that count.
     - ``"repetition"``: equal logits and features, in pairs of rows, the first with the second, the third with the
       fourth. Of a dense prediction, all of them.
-    - ``"absence"``: rows that do not count: absent, or with logits or features that are not finite.
+    - ``"absence"``: rows that do not count: absent, or with logits or features that are not finite, or an uncertainty
+      that is not a number.
 
     Nothing is trained, no gradient kept, no random state touched. Memory: 1 MB a modality, however long it runs. It
     has only its own state; the fusion is the model's. It lies on the CPU unless moved, and waits for what it is given.
@@ -48,9 +51,13 @@ class ReliabilityMonitor(KeepsPrecision):
         alpha: the chance of a false alarm, ever, between 0 and 1.
         memory: in the running estimates, a row of ``memory`` rows ago weighs 1 / e of the newest.
         feedback: let the odds of the rule's mixture follow the stream (``feedback.py``), within 0.1 to 30 times those
-            given. For a rule with ``set_odds``, as ``robust``. Evidence and alarms do not depend on it.
+            given, as the rule has them at ``fit``. For a rule with ``set_odds``, as ``robust``. Evidence and alarms do
+            not depend on it. No other monitor with feedback may watch the same fusion.
         everywhere: where ``torch.distributed`` is initialised, ``update`` is a collective, by which each process knows
             the rows of all, in the order of their ranks. False leaves each to its own.
+        seed: of the random numbers that break ties, 0 to 2**32 - 1, kept in ``state_dict``. Two monitors of one seed
+            take the same numbers at the same rows, so that their false alarms are not independent: give each device of
+            a fleet its own.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range; feedback for a rule without odds.
@@ -72,10 +79,13 @@ class ReliabilityMonitor(KeepsPrecision):
     """int64: how many of the stream, since ``fit``."""
     samples: Tensor
     """int64: of the reference; 0 before ``fit``."""
+    classes: Tensor
+    """int64: K, as in the reference."""
     judged: Tensor
     """bool ``[M]``: of which modalities the reference had features."""
     waiting: Tensor
 
+    @torch.inference_mode(False)  # buffers made under it could never be changed outside
     def __init__(
         self,
         fusion: QualityAwareFusion,
@@ -84,6 +94,7 @@ class ReliabilityMonitor(KeepsPrecision):
         memory: int = 30,
         feedback: bool = False,
         everywhere: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         # In a tuple, where nn.Module does not take it for a part of its own.
@@ -94,19 +105,23 @@ class ReliabilityMonitor(KeepsPrecision):
         if feedback and not hasattr(fusion.rule, "set_odds"):
             raise ValueError(f"feedback must be False for {fusion.rule.kind()}, which has no odds; robust() has")
         num, self.feedback, self.everywhere = fusion.num_modalities, feedback, everywhere
-        self.shift = ExchangeabilityTest(num, GRID, 0, two_sided=not fusion.rule.gives_p_clean)
-        self.repetition = ExchangeabilityTest(num, 2, 1)
-        self.absence = ExchangeabilityTest(num, 2, 2)
-        memory = check_count("memory", memory)
+        self.memory = check_count("memory", memory)
+        if not 0 <= check_integer("seed", seed) < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
+        two_sided = not fusion.rule.gives_p_clean
+        self.shift = ExchangeabilityTest(num, GRID, 0, two_sided=two_sided, seed=seed)
+        self.repetition = ExchangeabilityTest(num, 2, 1, seed=seed)
+        self.absence = ExchangeabilityTest(num, 2, 2, seed=seed)
         self.running = RunningMeans((memory, memory / 2, memory, memory), num)  # a pair is two rows
         self.odds = OddsOfStream(num)
         self.history = History(len(TESTS) + 1, num)
         # In the state, so that what was watched is never taken for that of another rate.
         self.register_buffer("level", torch.tensor(float(alpha), dtype=torch.float64, device="cpu"))
-        self.register_buffer("rows", torch.zeros((), dtype=torch.int64, device="cpu"))
-        self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device="cpu"))
+        for name in ("rows", "samples", "classes"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device="cpu"))
         self.register_buffer("waiting", torch.zeros(3, num, dtype=torch.int64, device="cpu"))
         self.register_buffer("judged", torch.zeros(num, dtype=torch.bool, device="cpu"))
+        self.register_load_state_dict_post_hook(_set_odds_of_state)
 
     @property
     def fusion(self) -> QualityAwareFusion:
@@ -136,7 +151,8 @@ class ReliabilityMonitor(KeepsPrecision):
         A few hundred will do; more speak sooner. Of several processes, each is given the same rows.
 
         Args:
-            given: a ``FusionOutput``, or logits ``[N, *, K]`` as the fusion takes them.
+            given: a ``FusionOutput``, of which its weights are made anew, or logits ``[N, *, K]`` as the fusion takes
+                them.
             present: as the fusion takes it.
             features: as the fusion takes them.
 
@@ -145,26 +161,22 @@ class ReliabilityMonitor(KeepsPrecision):
             RuntimeError: a fusion in training mode.
         """
         self._check_mode()
-        judged = which_features(self.fusion, given, features)
-        seen = observe(self.fusion, given, present, features).to(self.level.device, self.level.dtype)
-        lacking = [name for name, some in zip(self.fusion.names, seen.counted.any(1).tolist(), strict=True) if not some]
-        if lacking:
-            raise ValueError(f"the reference must have rows of every modality, got none that counts of {lacking}")
-        p_clean = self.odds.p_clean(seen.p_clean)
+        seen = self._see_reference(given, present, features)
+        self.odds.start(self.fusion.rule)
         repeated = pair_up(seen.counted, seen.fingerprint, torch.zeros_like(self.waiting))
         self.waiting.zero_()
-        self.shift.fit(seen.score, seen.score >= 0)
+        self.shift.fit(seen.score, seen.counted)
+        self._tell_of_blindness()
         self.repetition.fit(repeated, repeated >= 0)
         self.absence.fit((~seen.counted).long(), torch.ones_like(seen.counted))
         shares = [test.reference[:, 1] / test.reference.sum(1).clamp_min(1) for test in (self.repetition, self.absence)]
-        means = [torch.zeros_like(shares[0]), *shares, p_clean.nanmean(1)]
-        self.running.fit(torch.stack([x.to(p_clean) for x in means]))
-        if self.feedback:
-            self.odds.start(self.fusion.rule, fitted=bool(self.samples))
+        means = [torch.zeros_like(shares[0]), *shares, seen.p_clean.nanmean(1)]
+        self.running.fit(torch.stack([x.to(seen.p_clean) for x in means]))
         self.history.clear()
         self.rows.zero_()
         self.samples.fill_(seen.counted.shape[1])
-        self.judged.copy_(torch.tensor(judged))
+        self.classes.fill_(seen.classes)
+        self.judged.copy_(seen.judged)
         return self
 
     @torch.no_grad()
@@ -180,19 +192,24 @@ class ReliabilityMonitor(KeepsPrecision):
             features: as ``fit`` takes them.
 
         Raises:
-            TypeError, ValueError: as the fusion raises them; features of other modalities than the reference's.
-            RuntimeError: a fusion in training mode, or no reference yet.
+            TypeError, ValueError: as the fusion raises them; features of other modalities, or other classes, than the
+                reference's.
+            RuntimeError: a fusion in training mode, no reference yet, or, with ``feedback``, odds that somebody else
+                has set meanwhile.
         """
         self._check_mode()
         if not int(self.samples):
             raise RuntimeError("fit() this monitor first, on clean held-out rows")
-        judged = which_features(self.fusion, given, features)
-        if judged != self.judged.tolist():
-            kinds = [[n for n, f in zip(self.fusion.names, each, strict=True) if f] for each in (self.judged, judged)]
+        if self.feedback:
+            self.odds.check(self.fusion.rule)
+        seen = self._see(given, present, features, self.odds.ratio(self.fusion.rule))
+        if not torch.equal(seen.judged, self.judged):
+            kinds = [[n for n, f in zip(self.fusion.names, x, strict=True) if f] for x in (self.judged, seen.judged)]
             raise ValueError(f"features must be of the reference's modalities, {kinds[0]}, got those of {kinds[1]}")
-        seen = observe(self.fusion, given, present, features).to(self.level.device, self.level.dtype)
+        if seen.classes != int(self.classes):
+            raise ValueError(f"logits must have the {int(self.classes)} classes of the reference, got {seen.classes}")
         repeated = pair_up(seen.counted, seen.fingerprint, self.waiting)
-        events = Events(seen.counted, seen.score, repeated, self.odds.p_clean(seen.p_clean))
+        events = Events(seen.counted, seen.score, repeated, seen.p_clean)
         if self.everywhere:
             events = events.gathered()
         before, num = int(self.rows), events.counted.shape[1]
@@ -205,7 +222,7 @@ class ReliabilityMonitor(KeepsPrecision):
     def alarms(self) -> list[Alarm]:
         """All that were raised and not ``reset``, modality by modality."""
         return [
-            Alarm(name, kind, int(test.since[m]), int(test.raised[m]), float(test.peak[m]), self.alpha)
+            Alarm(name, kind, int(test.since[m]), int(test.raised[m]), float(test.sufficed[m]), self.alpha)
             for m, name in enumerate(self.fusion.names)
             for kind, test in self.tests.items()
             if int(test.raised[m])
@@ -219,8 +236,11 @@ class ReliabilityMonitor(KeepsPrecision):
 
         Raises:
             ValueError: no such modality.
+            RuntimeError: as ``update`` raises it for odds.
         """
         names = self.fusion.names
+        if self.feedback and int(self.samples):
+            self.odds.check(self.fusion.rule)
         if modality is not None and modality not in (*names, *range(len(names))):
             raise ValueError(f"modality must be one of {list(names)} or a number below {len(names)}, got {modality!r}")
         for m, name in enumerate(names):
@@ -228,6 +248,7 @@ class ReliabilityMonitor(KeepsPrecision):
                 for test in self.tests.values():
                     test.restart(m)
                 self.running.restart(m)
+                self.waiting[1, m] = 0  # a row of before the repair is no later row's equal
         self._follow()
         return self
 
@@ -274,6 +295,63 @@ class ReliabilityMonitor(KeepsPrecision):
         rows, values = (x.cpu() for x in self.history.points())
         return draw(self.fusion.names, rows, values, self.threshold, self.alarms, path, title)
 
+    def get_extra_state(self) -> Tensor:
+        """What the rest of the state belongs to, as text in bytes: the fusion's kind, and what numbers depend on."""
+        of_fusion = bytes(self.fusion.get_extra_state().tolist()).decode()
+        own = {"memory": self.memory, "feedback": self.feedback}
+        return torch.tensor(list(json.dumps([own, of_fusion]).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the state of a monitor of another kind of fusion, or of another memory or feedback."""
+        (given, of_fusion), (own, _) = (json.loads(bytes(x.tolist())) for x in (state, self.get_extra_state()))
+        self.fusion.set_extra_state(torch.tensor(list(of_fusion.encode()), dtype=torch.uint8))
+        if given != own:
+            raise RuntimeError(f"state is of a monitor with {given}, and this one has {own}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Look whose state it is before anything of it is taken."""
+        if (whose := state_dict.get(prefix + "_extra_state")) is not None:
+            self.set_extra_state(whose)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _see(self, *given: Any) -> Observed:
+        return observe(self.fusion, *given).to(self.level.device, self.level.dtype)
+
+    def _see_reference(self, given: Heads, present: Present | None, features: Logits | None) -> Observed:
+        """At the odds as given, which feedback gives back; after an error they are as before."""
+        rule = self.fusion.rule
+        own = self.feedback and self.odds.are_set(rule)
+        try:
+            if own:
+                rule.set_odds(self.odds.given)  # type: ignore[operator]
+            seen = self._see(given, present, features)
+            there = seen.counted.any(1).tolist()
+            lacking = [name for name, some in zip(self.fusion.names, there, strict=True) if not some]
+            if lacking:
+                raise ValueError(f"the reference must have rows of every modality, got none that counts of {lacking}")
+        except BaseException:
+            if own:
+                self.odds.set(rule, self.odds.factor)
+            raise
+        if rule.feature_widths is not None and not bool(seen.judged.any()):
+            warn_user(
+                "features are not given, though the rule has widths for some: it sees what is wrong with logits alone. "
+                "Pass a whole output, or features="
+            )
+        return seen
+
+    def _tell_of_blindness(self) -> None:
+        """Warn of modalities of whose uncertainty nothing can be seen, as the reference has next to one value of it."""
+        different, rows = (self.shift.reference > 0).sum(1), self.shift.reference.sum(1)
+        few = (different <= (rows // 10).clamp_max(15)).tolist()
+        blind = {name: n for name, n, is_few in zip(self.fusion.names, different.tolist(), few, strict=True) if is_few}
+        if blind:
+            warn_user(
+                f"the uncertainties of the reference have hardly any different values, {blind}: a shift may not be "
+                "seen. A rule without statistics needs calibrate() first; values are compared in bfloat16, so "
+                "that logits must not all have a large offset"
+            )
+
     def _check_mode(self) -> None:
         if self.fusion.training:
             raise RuntimeError("the fusion is in training mode: a monitor watches a model after model.eval()")
@@ -281,12 +359,13 @@ class ReliabilityMonitor(KeepsPrecision):
     def _add(self, events: Events) -> None:
         rows = int(self.rows) + torch.arange(1, events.counted.shape[1] + 1, device=self.rows.device)
         absent, every = (~events.counted).long(), torch.ones_like(events.counted)
-        p, shift = self.shift.add(events.score, events.score >= 0, rows, self.threshold)
+        shift = self.shift.add(events.score, events.counted, rows, self.threshold)
         paired = events.repeated >= 0
-        _, repetition = self.repetition.add(events.repeated, paired, rows, self.threshold)
-        _, absence = self.absence.add(absent, every, rows, self.threshold)
-        values = [1 - 2 * p, torch.where(paired, events.repeated, torch.nan), absent, events.p_clean]
-        along = self.running.add(torch.stack([x.to(p) for x in values]))
+        repetition = self.repetition.add(events.repeated, paired, rows, self.threshold)
+        absence = self.absence.add(absent, every, rows, self.threshold)
+        standing = self.shift.standing(events.score, events.counted)
+        values = [standing, torch.where(paired, events.repeated, torch.nan), absent, events.p_clean]
+        along = self.running.add(torch.stack([x.to(standing) for x in values]))
         self.history.add(rows, torch.stack([shift, repetition, absence, along[P_CLEAN]]).movedim(-1, 0))
         self.rows += len(rows)
 
@@ -295,3 +374,9 @@ class ReliabilityMonitor(KeepsPrecision):
             repetition = TESTS.index(REPETITION)
             clean = [x[P_CLEAN] * (1 - x[repetition]) for x in (self.running.now, self.running.usual)]
             self.odds.follow(self.fusion.rule, *clean)
+
+
+def _set_odds_of_state(monitor: ReliabilityMonitor, _: object) -> None:
+    """Bring a fusion whose own state is of before, as the model was trained, to where the stream was."""
+    if monitor.feedback and int(monitor.samples):
+        monitor.odds.set(monitor.fusion.rule, monitor.odds.factor)

@@ -12,7 +12,7 @@ import torch
 from qmf_fusion import FusionModel, QualityAwareFusion
 from qmf_fusion.monitor import Alarm, ReliabilityMonitor
 from qmf_fusion.monitor.history import POINTS, History
-from qmf_fusion.monitor.observed import pair_up
+from qmf_fusion.monitor.observed import _hash, pair_up
 
 from ..two_processes import run_two
 
@@ -92,6 +92,16 @@ def test_running_estimates_are_exponential_means():
     }
 
 
+def test_shift_stays_up_as_long_as_a_fault_lasts():
+    monitor = watched()
+    stream, _ = rows(2000, 31)
+    stream[1] *= 5
+    monitor.update(stream)
+    said = monitor.as_dict()
+    assert said["shift/depth"] > 0.9
+    assert abs(said["shift/rgb"]) < 0.3
+
+
 def test_a_line_for_any_logger():
     monitor, said = watched(memory=100), []
     stream, _ = rows(50, 3)
@@ -155,6 +165,20 @@ def test_a_stream_goes_on_from_its_state():
     assert not list(again.parameters())
 
 
+def test_ties_are_broken_by_the_seed_which_is_part_of_the_state():
+    stream, evidence = rows(200, 36)[0], []
+    for monitor in (watched(), watched(seed=0), watched(seed=1), watched(seed=2**31)):
+        monitor.update(stream)
+        evidence.append(monitor.absence.log_e.tolist())
+    assert evidence[0] == evidence[1]
+    assert len({each for pair in evidence[1:] for each in pair}) == 6
+    again = ReliabilityMonitor(monitor.fusion)
+    again.load_state_dict(monitor.state_dict())
+    for each in (monitor, again):
+        each.update(stream)
+    assert again.as_dict() == monitor.as_dict()
+
+
 def test_nothing_but_the_monitor_changes():
     monitor = watched()
     before, random = copy.deepcopy(monitor.fusion.state_dict()), torch.get_rng_state()
@@ -166,6 +190,18 @@ def test_nothing_but_the_monitor_changes():
     for name, value in monitor.fusion.state_dict().items():
         assert torch.equal(value, before[name])
     assert not any(value.requires_grad for value in monitor.state_dict().values())
+
+
+def test_a_monitor_that_was_made_under_inference_mode_goes_on_outside():
+    fusion, plain = robust(), watched(feedback=True)
+    with torch.inference_mode():
+        monitor = watched(fusion, feedback=True)
+        monitor.update(rows(30, 7)[0])
+    monitor.update(rows(30, 8)[0])
+    plain.update(rows(30, 7)[0])
+    plain.update(rows(30, 8)[0])
+    assert monitor.as_dict() == plain.as_dict()
+    assert monitor.reset().alarms == []
 
 
 def test_outputs_and_logits_are_the_same():
@@ -202,6 +238,30 @@ def test_features_show_what_logits_do_not():
     assert [alarm.test for alarm in fresh.update(stream, features=[features[1300:], None])] == ["shift"] * (
         len(fresh.alarms)
     )
+
+
+@pytest.mark.parametrize("class_dim", [-1, 1])
+def test_an_output_of_the_layer_alone_brings_its_features(class_dim):
+    g = torch.Generator().manual_seed(0)
+    fusion = QualityAwareFusion.robust(["rgb", "depth"], 5, features=[6, None], class_dim=class_dim)
+    logits, features = torch.randn(2, 400, 3, 5, generator=g), torch.randn(400, 3, 6, generator=g)
+    if class_dim == 1:
+        logits, features = logits.movedim(-1, 2), features.movedim(-1, 1)
+    fusion.calibrate(logits[:, :200], torch.randint(5, (200, 3), generator=g), features=[features[:200], None]).eval()
+    out = fusion(logits[:, 200:], features={"rgb": features[200:], "depth": None})
+    assert torch.equal(out.features[0], features[200:])
+    assert out.features[1] is None
+    whole, parts = ReliabilityMonitor(fusion).fit(out), ReliabilityMonitor(fusion)
+    parts.fit(logits[:, 200:], features=[features[200:], None])
+    assert whole.judged.tolist() == [True, False]
+    broken = [torch.full_like(features[:50], torch.nan), None]
+    for monitor in (whole, parts):
+        monitor.update(fusion(logits[:, :50], features=[features[:50], None]), features=broken)
+        assert monitor.absence.seen[:, 1].tolist() == [50, 0]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), parts.state_dict()[name].nan_to_num(7)), name
+    with pytest.warns(UserWarning, match="features are not given, though the rule has widths for some"):
+        parts.fit(logits[:, 200:])
 
 
 def test_a_whole_model_is_watched():
@@ -247,7 +307,9 @@ def test_repair():
     stream[1] = torch.nan
     monitor.update(stream)
     assert [alarm.modality for alarm in monitor.alarms] == ["depth"]
+    told = monitor.alarms
     assert monitor.update(stream[:, :10]) == []  # told once
+    assert set(monitor.alarms) == set(told)  # though evidence grows
     rgb = monitor.shift.steps[0].clone()
     monitor.reset("depth")
     assert monitor.alarms == []
@@ -263,6 +325,15 @@ def test_repair():
         monitor.reset("text")
 
 
+def test_no_pair_straddles_a_repair():
+    monitor, same = watched(), rows(1, 35)[0]
+    monitor.update(same)
+    monitor.reset("depth")
+    monitor.update(same)
+    usual = monitor.repetition.reference[:, 1]
+    assert (monitor.repetition.seen[:, 1] - usual).tolist() == [1, 0]
+
+
 def test_a_reference_of_one_row_and_of_equal_rows():
     alone = ReliabilityMonitor(robust()).fit(rows(1, 15)[0])
     assert alone.update(rows(400, 16)[0]) == []
@@ -270,10 +341,24 @@ def test_a_reference_of_one_row_and_of_equal_rows():
     stream, _ = rows(60, 17)
     stream[0] = stream[0, 0]
     assert "repetition" in {alarm.test for alarm in alone.update(stream)}
-    equal = ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"]).eval()).fit(torch.zeros(2, 50, 5))
+    with pytest.warns(UserWarning, match="hardly any different values"):
+        equal = ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"]).eval()).fit(torch.zeros(2, 50, 5))
     assert equal.as_dict()["repetition/rgb"] == 1
     assert equal.update(torch.zeros(2, 200, 5)) == []  # as it always was
     assert "shift" in {alarm.test for alarm in equal.update(rows(200, 18)[0])}
+
+
+def test_a_reference_in_which_no_shift_could_be_seen_is_told_of():
+    blind = "the uncertainties of the reference have hardly any different values, "
+    monitor = ReliabilityMonitor(QualityAwareFusion.robust(["rgb", "depth"], 5).eval())
+    with pytest.warns(UserWarning, match=blind + "{'rgb': 1, 'depth': 1}: .*calibrate"):
+        monitor.fit(rows(400, 15)[0])
+    monitor = ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"]).eval())
+    reference, _ = rows(400, 15)
+    reference[1] += 10_000
+    with pytest.warns(UserWarning, match=blind + r"{'depth': \d}: .*bfloat16"):
+        monitor.fit(reference)
+    ReliabilityMonitor(robust()).fit(rows(20, 15)[0])
 
 
 def test_rows_of_the_reference_that_do_not_count():
@@ -291,6 +376,20 @@ def test_rows_of_the_reference_that_do_not_count():
         monitor.fit(reference)
 
 
+def test_a_row_without_an_uncertainty_is_absent():
+    """As where a head of its own measure gives none."""
+
+    def undefined(x):
+        return torch.where(x[..., 0] > 50, torch.nan, -torch.logsumexp(x, -1))
+
+    monitor = watched(QualityAwareFusion(["rgb", "depth"], uncertainty=undefined).eval())
+    stream = rows(50, 34)[0]
+    stream[1] += 100
+    assert [alarm.test for alarm in monitor.update(stream)] == ["absence"]
+    with pytest.raises(ValueError, match=r"none that counts of \['depth'\]"):
+        monitor.fit(stream)
+
+
 def test_errors_name_the_argument():
     fusion = robust()
     with pytest.raises(TypeError, match="fusion must be a QualityAwareFusion, got int"):
@@ -300,6 +399,8 @@ def test_errors_name_the_argument():
             ReliabilityMonitor(fusion, alpha=alpha)
     with pytest.raises(ValueError, match="memory must be an integer of at least 1, got 0"):
         ReliabilityMonitor(fusion, memory=0)
+    with pytest.raises(ValueError, match="seed must"):
+        ReliabilityMonitor(fusion, seed=-1)
     with pytest.raises(ValueError, match="feedback must be False for AffineRule"):
         ReliabilityMonitor(QualityAwareFusion(2), feedback=True)
     monitor = ReliabilityMonitor(fusion)
@@ -323,8 +424,23 @@ def test_errors_name_the_argument():
             call(rows(5, 0)[0])
     for name, value in monitor.state_dict().items():
         assert torch.equal(value, state[name])
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        ReliabilityMonitor(QualityAwareFusion(3)).load_state_dict(state)
+    with pytest.raises(ValueError, match="logits must have the 5 classes of the reference, got 7"):
+        watched(QualityAwareFusion(["rgb", "depth"]).eval()).update(torch.zeros(2, 3, 7))
+
+
+def test_state_of_another_monitor_is_refused_before_any_of_it_is_taken():
+    state = watched(QualityAwareFusion(["rgb", "depth"]).eval(), memory=50).state_dict()
+    for other, message in (
+        (ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"], combine="tmc"), memory=50), "another kind of fusion"),
+        (ReliabilityMonitor(QualityAwareFusion(["rgb", "text"]), memory=50), "of the modalities"),
+        (ReliabilityMonitor(QualityAwareFusion(["rgb", "depth"])), "'memory': 50, .* and this one has {'memory': 30"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            other.load_state_dict(state)
+        assert int(other.samples) == int(other.absence.reference.sum()) == 0
+    fed = watched(feedback=True)
+    with pytest.raises(RuntimeError, match="'feedback': True"):
+        ReliabilityMonitor(fed.fusion).load_state_dict(fed.state_dict())
 
 
 def test_pairs_do_not_overlap_and_wait_for_their_second():
@@ -337,6 +453,14 @@ def test_pairs_do_not_overlap_and_wait_for_their_second():
     waiting.zero_()
     parts = [pair_up(counted[:, n : n + 1], prints[:, n : n + 1], waiting) for n in range(7)]
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_rows_of_the_same_few_values_in_other_places_are_other_rows():
+    values = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 0.5, 2.0])] * 7)
+    assert len(_hash(values).unique()) == len(values)
+    assert torch.equal(_hash(values[:9].repeat(2, 1))[:9], _hash(values[:9]))
+    stream = torch.tensor([[2.0, -1.0, -1.0, 2.0], [-1.0, 2.0, 2.0, -1.0]]).repeat(50, 1).expand(2, -1, -1)
+    assert ReliabilityMonitor(QualityAwareFusion(2).eval()).fit(stream[:, :9]).as_dict()["repetition/0"] == 0
 
 
 @pytest.mark.parametrize("step", [1, 3, 700])
@@ -461,7 +585,7 @@ def test_feedback_takes_a_row_that_repeats_for_broken():
 def test_feedback_forgets_from_either_bound(start):
     """Odds at a bound change every later P(clean), but not what it would be at the odds as given."""
     fed = watched(robust(), feedback=True, memory=30)
-    fed.odds._set(fed.fusion.rule, torch.tensor([1.0, start], dtype=torch.float64))
+    fed.odds.set(fed.fusion.rule, torch.tensor([1.0, start], dtype=torch.float64))
     fed.running.now[3, 1] = 0.02 if start > 1 else 0.999
     feed(fed, 400, 26)
     assert 0.3 < float(fed.odds.factor[1]) < 3
@@ -481,6 +605,69 @@ def test_feedback_stays_within_its_bounds_and_leaves_evidence_alone():
     again.load_state_dict(fed.state_dict())
     again.reset()
     torch.testing.assert_close(fed.fusion.rule.odds, plain.fusion.rule.odds)
+
+
+def fault_of(monitor, factor):
+    """Feedback in the middle of a fault of depth."""
+    monitor.odds.set(monitor.fusion.rule, torch.tensor([1.0, factor], dtype=torch.float64))
+    return monitor
+
+
+def test_p_clean_is_at_the_odds_as_given_whoever_multiplies_them():
+    stream, _ = rows(200, 32)
+    plain, fed, as_trained = watched(), watched(feedback=True), watched(feedback=True)
+    plain.update(stream)
+    beside = watched(fed.fusion)
+    fault_of(fed, 30.0)
+    out = fed.fusion(stream)
+    as_trained.load_state_dict(fed.state_dict())
+    torch.testing.assert_close(as_trained.fusion.rule.odds, torch.tensor([0.3, 9.0]).double())
+    for monitor in (beside, as_trained, fed):
+        monitor.update(out)
+        assert monitor.running.now[3, 1] == pytest.approx(float(plain.running.now[3, 1]), abs=1e-6)
+    torch.testing.assert_close(as_trained.fusion.rule.odds, fed.fusion.rule.odds)
+
+
+def test_p_clean_of_a_map_is_at_the_odds_as_given_position_by_position():
+    g = torch.Generator().manual_seed(0)
+    maps, target = 3 * torch.randn(2, 300, 7, 5, generator=g), torch.randint(5, (300, 7), generator=g)
+    fusion = QualityAwareFusion.robust(["rgb", "depth"], 5).calibrate(maps[:, :100], target[:100]).eval()
+    plain = ReliabilityMonitor(fusion).fit(maps[:, 100:200])
+    plain.update(maps[:, 200:])
+    fed = fault_of(ReliabilityMonitor(copy.deepcopy(fusion), feedback=True).fit(maps[:, 100:200]), 30.0)
+    fed.update(maps[:, 200:])
+    assert fed.running.now[3, 1] == pytest.approx(float(plain.running.now[3, 1]), abs=1e-6)
+
+
+def test_odds_that_somebody_else_sets_are_not_lost():
+    fed = fault_of(watched(feedback=True), 5.0)
+    rule, stream = fed.fusion.rule, rows(20, 33)[0]
+    rule.set_odds([2.0, 2.0])
+    state = copy.deepcopy(fed.state_dict())
+    for call in (lambda: fed.update(stream), fed.reset):
+        with pytest.raises(RuntimeError, match=r"the rule's odds are \[2.0, 2.0\], and feedback has set \[0.3, 1.5\]"):
+            call()
+    for name, value in fed.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), state[name].nan_to_num(7))
+    fed.fit(rows(400, 101)[0])
+    assert rule.odds.tolist() == fed.odds.given.tolist() == [2.0, 2.0]
+    fed.update(stream)
+    fed.reset()
+    assert rule.odds.tolist() == [2.0, 2.0]
+    other = ReliabilityMonitor(fed.fusion, feedback=True).fit(rows(400, 101)[0])
+    fault_of(other, 5.0)
+    with pytest.raises(RuntimeError, match="another monitor"):
+        fed.update(stream)
+
+
+def test_a_reference_taken_in_a_fault_is_at_the_odds_as_given():
+    fed, plain = fault_of(watched(feedback=True), 30.0), watched()
+    with pytest.raises(ValueError, match="got none that counts"):
+        fed.fit(torch.full((2, 20, 5), torch.nan))
+    torch.testing.assert_close(fed.fusion.rule.odds, torch.tensor([0.3, 9.0]).double())
+    fed.fit(fed.fusion(rows(400, 101)[0]))  # an output that was made at the raised odds
+    assert torch.equal(fed.running.usual, plain.running.usual)
+    assert fed.fusion.rule.odds.tolist() == [0.3, 0.3]
 
 
 @pytest.mark.slow
