@@ -231,7 +231,7 @@ def _followed(subject: Subject, reference: Tensor, out: FusionOutput) -> Tensor:
         features = None if out.features is None else [None if f is None else f[part] for f in out.features]
         present = None if out.present is None else out.present[:, part]
         fused = fusion([x[part] for x in out.unimodal_logits], present=present, features=features)
-        monitor.update(fused, features=features)
+        monitor.update(fused)
         answers.append(fused.logits.argmax(-1))
     monitor.reset()  # which gives the rule its odds back
     return torch.cat(answers)
