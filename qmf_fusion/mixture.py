@@ -123,6 +123,8 @@ class ContaminatedProduct(KeepsPrecision, Rule):
     odds: Tensor
     takes_clean_statistics = True
     gives_p_clean = True
+    measures_untypicality = True
+    has_odds = True
     gives_log_probabilities = True
 
     def __init__(

@@ -52,6 +52,12 @@ class Rule(nn.Module):
     gives_p_clean: bool = False
     """Whether its weights are P(clean)."""
 
+    measures_untypicality: bool = False
+    """Whether its uncertainties only say how untypical a row is: a high one means a fault, a low one nothing."""
+
+    has_odds: bool = False
+    """Whether it has ``odds`` of broken to clean, a buffer ``[M]``, and ``set_odds``."""
+
     gives_log_probabilities: bool = False
     """Whether its fused logits are log-probabilities."""
 

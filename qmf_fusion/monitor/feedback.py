@@ -44,14 +44,14 @@ class OddsOfStream(KeepsPrecision):
 
         1 where calibration holds a weight, which no odds change.
         """
-        if not hasattr(rule, "set_odds"):
+        if not rule.has_odds:
             return None
         held = rule.calibration.held.to(self.given)
         return torch.where(held == 0, self._odds(rule) / self.given, 1)
 
     def start(self, rule: Rule) -> None:
         """Take the rule's odds for the given ones."""
-        if hasattr(rule, "set_odds"):
+        if rule.has_odds:
             self.given.copy_(self._odds(rule))
             self.factor.fill_(1)
 

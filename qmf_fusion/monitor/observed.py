@@ -88,7 +88,7 @@ def observe(
     if not fusion.rule.gives_p_clean:
         p_clean = torch.full_like(p_clean, torch.nan)
     prints = [_hash(x) for x in out.unimodal_logits]
-    judged = torch.zeros(len(prints), dtype=torch.bool)
+    judged = torch.zeros(len(prints), dtype=torch.bool, device="cpu")
     for m, f in enumerate(out.features or ()):
         if f is not None:
             prints[m], judged[m] = prints[m] * _FIRST + _hash(f), True

@@ -44,17 +44,21 @@ class ReliabilityMonitor(KeepsPrecision):
       that is not a number.
 
     Nothing is trained, no gradient kept, no random state touched. Memory: 1 MB a modality, however long it runs. It
-    has only its own state; the fusion is the model's. It lies on the CPU unless moved, and waits for what it is given.
+    has only its own state; the fusion is the model's. It lies on the CPU unless moved, and waits for what it is given;
+    a device without float64 (MPS) is refused. ``copy.deepcopy`` and pickles of the monitor alone copy its fusion: take
+    ``(model, monitor)`` together.
 
     Args:
         fusion: of a model in evaluation mode.
         alpha: the chance of a false alarm, ever, between 0 and 1.
         memory: in the running estimates, a row of ``memory`` rows ago weighs 1 / e of the newest.
         feedback: let the odds of the rule's mixture follow the stream (``feedback.py``), within 0.1 to 30 times those
-            given, as the rule has them at ``fit``. For a rule with ``set_odds``, as ``robust``. Evidence and alarms do
+            given, as the rule has them at ``fit``. For a rule that has odds, as ``robust``. Evidence and alarms do
             not depend on it. No other monitor with feedback may watch the same fusion.
         everywhere: where ``torch.distributed`` is initialised, ``update`` is a collective, by which each process knows
-            the rows of all, in the order of their ranks. False leaves each to its own.
+            the rows of all, in the order of their ranks. False leaves each to its own. Pairs of successive rows are of
+            one process each, and of an odd number the last waits in its process: save each process's state, or give
+            even numbers.
         seed: of the random numbers that break ties, 0 to 2**32 - 1, kept in ``state_dict``. Two monitors of one seed
             take the same numbers at the same rows, so that their false alarms are not independent: give each device of
             a fleet its own.
@@ -102,13 +106,13 @@ class ReliabilityMonitor(KeepsPrecision):
         check_number("alpha", alpha)
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
-        if feedback and not hasattr(fusion.rule, "set_odds"):
+        if feedback and not fusion.rule.has_odds:
             raise ValueError(f"feedback must be False for {fusion.rule.kind()}, which has no odds; robust() has")
         num, self.feedback, self.everywhere = fusion.num_modalities, feedback, everywhere
         self.memory = check_count("memory", memory)
         if not 0 <= check_integer("seed", seed) < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
-        two_sided = not fusion.rule.gives_p_clean
+        two_sided = not fusion.rule.measures_untypicality
         self.shift = ExchangeabilityTest(num, GRID, 0, two_sided=two_sided, seed=seed)
         self.repetition = ExchangeabilityTest(num, 2, 1, seed=seed)
         self.absence = ExchangeabilityTest(num, 2, 2, seed=seed)
@@ -158,7 +162,7 @@ class ReliabilityMonitor(KeepsPrecision):
 
         Raises:
             TypeError, ValueError: as the fusion raises them; a modality without any row that counts.
-            RuntimeError: a fusion in training mode.
+            RuntimeError: a fusion in training mode, or a device without float64.
         """
         self._check_mode()
         seen = self._see_reference(given, present, features)
@@ -355,6 +359,8 @@ class ReliabilityMonitor(KeepsPrecision):
     def _check_mode(self) -> None:
         if self.fusion.training:
             raise RuntimeError("the fusion is in training mode: a monitor watches a model after model.eval()")
+        if self.level.dtype != torch.float64:
+            raise RuntimeError("the monitor needs float64, which this device has not: leave it on the CPU")
 
     def _add(self, events: Events) -> None:
         rows = int(self.rows) + torch.arange(1, events.counted.shape[1] + 1, device=self.rows.device)

@@ -13,6 +13,7 @@ from qmf_fusion import FusionModel, QualityAwareFusion
 from qmf_fusion.monitor import Alarm, ReliabilityMonitor
 from qmf_fusion.monitor.history import POINTS, History
 from qmf_fusion.monitor.observed import _hash, pair_up
+from qmf_fusion.rules import RULES, EntropyWeights
 
 from ..two_processes import run_two
 
@@ -112,6 +113,31 @@ def test_a_line_for_any_logger():
     assert said[0].startswith("row 50 | rgb: P(clean) 0.79, shift -0.02, repetition 0.0 %")
     assert said[0].endswith("absence 39.3 %, ALARM: absence")
     assert "P(clean)" not in watched(QualityAwareFusion(["rgb", "depth"]).eval()).line()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_published_rule_is_watched(rule):
+    """By an uncertainty of its own, both ways, and without P(clean)."""
+    torch.manual_seed(0)  # the networks of pdf
+    made = RULES[rule](2, **({"num_classes": 5} if rule == "pdf" else {}))
+    fusion = QualityAwareFusion(["rgb", "depth"], combine=made).eval()
+    monitor = ReliabilityMonitor(fusion).fit(rows(300, 37)[0])
+    assert monitor.shift.two_sided
+    assert monitor.update(rows(200, 38)[0]) == []
+    stream = rows(100, 39)[0]
+    stream[1] *= 20 if rule == "pdf" else 0.05
+    assert {(alarm.modality, alarm.test) for alarm in monitor.update(stream)} == {("depth", "shift")}
+    assert "p_clean/rgb" not in monitor.as_dict()
+    with pytest.raises(ValueError, match="feedback must be False"):
+        ReliabilityMonitor(fusion, feedback=True)
+
+
+def test_a_rule_says_itself_what_its_uncertainty_means():
+    class Own(EntropyWeights):
+        gives_p_clean = True
+
+    assert ReliabilityMonitor(QualityAwareFusion(2, combine=Own(2))).shift.two_sided
+    assert not ReliabilityMonitor(robust()).shift.two_sided
 
 
 @pytest.mark.parametrize("sizes", [[1] * 120, [7, 50, 1, 62], [119, 1]])
@@ -424,6 +450,10 @@ def test_errors_name_the_argument():
             call(rows(5, 0)[0])
     for name, value in monitor.state_dict().items():
         assert torch.equal(value, state[name])
+    single = ReliabilityMonitor(QualityAwareFusion(2).eval())
+    single.level = single.level.float()  # as on MPS
+    with pytest.raises(RuntimeError, match="the monitor needs float64"):
+        single.fit(rows(5, 0)[0])
     with pytest.raises(ValueError, match="logits must have the 5 classes of the reference, got 7"):
         watched(QualityAwareFusion(["rgb", "depth"]).eval()).update(torch.zeros(2, 3, 7))
 
@@ -637,6 +667,15 @@ def test_p_clean_of_a_map_is_at_the_odds_as_given_position_by_position():
     fed = fault_of(ReliabilityMonitor(copy.deepcopy(fusion), feedback=True).fit(maps[:, 100:200]), 30.0)
     fed.update(maps[:, 200:])
     assert fed.running.now[3, 1] == pytest.approx(float(plain.running.now[3, 1]), abs=1e-6)
+
+
+def test_p_clean_that_calibration_holds_follows_no_odds():
+    fusion = robust()
+    fusion.calibration.held[1] = 0.6
+    fed = fault_of(watched(fusion, feedback=True), 30.0)
+    fed.update(rows(50, 40)[0])
+    assert fed.running.now[3, 1] == pytest.approx(0.6)
+    assert fed.odds.factor[1] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_odds_that_somebody_else_sets_are_not_lost():
