@@ -12,7 +12,8 @@ staked again, row by row. After row t, with the rest that is not staked yet,
 is a martingale of mean 1 where the p-values are independent and uniform: ``E[E_t | past] = S_{t-1} + w_t + R_t =
 E_{t-1}``. By Ville's inequality the chance that it *ever* reaches ``1 / a`` is at most a, however long it runs. The
 stakes ``w_t = 1 / log2(t + 1) - 1 / log2(t + 2)``, of sum 1, fall about as slowly as any: a fault after t clean rows
-has to make up for ``log(t)`` and a little. An average of such martingales, of several kappas, is one too.
+has to make up for ``-log(w_t)``, about ``log(t) + 2 log(log(t))``. An average of such martingales, of several kappas,
+is one too; a fault that suits one of J has ``log(J)`` more to make up for.
 
 Sources: Ville, *Étude critique de la notion de collectif*, 1939; Vovk, Gammerman and Shafer, *Algorithmic Learning in a
 Random World*, 2005, and Vovk, Nouretdinov and Gammerman, *Testing Exchangeability On-line*, ICML 2003 (bets on
