@@ -162,7 +162,7 @@ class ContaminatedProduct(KeepsPrecision, Rule):
         self.evidential, self.agreement, self.distance_evidence = evidential, agreement, distance_evidence
         self.typicality_norm, self.typicality_distance = typicality_norm, typicality_distance
         self.onset, self.ceiling, self.floor = onset, ceiling, floor
-        self.register_buffer("odds", torch.empty(num_modalities, dtype=torch.float64, device="cpu"))
+        self.register_buffer("odds", torch.empty(num_modalities, dtype=torch.float64))
         self.set_odds(odds)
         self.num_classes, self.gather = num_classes, gather
         widths = self.feature_widths or (None,) * num_modalities

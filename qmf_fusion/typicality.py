@@ -107,7 +107,7 @@ class CleanStatistics(KeepsPrecision):
         widest = max(width or 0 for width in widths)
         kinds = 4 if widest else 3
         for name, shape in {"classes": (2, 2, num_classes), "measured": (3, kinds), "features": (3, widest)}.items():
-            sums = torch.zeros(num_modalities, *shape, dtype=torch.float64, device="cpu")
+            sums = torch.zeros(num_modalities, *shape, dtype=torch.float64)
             self.register_buffer(name, sums if widest or name != "features" else None)
 
     def sums(self) -> Sums:

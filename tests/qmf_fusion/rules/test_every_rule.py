@@ -282,9 +282,3 @@ def test_what_it_learns_is_made_on_the_cpu(name):
     held = dict(fusion.named_buffers())
     assert held
     assert {each.device.type for each in held.values()} == {"cpu"}
-
-
-def test_what_robust_learns_is_made_on_the_cpu():
-    with torch.device("meta"):
-        fusion = QualityAwareFusion.robust(3, num_classes=K)
-    assert {each.device.type for each in fusion.buffers()} == {"cpu"}
