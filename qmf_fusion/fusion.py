@@ -437,14 +437,9 @@ def _check_no_eq_9(options: AffineOptions, *, learnable: bool, temperature: Any,
     asked = [name for name, value in given.items() if value is not None]
     asked += [] if isinstance(temperature, int | float) and temperature == 1 else ["temperature"]
     asked += ["learnable"] if learnable else []
-    names = {
-        "uncertainty": "uncertainty",
-        "nonnegative": "nonnegative",
-        "normalize": "normalize",
-        "detach": "detach_weights",
-    }
     plain = AffineOptions()
-    asked += [name for field, name in names.items() if getattr(options, field) != getattr(plain, field)]
+    changed = [field for field in AffineOptions._fields if getattr(options, field) != getattr(plain, field)]
+    asked += ["detach_weights" if field == "detach" else field for field in changed]
     if asked:
         raise ValueError(f"{asked[0]} is of Eq. 9 (combine='logits' or 'probabilities'), and goes with no other rule")
 
